@@ -218,11 +218,11 @@ async def cost(connection: asyncpg.Connection) -> None:
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     yesterday = day - timedelta(days=1)
     for name, parameters in (
-        ("console_steps", (now, summary.MOST_DUE)),
+        ("console_steps", (now, summary.MAX_DUE)),
         ("console_active", ()),
-        ("console_failed", (summary.MOST,)),
+        ("console_failed", (summary.MAX_FAILED,)),
         ("console_flow", (yesterday, day)),
-        ("console_stays", (yesterday, day, 10, summary.SAMPLE)),
+        ("console_stays", (yesterday, day, 10, summary.EVENTS_PER_ROUND)),
     ):
         took = []
         for _ in range(5):

@@ -26,11 +26,11 @@ ACTIONS = {
     "move": "Moved",
     "reevaluate": "Reevaluated",
 }
-WAIT = 1.0  # seconds that a page waits for the end of a change
+RESPONSE_WAIT = 1.0  # seconds that a page waits for the end of a change
 CONNECT_TIMEOUT = 10.0
-SHOWN = 20.0  # seconds for which a page shows the report of a change
-MOST = 4  # changes at the same time
-KEPT = 50  # changes whose reports are kept
+REPORT_SHOWN_FOR = 20.0  # seconds for which a page shows the report of a change
+MAX_RUNNING = 4  # changes at the same time
+MAX_KEPT = 50  # changes whose reports are kept
 
 
 @dataclass(eq=False)
@@ -87,7 +87,9 @@ class BulkChanges:
         """Return the report of the session's latest change, for a while after its end."""
         for change in reversed(self._changes.values()):
             if change.nonce == nonce:
-                is_shown = change.ended is None or time.monotonic() - change.ended < SHOWN
+                is_shown = (
+                    change.ended is None or time.monotonic() - change.ended < REPORT_SHOWN_FOR
+                )
                 return change.report if is_shown else None
         return None
 
@@ -109,20 +111,20 @@ class BulkChanges:
         """Start a change and wait briefly for its end; `without` are shards that cannot be changed,
         with the reasons. Raises UsageError.
         """
-        if len(self._running) >= MOST:
+        if len(self._running) >= MAX_RUNNING:
             raise UsageError("other changes are in progress; try again later")
         number = max(self._changes, default=0) + 1
         change = self._changes[number] = BulkChange(number, nonce, user, reason, action, to)
         change.errors += [
             f"Nothing was changed in the shard {name}: {why}" for name, why in without.items()
         ]
-        for known in list(self._changes)[:-KEPT]:
+        for known in list(self._changes)[:-MAX_KEPT]:
             if self._changes[known].ended is not None:
                 del self._changes[known]
         task = asyncio.create_task(self._make(change, selections))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        await asyncio.wait([task], timeout=WAIT)
+        await asyncio.wait([task], timeout=RESPONSE_WAIT)
         return change
 
     async def close(self) -> None:

@@ -37,7 +37,7 @@ from sequencerd.console import (
 from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.context import (
-    POLICY,
+    CONTENT_SECURITY_POLICY,
     PageContext,
     context_of,
     missing,
@@ -57,12 +57,12 @@ from sequencerd.settings import ConsoleSettings, Role
 from sequencerd.storage.connections import Shard, arguments
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
-CONNECTIONS = 4
+MAX_CONNECTIONS = 4  # of the pages to the database
 TIMEOUT = 10.0  # seconds that a page waits for the database
-TURN = 0.0002  # seconds
+SWITCH_INTERVAL = 0.0002  # seconds until Python switches threads
 
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
@@ -91,7 +91,7 @@ def make_console(
     """
 
     # while a page is made, the engine waits for its turn so long; Python's own 5 ms are too many
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(SWITCH_INTERVAL)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -99,7 +99,7 @@ def make_console(
         async with asyncpg.create_pool(
             **arguments(shard, name="sequencerd console", timeout=TIMEOUT),
             min_size=0,
-            max_size=CONNECTIONS,
+            max_size=MAX_CONNECTIONS,
             command_timeout=TIMEOUT,
             statement_cache_size=0,  # each is planned for what is asked; it may lead to a pooler
         ) as pool:
@@ -266,12 +266,12 @@ def said(request: Request, error: Exception) -> Response:
     return answer
 
 
-PROGRAMS = (pages.table, pages.stream)
+ROUTES_OF_PROGRAMS = (pages.table, pages.stream)
 """Routes for programs: without a login they answer 401 instead of a form, and errors as plain text.
 """
 
 NOT_KNOWN = "Whether the change was made is not known: look before you repeat it."
-LONGEST = 300  # characters of an error, which may quote a parameter
+MAX_ERROR_LENGTH = 300  # characters of an error, which may quote a parameter
 
 
 def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> pages.Page:
@@ -281,8 +281,8 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
 
     async def answer(request: Request) -> Response:
         def refused(status: int, title: str, text: str) -> Response:
-            text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-            if page in PROGRAMS:
+            text = text if len(text) <= MAX_ERROR_LENGTH else f"{text[:MAX_ERROR_LENGTH]}…"
+            if page in ROUTES_OF_PROGRAMS:
                 return PlainTextResponse(f"{text}\n", status)
             return say(request, status, title, text)
 
@@ -295,7 +295,7 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
             if page is not pages.static:
                 request.state.visitor = visitor = await auth.visitor(request)
             if visitor.user is None and role is not None:
-                if page in PROGRAMS:
+                if page in ROUTES_OF_PROGRAMS:
                     return PlainTextResponse("Log in first.\n", 401)
                 to = str(request.url.replace(scheme="", netloc=""))
                 return _kept(request, RedirectResponse(at("/login", to=to), 303))

@@ -19,14 +19,14 @@ from starlette.responses import Response
 
 from sequencerd import passwords
 from sequencerd.console.oidc import Login, Provider
-from sequencerd.console.sessions import LONGEST, Session, Sessions, hash_of
+from sequencerd.console.sessions import MAX_SESSION_AGE, Session, Sessions, hash_of
 from sequencerd.settings import ConsoleSettings, Role
 
-COOKIE = "sequencerd"
+SESSION_COOKIE = "sequencerd"
 MAX_USER = 100  # characters
 
-ATTEMPTS = 5  # wrong passwords from an address in a minute
-PERIOD = 60.0
+MAX_WRONG_PASSWORDS = 5  # wrong passwords from an address in a minute
+WRONG_PASSWORDS_PERIOD = 60.0  # seconds
 MAX_ADDRESSES = 10_000
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -103,7 +103,7 @@ class Auth:
 
     async def visitor(self, request: Request) -> Visitor:
         """Return the user of a request."""
-        nonce = request.cookies.get(COOKIE) or secrets.token_urlsafe(32)
+        nonce = request.cookies.get(SESSION_COOKIE) or secrets.token_urlsafe(32)
         if (user := self._from_proxy(request)) is not None:
             return self._visitor(user, nonce, self._role_of_proxied(request))
         if self.is_open:
@@ -114,13 +114,13 @@ class Auth:
 
     def unknown(self, request: Request) -> Visitor:
         """Return the visitor of a request before the user is known."""
-        return self._visitor(None, request.cookies.get(COOKIE) or "", None)
+        return self._visitor(None, request.cookies.get(SESSION_COOKIE) or "", None)
 
     def _visitor(self, user: str | None, nonce: str, role: Role | None) -> Visitor:
         return Visitor(user, nonce, self._token(nonce, user), role)
 
     async def _session(self, request: Request) -> Session | None:
-        if not (token := request.cookies.get(COOKIE)):
+        if not (token := request.cookies.get(SESSION_COOKIE)):
             return None
         session = await self.sessions.find(token)
         if session is None or session.credential != self._credential(session):
@@ -205,11 +205,11 @@ class Auth:
 
     def keep(self, request: Request, response: Response, visitor: Visitor) -> None:
         """Set the cookie if the visitor has another one."""
-        if request.cookies.get(COOKIE, "") != visitor.nonce:
+        if request.cookies.get(SESSION_COOKIE, "") != visitor.nonce:
             response.set_cookie(
-                COOKIE,
+                SESSION_COOKIE,
                 visitor.nonce,
-                max_age=int(LONGEST.total_seconds()),
+                max_age=int(MAX_SESSION_AGE.total_seconds()),
                 path="/console",
                 secure=self.is_https(request),
                 httponly=True,
@@ -250,7 +250,11 @@ class Auth:
     def _wait(self, address: str) -> int:
         """Return for how many seconds this address may not try again."""
         recent = _recent(self._failures.get(address, ()))
-        return 0 if len(recent) < ATTEMPTS else int(recent[0] + PERIOD - time.monotonic()) + 1
+        return (
+            0
+            if len(recent) < MAX_WRONG_PASSWORDS
+            else int(recent[0] + WRONG_PASSWORDS_PERIOD - time.monotonic()) + 1
+        )
 
     def _failed(self, address: str) -> None:
         failures = [*_recent(self._failures.pop(address, ())), time.monotonic()]
@@ -268,5 +272,5 @@ class TooManyError(Exception):
 
 
 def _recent(times: Sequence[float]) -> list[float]:
-    since = time.monotonic() - PERIOD
+    since = time.monotonic() - WRONG_PASSWORDS_PERIOD
     return [at for at in times if at > since]

@@ -23,9 +23,9 @@ from sequencerd.console.context import (
     render,
 )
 from sequencerd.console.lists import FILTERS, selection_of
-from sequencerd.console.live import COUNTS
+from sequencerd.console.live import COUNTS_TOPIC
 from sequencerd.console.merging import in_all
-from sequencerd.console.query import MOST_ROWS, NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import MAX_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.bulk import Selection
@@ -33,9 +33,9 @@ from sequencerd.storage.connections import Shard, reading
 from sequencerd.storage.statements import QUERIES
 
 MAX_REASON = 500  # characters
-MOST_FOLLOWED = 10_000  # enrollments of a change
+MAX_FOLLOWED = 10_000  # enrollments of a change
 
-PLACE = ("sequence", "step", "status", "failure")
+GROUP_COLUMNS = ("sequence", "step", "status", "failure")
 VERBS = {"skip": "Skip the step for"}  # other verbs are the name of the action
 
 
@@ -58,7 +58,7 @@ async def select(context: PageContext, query: Query) -> Selection:
     if selection.prefix is None:
         return selection
     rows, _, _ = await views.by_text(
-        context.pool, selection.prefix, context.settings.mask, MOST_ROWS
+        context.pool, selection.prefix, context.settings.mask, MAX_ROWS
     )
     return selection._replace(or_ids=[row["id"] for row in rows])
 
@@ -143,9 +143,12 @@ def _added_up(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Add up the counts of several shards."""
     counts: Counter[tuple[Any, ...]] = Counter()
     for row in rows:
-        counts[tuple(row[name] for name in PLACE)] += row["count"]
+        counts[tuple(row[name] for name in GROUP_COLUMNS)] += row["count"]
     ordered = sorted(counts, key=lambda place: [(value is None, value or "") for value in place])
-    return [{**dict(zip(PLACE, place, strict=True)), "count": counts[place]} for place in ordered]
+    return [
+        {**dict(zip(GROUP_COLUMNS, place, strict=True)), "count": counts[place]}
+        for place in ordered
+    ]
 
 
 async def _chosen(context: PageContext, query: Query) -> Selection:
@@ -209,7 +212,7 @@ async def follow(request: Request) -> Response:
     made = context.actions.get(request.path_params["number"])
     if made is None:
         raise NotFoundError("This change is not known. A restart forgets changes; events do not.")
-    followed = {shard: list(ids[:MOST_FOLLOWED]) for shard, ids in made.ids.items()}
+    followed = {shard: list(ids[:MAX_FOLLOWED]) for shard, ids in made.ids.items()}
 
     async def find(part: PageContext) -> list[asyncpg.Record]:
         ids = followed.get(part.shard, [])
@@ -226,7 +229,7 @@ async def follow(request: Request) -> Response:
         "change.html",
         title=report if made.ended else ACTIONS[made.action],
         report=report,
-        live=COUNTS,
+        live=COUNTS_TOPIC,
         version=context.summary.version,
         made=made,
         reason=context.mask({"message": made.reason})["message"],

@@ -20,7 +20,7 @@ from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.live import LiveTopics
 from sequencerd.console.mask import make_mask
 from sequencerd.console.once import Once
-from sequencerd.console.query import PAGE, Query, WrongQueryError
+from sequencerd.console.query import ROWS_PER_PAGE, Query, WrongQueryError
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at, at_shard
 from sequencerd.console.views import EnrollmentHistory
@@ -29,7 +29,7 @@ from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings, Role
 from sequencerd.storage.connections import Shard
 
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
     " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
@@ -151,16 +151,18 @@ def to_its_shard(request: Request, key: str) -> Response | None:
     return None
 
 
-LISTS = ("id", "columns")
+LIST_PARAMETERS = ("id", "columns")
 """Query parameters that a form may send several times."""
 
 
-def query_of(request: Request, rows: int = PAGE) -> Query:
+def query_of(request: Request, rows: int = ROWS_PER_PAGE) -> Query:
     """Return the query parameters."""
     given: dict[str, str] = {}
     for key, value in request.query_params.multi_items():
         if value:  # forms also send empty fields
-            given[key] = f"{given[key]},{value}" if key in LISTS and key in given else value
+            given[key] = (
+                f"{given[key]},{value}" if key in LIST_PARAMETERS and key in given else value
+            )
     return Query(given, rows)
 
 

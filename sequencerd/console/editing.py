@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import (
-    POLICY,
+    CONTENT_SECURITY_POLICY,
     PageContext,
     context_of,
     missing,
@@ -42,7 +42,8 @@ from sequencerd.storage.database_errors import brief
 from sequencerd.storage.every_shard import ShardAnswers, ask
 
 ORIGIN = "line"
-MOVE = "move."  # followed by the name of a removed step: the field for its enrollments' new step
+MOVE_PREFIX = "move."
+"""Followed by the name of a removed step: the field for its enrollments' new step."""
 
 _T = TypeVar("_T")
 
@@ -251,7 +252,9 @@ def _page(
         sequences=sorted(simulator.definitions),
     )
     # the editor adds its styles to the page
-    policy = POLICY.replace("style-src 'self'", f"style-src 'self' 'nonce-{nonce}'")
+    policy = CONTENT_SECURITY_POLICY.replace(
+        "style-src 'self'", f"style-src 'self' 'nonce-{nonce}'"
+    )
     answer.headers["Content-Security-Policy"] = policy
     return answer
 
@@ -310,7 +313,7 @@ async def change(request: Request) -> Response:
     moves = {
         step: v
         for k, v in form.items()
-        if k.startswith(MOVE) and v and (step := k.removeprefix(MOVE)) not in steps
+        if k.startswith(MOVE_PREFIX) and v and (step := k.removeprefix(MOVE_PREFIX)) not in steps
     }
     edited = _Edit(context.simulator().runners, _shards(context), definitions, moves)
     try:

@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from sequencerd.console.tables import ROOT, at, at_shard, labelled
+from sequencerd.console.tables import ROOT_PATH, at, at_shard, labelled
 from sequencerd.core import describe
 from sequencerd.core.calendar.dates import zone as find_zone
 from sequencerd.core.model import DefinitionError
@@ -57,7 +57,7 @@ def make_templates() -> Environment:
 def asset(name: str) -> str:
     """Return the URL of a static file, which changes with the file's contents."""
     digest = hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
-    return f"{ROOT}/static/{name}?v={digest}"
+    return f"{ROOT_PATH}/static/{name}?v={digest}"
 
 
 def when(value: datetime | None, zone: str = "UTC") -> str:

@@ -51,13 +51,22 @@ COLUMNS = {
         Column("last_error", "Last error", optional=True),
     )
 }
-USUAL = ("id", "subject", "sequence", "step", "status", "waits_until", "wake_at", "last_error")
-MOST_COLUMNS = 20
+DEFAULT_COLUMNS = (
+    "id",
+    "subject",
+    "sequence",
+    "step",
+    "status",
+    "waits_until",
+    "wake_at",
+    "last_error",
+)
+MAX_COLUMNS = 20
 
-FIRST_WINDOW = 20_000  # ids that are searched first; then four times as many, and so on
-BUDGET = 0.05  # seconds for a search; the next page continues where it ended
-MOST_SORTED = 2000  # enrollments that are sorted by another column than the id
-FURTHEST = 2**63 - 1
+FIRST_SEARCHED = 20_000  # ids that are searched first; then four times as many, and so on
+SEARCH_SECONDS = 0.05  # seconds for a search; the next page continues where it ended
+MAX_SORTED = 2000  # enrollments that are sorted by another column than the id
+MAX_ID = 2**63 - 1
 
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -144,7 +153,7 @@ async def enrollments(
     if key not in COLUMNS and not key.startswith("data."):
         raise WrongQueryError(f"there is no column {key} to sort by")
     if sort == "-id":
-        before = min(query.number("before", FURTHEST), FURTHEST)
+        before = min(query.number("before", MAX_ID), MAX_ID)
         rows, searched_to = await _search(pool, selection, before, query.rows + 1)
         shown, more, remark = rows[: query.rows], None, None
         if len(rows) > query.rows:
@@ -156,9 +165,9 @@ async def enrollments(
             )
         page = _shown(shown, [column.key for column in columns], mask)
         return EnrollmentPage(Table("search", columns, page, query.given, more, sort, remark))
-    rows, searched_to = await _search(pool, selection, FURTHEST, MOST_SORTED + 1)
-    is_part = len(rows) > MOST_SORTED or searched_to > 1
-    every = _shown(rows[:MOST_SORTED], [key, *(column.key for column in columns)], mask)
+    rows, searched_to = await _search(pool, selection, MAX_ID, MAX_SORTED + 1)
+    is_part = len(rows) > MAX_SORTED or searched_to > 1
+    every = _shown(rows[:MAX_SORTED], [key, *(column.key for column in columns)], mask)
     every.sort(key=lambda row: comparable(row[key]), reverse=sort.startswith("-"))
     skip = query.number("skip", 0)
     more = None
@@ -174,14 +183,14 @@ async def enrollments(
 def without_usual_columns(query: Query) -> Query:
     """Return a query that does not name the columns if they are the usual ones, as a form does."""
     names = (query.get("columns") or "").split(",")
-    if {"id", *names} != {*USUAL}:
+    if {"id", *names} != {*DEFAULT_COLUMNS}:
         return query
     given = {name: value for name, value in query.given.items() if name != "columns"}
     return Query(given, query.rows)
 
 
 def _columns(query: Query) -> list[Column]:
-    names = (query.get("columns") or ",".join(USUAL)).split(",")
+    names = (query.get("columns") or ",".join(DEFAULT_COLUMNS)).split(",")
     columns = []
     for name in dict.fromkeys(["id", *filter(None, map(str.strip, names))]):
         if name.startswith("data."):
@@ -192,8 +201,8 @@ def _columns(query: Query) -> list[Column]:
             raise WrongQueryError(
                 f"there is no column {name}; write what is in the data as data.{name}"
             )
-    if len(columns) > MOST_COLUMNS:
-        raise WrongQueryError(f"a list has at most {MOST_COLUMNS} columns")
+    if len(columns) > MAX_COLUMNS:
+        raise WrongQueryError(f"a list has at most {MAX_COLUMNS} columns")
     return columns
 
 
@@ -211,7 +220,7 @@ async def _search(
         last = await connection.fetchval(QUERIES["console_last_id"], before)
         if last is None:
             return [], 1
-        top, window = last + 1, FIRST_WINDOW
+        top, window = last + 1, FIRST_SEARCHED
         while top > 1:
             first = max(top - window, 1)
             started = time.perf_counter()
@@ -222,7 +231,7 @@ async def _search(
             if len(rows) >= most:
                 break
             now = time.perf_counter()
-            if (now - begun) + 4 * (now - started) > BUDGET:
+            if (now - begun) + 4 * (now - started) > SEARCH_SECONDS:
                 break
             window *= 4
     return rows, top

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 
-from sequencerd.console.summary import LOST, Summary
+from sequencerd.console.summary import UNREADABLE_VERSION, Summary
 from sequencerd.storage import connections
 
-INTERVAL = 1.0  # seconds between polls of the enrollments that pages show
-QUIET = 15.0  # seconds of silence after which something is sent, for proxies
-COUNTS = 0
+POLL_INTERVAL = 1.0  # seconds between polls of the enrollments that pages show
+KEEPALIVE_INTERVAL = 15.0  # seconds of silence after which something is sent, for proxies
+COUNTS_TOPIC = 0
 """The topic of pages that show counts; the topic of other pages is an enrollment's id."""
 
 
@@ -31,7 +31,7 @@ class LiveTopics:
         summary.changed = self._announce
 
     def _announce(self) -> None:
-        self._versions[COUNTS] = self._summary.version
+        self._versions[COUNTS_TOPIC] = self._summary.version
         turn, self._turn = self._turn, asyncio.Event()
         turn.set()
 
@@ -48,19 +48,19 @@ class LiveTopics:
         """Poll while a page is open, until cancelled."""
         while True:
             await self._open.wait()
-            if self._watched[COUNTS]:
+            if self._watched[COUNTS_TOPIC]:
                 self._summary.look()
-            ids = [id_ for id_, pages in self._watched.items() if id_ != COUNTS and pages > 0]
+            ids = [id_ for id_, pages in self._watched.items() if id_ != COUNTS_TOPIC and pages > 0]
             if ids:
                 try:
                     rows = await connections.read(self._pool, "console_versions", ids)
                     new = {row["id"]: row["version"] for row in rows}
                 except Exception:  # the pages request the counts and get the reason
-                    new = dict.fromkeys(ids, LOST)
+                    new = dict.fromkeys(ids, UNREADABLE_VERSION)
                 if any(self._versions.get(id_) != version for id_, version in new.items()):
                     self._versions |= new
                     self._announce()
-            await asyncio.sleep(INTERVAL)
+            await asyncio.sleep(POLL_INTERVAL)
 
     async def stream(self, topic: int, known: str) -> AsyncIterator[str]:
         """Yield the events for a page that has a version: each newer one."""
@@ -75,7 +75,7 @@ class LiveTopics:
                     known = version
                     yield f"event: changed\nid: {known}\ndata:\n\n"
                 try:
-                    await asyncio.wait_for(turn.wait(), QUIET)
+                    await asyncio.wait_for(turn.wait(), KEEPALIVE_INTERVAL)
                 except TimeoutError:
                     yield ":\n\n"
         finally:

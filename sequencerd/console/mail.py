@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from sequencerd.console.context import (
-    POLICY,
+    CONTENT_SECURITY_POLICY,
     PageContext,
     SentTest,
     context_of,
@@ -34,12 +34,12 @@ from sequencerd.runners.protocol import MessageRunner
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
-SAMPLE = '{"email": "ada@example.com", "phone": "+14155550100", "name": "Ada"}'
-GIVEN = ("sequence", "step", "enrollment", "data", "external", "timezone")
+SAMPLE_DATA = '{"email": "ada@example.com", "phone": "+14155550100", "name": "Ada"}'
+MESSAGE_PARAMETERS = ("sequence", "step", "enrollment", "data", "external", "timezone")
 MAX_SENDING = 30.0  # seconds
 MAX_SENT_TESTS = 100  # whose reports are kept
 
-FRAME = (
+FRAME_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 )
 """The Content-Security-Policy of a frame with the HTML of a message: no script runs, and nothing is
@@ -76,7 +76,7 @@ async def _page(request: Request, query: Query, wrong: str | None, status: int =
         shown = await _mail(context, query, enrollment)
     except UsageError as error:
         wrong, status = wrong or as_sentence(str(error)), 422
-    given = {name: query.get(name) for name in GIVEN} | {"enrollment": enrollment}
+    given = {name: query.get(name) for name in MESSAGE_PARAMETERS} | {"enrollment": enrollment}
     user = request.state.visitor.user or ""
     sent = context.sent_tests.get(query.get("sent") or "")
     answer = render(
@@ -88,13 +88,13 @@ async def _page(request: Request, query: Query, wrong: str | None, status: int =
         report=sent and sent.report,
         wrong=wrong,
         given=given,
-        data=query.get("data") or ("" if enrollment else SAMPLE),
+        data=query.get("data") or ("" if enrollment else SAMPLE_DATA),
         frame=at("/message/frame", **given),
         steps=[name for name, step in sequence.steps.items() if sends(context, step)],
         lookup=sequence.lookup,
         to=query.get("address") or (sent.address if sent else user if "@" in user else ""),
     )
-    answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
     return answer
 
 
@@ -104,7 +104,7 @@ async def frame(request: Request) -> Response:
     shown = await _mail(context, query, query.get("enrollment"))
     if shown.html is None:
         raise NotFoundError("This message has no HTML.")
-    headers = {"Content-Security-Policy": FRAME, "X-Frame-Options": "SAMEORIGIN"}
+    headers = {"Content-Security-Policy": FRAME_POLICY, "X-Frame-Options": "SAMEORIGIN"}
     return HTMLResponse(shown.html, headers=headers)
 
 
@@ -135,7 +135,7 @@ async def send_test(request: Request) -> Response:
     context.sent_tests[number] = SentTest(address, f"Test {report}.")
     for old in list(context.sent_tests)[:-MAX_SENT_TESTS]:
         del context.sent_tests[old]
-    given = {name: query.get(name) for name in GIVEN}
+    given = {name: query.get(name) for name in MESSAGE_PARAMETERS}
     return RedirectResponse(at("/message", **given, sent=number), 303)
 
 
@@ -171,7 +171,7 @@ async def _message(
     external = read_object(query.get("external") or "{}", "external data")
     known: dict[str, Any] = {}
     if id_ is None:
-        data = query.get("data") or SAMPLE
+        data = query.get("data") or SAMPLE_DATA
         read_object(data, "data")
         enrollment = step_message.sample(data, None, query.get("timezone"))
     else:

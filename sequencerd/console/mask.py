@@ -13,8 +13,8 @@ from urllib.parse import quote, quote_plus
 from sequencerd.errors import UsageError
 from sequencerd.runners.unsubscribe import PATH as UNSUBSCRIBE
 
-HIDDEN = "•••"
-SHORTEST = 3  # characters; shorter values occur in every text
+MASKED_VALUE = "•••"
+MIN_MASKED_LENGTH = 3  # characters; shorter values occur in every text
 CUT_OFF = 40  # characters after which a text may have been truncated
 
 _ADDRESS = re.compile(
@@ -65,17 +65,17 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], MaskedRow]:
                 if name != "subject":
                     shown[name] = _without_addresses(shown[name])
                     if "subject" in paths:
-                        shown[name] = _NAMED.sub(HIDDEN, shown[name])
+                        shown[name] = _NAMED.sub(MASKED_VALUE, shown[name])
         if "subject" in paths and "subject" in shown:
-            shown["subject"] = HIDDEN
+            shown["subject"] = MASKED_VALUE
         return shown
 
     return mask
 
 
 def _without_addresses(text: str) -> str:
-    text = _TOKEN.sub(HIDDEN, text)
-    return _ADDRESS.sub(lambda found: found["date"] or HIDDEN, text)
+    text = _TOKEN.sub(MASKED_VALUE, text)
+    return _ADDRESS.sub(lambda found: found["date"] or MASKED_VALUE, text)
 
 
 def _hiding(values: Iterable[str]) -> Callable[[str], str]:
@@ -83,7 +83,7 @@ def _hiding(values: Iterable[str]) -> Callable[[str], str]:
     patterns = []
     for value in sorted({*values}, key=len, reverse=True):
         for word in (value, *_words(value)):
-            if len(word) < SHORTEST:
+            if len(word) < MIN_MASKED_LENGTH:
                 continue
             edge = "" if word == value else r"\b"
             for form in _forms(word):
@@ -93,7 +93,7 @@ def _hiding(values: Iterable[str]) -> Callable[[str], str]:
     if not patterns:
         return lambda text: text
     pattern = re.compile("|".join(patterns), re.IGNORECASE)
-    return lambda text: pattern.sub(HIDDEN, text)
+    return lambda text: pattern.sub(MASKED_VALUE, text)
 
 
 def _words(text: str) -> set[str]:
@@ -145,8 +145,8 @@ def restore_data(
             return {
                 key: restore(part, hidden.get(key), known.get(key)) for key, part in value.items()
             }
-        if HIDDEN in json.dumps(value, ensure_ascii=False, default=str):
-            raise UsageError(f"{HIDDEN} is a masked value, which can only stay where it was")
+        if MASKED_VALUE in json.dumps(value, ensure_ascii=False, default=str):
+            raise UsageError(f"{MASKED_VALUE} is a masked value, which can only stay where it was")
         return value
 
     restored: MaskedRow = restore(dict(edited), hide_data(original, paths), original)
@@ -179,7 +179,7 @@ def _hide(data: Any, path: Sequence[str]) -> Iterator[str]:
         yield from _hide(data[key], others)
     else:
         yield from _texts(data[key])
-        data[key] = HIDDEN
+        data[key] = MASKED_VALUE
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from sequencerd.console import views
 from sequencerd.console.context import PageContext, missing
-from sequencerd.console.lists import FURTHEST, EnrollmentPage, comparable
+from sequencerd.console.lists import MAX_ID, EnrollmentPage, comparable
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import LOST, PATIENCE, Counts, Summary, SummaryRow
+from sequencerd.console.summary import PAGE_WAIT, UNREADABLE_VERSION, Counts, Summary, SummaryRow
 from sequencerd.console.tables import Table, at_shard
 from sequencerd.core.describe import plain
 from sequencerd.core.model import StepKey
@@ -42,14 +42,14 @@ class SummaryOfShards(Summary):
     def version(self) -> str:
         """Return a version that changes with the counts of any shard."""
         versions = [summary.version for summary in self._shards.values()]
-        return LOST if {*versions} == {LOST} else " ".join(versions)
+        return UNREADABLE_VERSION if {*versions} == {UNREADABLE_VERSION} else " ".join(versions)
 
     def look(self) -> None:
         """Record that a page is open."""
         for summary in self._shards.values():
             summary.look()
 
-    async def get(self, first: float = PATIENCE) -> Counts | None:
+    async def get(self, first: float = PAGE_WAIT) -> Counts | None:
         """Return the latest counts; None if there are none yet. Raises the error if all fail."""
         found = dict(
             zip(
@@ -262,10 +262,10 @@ def _next_of(
     given = {key: value for key, value in query.given.items() if not key.startswith("skip.")}
     for name in shards:
         skip = sum(row["wake_at"] == last and row["shard"] == name for row in shown)
-        if last == query.time("from", views.FIRST):
+        if last == query.time("from", views.FIRST_TIME):
             ours = query.of_shard(name, shards)
             skip += ours.number("skip", 0) if ours else 0
-        if skip > views.FURTHEST:
+        if skip > views.MAX_OFFSET:
             return None
         given[f"skip.{name}"] = str(skip)
     return {**given, "from": str(plain(last))}
@@ -388,7 +388,7 @@ def _before(shards: Sequence[str], query: Query) -> dict[str, dict[str, str]]:
     if (given := query.get("before")) is None or "/" not in given:
         return {name: {} for name in shards}
     shard, _, number = given.partition("/")
-    if shard not in shards or not number.isdecimal() or int(number) >= FURTHEST:
+    if shard not in shards or not number.isdecimal() or int(number) >= MAX_ID:
         raise WrongQueryError("the parameter before is not from a previous page")
     last = shards.index(shard)
     return {

@@ -12,7 +12,7 @@ from sequencerd.core.model import printable
 from sequencerd.settings import OidcSettings
 
 COOKIE = "sequencerd_login"
-LONGEST_LOGIN = 600  # seconds
+MAX_LOGIN_SECONDS = 600
 TIMEOUT = 10.0  # seconds for an answer of the provider
 PATH = "/console/oidc"
 ASYMMETRIC = ("RS", "ES", "PS", "Ed")
@@ -68,7 +68,7 @@ class Provider:
         answer.set_cookie(
             COOKIE,
             self._serializer.dumps(kept),
-            max_age=LONGEST_LOGIN,
+            max_age=MAX_LOGIN_SECONDS,
             path=PATH,
             secure=is_https,
             httponly=True,
@@ -84,7 +84,7 @@ class Provider:
     async def finish(self, request: Request) -> Login:
         """Return the user whose browser the provider has redirected back. Raises LoginError."""
         try:
-            kept = self._serializer.loads(request.cookies.get(COOKIE, ""), LONGEST_LOGIN)
+            kept = self._serializer.loads(request.cookies.get(COOKIE, ""), MAX_LOGIN_SECONDS)
         except BadSignature:
             raise LoginError("it was not begun in this browser, or too long ago") from None
         request.scope["session"] = kept

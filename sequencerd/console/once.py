@@ -13,7 +13,7 @@ from starlette.responses import RedirectResponse, Response
 FIELD = "once"
 """The form field that distinguishes two forms with the same contents."""
 
-KEPT = 1000  # forms that were sent
+MAX_KEPT_FORMS = 1000  # forms that were sent
 
 
 class Once:
@@ -35,7 +35,7 @@ class Once:
                 work.close()
                 return RedirectResponse(answer.headers["location"], 303)
         task = self._sent[key] = asyncio.create_task(work)
-        for old in list(self._sent)[:-KEPT]:
+        for old in list(self._sent)[:-MAX_KEPT_FORMS]:
             if self._sent[old].done():
                 del self._sent[old]
         try:

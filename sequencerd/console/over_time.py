@@ -33,12 +33,12 @@ MEASURES = {
     "late": "Began late",
 }
 LATENESS = {"over_minute": "Over 1 min late", "over_ten_minutes": "Over 10 min late"}
-LONGEST = "longest"  # delay
+LONGEST_DELAY = "longest"  # delay
 UNITS = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
-USUAL = {"hour": timedelta(hours=48), "day": timedelta(days=14)}  # that is shown
-MOST_UNITS = 400
-MOST_ROWS = 100_000  # counts of a sequence that are read
-MOST_LATE = 20_000  # claims and hours of a sequence of which the lateness is read
+DEFAULT_RANGES = {"hour": timedelta(hours=48), "day": timedelta(days=14)}  # that is shown
+MAX_UNITS = 400
+MAX_COUNT_ROWS = 100_000  # counts of a sequence that are read
+MAX_LATENESS_ROWS = 20_000  # claims and hours of a sequence of which the lateness is read
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ def range_of(query: Query, now: datetime) -> TimeRange:
         until = _floor(query.time("until", now), unit)
         if until < query.time("until", now):
             until += UNITS[unit]
-        since = _floor(query.time("from", until - USUAL[unit]), unit)
+        since = _floor(query.time("from", until - DEFAULT_RANGES[unit]), unit)
         if since >= until:
             raise WrongQueryError("the range ends before it begins")
     except OverflowError as error:
         raise WrongQueryError("the range is outside of the calendar") from error
-    if (until - since) / UNITS[unit] > MOST_UNITS:
+    if (until - since) / UNITS[unit] > MAX_UNITS:
         more = " or choose days" if unit == "hour" else ""
         raise WrongQueryError(
-            f"the range has more than {MOST_UNITS} {unit}s: choose a shorter one{more}"
+            f"the range has more than {MAX_UNITS} {unit}s: choose a shorter one{more}"
         )
     return TimeRange(since, until, unit, query.get("sequence"), query.get("step"))
 
@@ -159,9 +159,9 @@ async def _read_one(
     rows: list[Mapping[str, Any]] = []
     if chosen.since < until:
         rows += await connections.read(
-            pool, "console_activity", chosen.since, until, chosen.unit, sequence, MOST_ROWS
+            pool, "console_activity", chosen.since, until, chosen.unit, sequence, MAX_COUNT_ROWS
         )
-    is_capped = sum(row["times"] > 0 for row in rows) >= MOST_ROWS
+    is_capped = sum(row["times"] > 0 for row in rows) >= MAX_COUNT_ROWS
     for row in counts.recent if counts else ():
         if sequence in (None, row["sequence"]) and chosen.since <= row["at"] < chosen.until:
             rows.append({**row, "at": _floor(row["at"], chosen.unit)})
@@ -182,9 +182,9 @@ async def _read_one(
         chosen.until,
         chosen.unit,
         sequence,
-        MOST_LATE,
+        MAX_LATENESS_ROWS,
     )
-    is_capped = is_capped or sum(row["read"] for row in late) >= MOST_LATE
+    is_capped = is_capped or sum(row["read"] for row in late) >= MAX_LATENESS_ROWS
     longest: defaultdict[StepKey, dict[datetime, float]] = defaultdict(dict)
     for row in late:
         if step not in (None, row["step"]):
@@ -262,7 +262,7 @@ def _skipped(sequence: str, step: Step | None, action: str) -> StepKey | None:
 _COLUMNS = (
     *(Column(key, title, "number", optional=key == "late") for key, title in MEASURES.items()),
     *(Column(key, title, "number", optional=True) for key, title in LATENESS.items()),
-    Column(LONGEST, "Longest delay", "duration", optional=True),
+    Column(LONGEST_DELAY, "Longest delay", "duration", optional=True),
 )
 
 
@@ -274,7 +274,7 @@ def by_time(activity: Activity, chosen: TimeRange, query: Query) -> Table:
         {
             "at": time.date().isoformat() if is_day else time,
             **{measure: times[time] for measure, times in sums.items()},
-            LONGEST: activity.longest_at(time),
+            LONGEST_DELAY: activity.longest_at(time),
         }
         for time in chosen.units()
     ]
@@ -306,7 +306,7 @@ def by_step(activity: Activity, definitions: Mapping[str, Sequence], query: Quer
             if name is None
             else at("/over-time", **kept, sequence=name, step=key),
             **{measure: totals[key][measure] for measure in activity.times},
-            LONGEST: longest.get(key),
+            LONGEST_DELAY: longest.get(key),
         }
         for key in sorted(totals, key=lambda key: (known.get(key, len(known)), key))
     ]
@@ -339,7 +339,7 @@ async def over_time(request: Request) -> Response:
             (measure, title, [(row["at"], row[measure]) for row in shown.rows])
             for measure, title in MEASURES.items()
         ],
-        delays=[(row["at"], row[LONGEST] or 0) for row in shown.rows],
+        delays=[(row["at"], row[LONGEST_DELAY] or 0) for row in shown.rows],
         by_time=shown,
         totals=by_step(activity, definitions, query) if query.get("step") is None else None,
         counted_until=activity.counted_until,

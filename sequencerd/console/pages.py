@@ -27,7 +27,7 @@ from sequencerd.console import (
 from sequencerd.console.causes import FailureCause, causes
 from sequencerd.console.changing import select
 from sequencerd.console.context import (
-    POLICY,
+    CONTENT_SECURITY_POLICY,
     PageContext,
     context_of,
     missing,
@@ -37,13 +37,13 @@ from sequencerd.console.context import (
 )
 from sequencerd.console.lists import (
     COLUMNS,
+    DEFAULT_COLUMNS,
     FILTERS,
-    USUAL,
     EnrollmentPage,
     enrollments,
     without_usual_columns,
 )
-from sequencerd.console.live import COUNTS
+from sequencerd.console.live import COUNTS_TOPIC
 from sequencerd.console.mask import MaskedRow, MaskRow
 from sequencerd.console.merging import (
     found_in_all,
@@ -53,14 +53,14 @@ from sequencerd.console.merging import (
     waiting_in_all,
 )
 from sequencerd.console.query import (
-    MOST_ROWS,
-    PAGE,
+    MAX_ROWS,
+    ROWS_PER_PAGE,
     NotFoundError,
     Query,
     WrongQueryError,
     as_sentence,
 )
-from sequencerd.console.summary import MOST_CAUSES, Counts
+from sequencerd.console.summary import MAX_CAUSES, Counts
 from sequencerd.console.tables import Column, Table, as_csv, as_json, at, at_shard
 from sequencerd.console.views import EnrollmentHistory
 from sequencerd.core.model import NEXT, Sequence
@@ -95,7 +95,7 @@ def _render_counts(
         request,
         template,
         title=title,
-        live=COUNTS,
+        live=COUNTS_TOPIC,
         version=context_of(request).summary.version,
         counts=counts,
         **given,
@@ -135,8 +135,8 @@ async def failures(request: Request) -> Response:
         "Failures",
         counts,
         failures=views.failures(counts, query_of(request), context.mask) if counts else None,
-        most=MOST_CAUSES,
-        is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MOST_CAUSES,
+        most=MAX_CAUSES,
+        is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MAX_CAUSES,
     )
 
 
@@ -202,7 +202,7 @@ async def sequence(request: Request) -> Response:
         enrollments=enrollments,
         revisions=revisions,
     )
-    answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
     return answer
 
 
@@ -320,7 +320,7 @@ async def _journey(request: Request, id_: int, query: Query) -> EnrollmentHistor
     if id_ >= 2**63:
         raise NotFoundError(f"Enrollment {id_} does not exist.")
     version = context.live.version(id_)
-    is_shared = version is not None and not query.given and query.rows == PAGE
+    is_shared = version is not None and not query.given and query.rows == ROWS_PER_PAGE
     key, read = (id_, context.is_masked), context.enrollments_read
     if is_shared and (kept := read.get(key)) and kept[0] == version:
         return kept[1]
@@ -341,7 +341,9 @@ async def search(request: Request) -> Response:
         found = await _found(context, query)
     except WrongQueryError as error:  # the filters remain, to be corrected
         wrong = as_sentence(str(error))
-        found = EnrollmentPage(Table("search", [COLUMNS[name] for name in USUAL], [], query.given))
+        found = EnrollmentPage(
+            Table("search", [COLUMNS[name] for name in DEFAULT_COLUMNS], [], query.given)
+        )
     counts = await context.summary.get()
     definitions = context.simulator().definitions
     chosen = definitions.get(query.get("sequence") or "")
@@ -395,8 +397,8 @@ def _cause(counts: Counts | None, context: PageContext, key: str | None) -> Fail
 async def table(request: Request) -> Response:
     """Return a table as JSON or CSV."""
     context = context_of(request)
-    limit = query_of(request).number("limit", PAGE)
-    query = query_of(request, max(1, min(limit, MOST_ROWS)))
+    limit = query_of(request).number("limit", ROWS_PER_PAGE)
+    query = query_of(request, max(1, min(limit, MAX_ROWS)))
     name, form = request.path_params["name"], request.path_params["form"]
     if name in OF_ENROLLMENTS and (elsewhere := to_its_shard(request, OF_ENROLLMENTS[name])):
         return elsewhere
@@ -459,7 +461,7 @@ class NotYetError(Exception):
 async def stream(request: Request) -> Response:
     """Notify a page of changes."""
     context, query = context_of(request), query_of(request)
-    topic = COUNTS if context.parts else query.number("topic", COUNTS)
+    topic = COUNTS_TOPIC if context.parts else query.number("topic", COUNTS_TOPIC)
     known = request.headers.get("last-event-id") or query.get("version") or ""
     if request.method == "HEAD":  # no client would close the stream
         return Response(media_type="text/event-stream")

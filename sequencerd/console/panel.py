@@ -26,11 +26,12 @@ from sequencerd.definitions.form_fields import fields
 from sequencerd.storage import connections
 
 RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
-USUAL = "7d"
-MOST_ROWS = 50_000  # hourly counts that are read: those of 30 days for 23 steps with three exits
-MOST_WAKES = 2000  # enrollments whose wake times are shown
-BARS = 24
-MOST_ERRORS = 3
+DEFAULT_RANGE = "7d"
+MAX_COUNT_ROWS = 50_000
+"""Hourly counts that are read: those of 30 days for 23 steps with three exits."""
+MAX_WAKES = 2000  # enrollments whose wake times are shown
+MAX_BARS = 24
+MAX_ERRORS = 3
 
 StepFlow = Mapping[tuple[str, str], int]
 """Counts by step and action."""
@@ -38,7 +39,7 @@ StepFlow = Mapping[tuple[str, str], int]
 
 def range_of(query: Query) -> str:
     """Return the range of the flow. Raises WrongQueryError."""
-    name = query.get("range") or USUAL
+    name = query.get("range") or DEFAULT_RANGE
     if name not in RANGES:
         raise WrongQueryError(f"range must be one of {', '.join(RANGES)}")
     return name
@@ -66,7 +67,7 @@ async def _flow(context: PageContext, sequence: str, name: str) -> Counter[tuple
     until = min(now, counts.recent_since) if counts and counts.recent_since else now
     if since < until:
         rows = await connections.read(
-            context.pool, "console_activity", since, until, "hour", sequence, MOST_ROWS
+            context.pool, "console_activity", since, until, "hour", sequence, MAX_COUNT_ROWS
         )
         for row in rows:
             found[row["step"], row["action"]] += row["times"]
@@ -172,7 +173,7 @@ async def panel(
         bars,
         never,
         is_capped,
-        sorted(here, key=lambda one: -one["failed"])[:MOST_ERRORS],
+        sorted(here, key=lambda one: -one["failed"])[:MAX_ERRORS],
         at("/message", **place) if mail.sends(context, step) else None,
         bool(fields(step.type, step.config)),
         _NOT_COUNTED | dict(row),
@@ -225,12 +226,12 @@ async def _wakes(pool: asyncpg.Pool, sequence: str, step: str) -> tuple[list[Wak
     """Return when enrollments at a step are next checked, how many only after a change, and
     whether there are more than were read.
     """
-    rows = await connections.read(pool, "console_wakes", sequence, step, MOST_WAKES, BARS)
+    rows = await connections.read(pool, "console_wakes", sequence, step, MAX_WAKES, MAX_BARS)
     bars = [
         WakeBar(row["since"], row["until"], row["number"]) for row in rows if row["bar"] is not None
     ]
     never = sum(row["number"] for row in rows if row["bar"] is None)
-    return bars, never, sum(bar.number for bar in bars) + never >= MOST_WAKES
+    return bars, never, sum(bar.number for bar in bars) + never >= MAX_WAKES
 
 
 def _added_up(
@@ -246,11 +247,11 @@ def _added_up(
     if not every:
         return [], never, is_capped
     least = min(bar.since for bar in every)
-    width = (max(bar.until for bar in every) - least) / BARS
+    width = (max(bar.until for bar in every) - least) / MAX_BARS
     numbers: Counter[int] = Counter()
     for bar in every:
         middle = bar.since + (bar.until - bar.since) / 2
-        numbers[min(int((middle - least) / width), BARS - 1)] += bar.number
+        numbers[min(int((middle - least) / width), MAX_BARS - 1)] += bar.number
     bars = [
         WakeBar(least + n * width, least + (n + 1) * width, number)
         for n, number in sorted(numbers.items())

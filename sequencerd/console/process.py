@@ -28,7 +28,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.sequences import read_revisions
 
-INTERVAL = 2.0  # seconds between checks of the definitions: a standby cannot LISTEN
+CHECK_INTERVAL = 2.0  # seconds between checks of the definitions: a standby cannot LISTEN
 
 
 async def run(
@@ -159,7 +159,7 @@ class _PresentDefinitions:
                 self._error = None
             notify("WATCHDOG=1")  # and what systemd has not received yet
             with suppress(TimeoutError):
-                async with asyncio.timeout(INTERVAL):
+                async with asyncio.timeout(CHECK_INTERVAL):
                     await stop.wait()
 
     async def read(self) -> None:

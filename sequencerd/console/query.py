@@ -11,8 +11,8 @@ from sequencerd.core.model import NEVER
 
 _ID = re.compile(r"([^/\s]+)/[0-9]+")
 
-PAGE = 50  # rows
-MOST_ROWS = 1000  # of a table that a program asks for
+ROWS_PER_PAGE = 50
+MAX_ROWS = 1000  # of a table that a program asks for
 
 
 class NotFoundError(Exception):
@@ -33,7 +33,7 @@ class Query:
     """The query parameters of a page or table."""
 
     given: Mapping[str, str]
-    rows: int = PAGE
+    rows: int = ROWS_PER_PAGE
 
     def get(self, name: str) -> str | None:
         """Return a value; None where it is empty or missing. Raises WrongQueryError."""

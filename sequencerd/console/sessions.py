@@ -19,8 +19,8 @@ from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
 
-LONGEST = timedelta(hours=12)
-MOST_HERE = 1000  # sessions of a standby
+MAX_SESSION_AGE = timedelta(hours=12)
+MAX_LOCAL_SESSIONS = 1000  # sessions of a standby
 MAX_AGENT = 200  # characters
 TIMEOUT = 10.0  # seconds for a question to the database
 
@@ -58,12 +58,12 @@ class Sessions:
                     session.credential,
                     address,
                     printable(agent[:MAX_AGENT]),
-                    LONGEST,
+                    MAX_SESSION_AGE,
                 )
         except asyncpg.ReadOnlySQLTransactionError:
-            if len(self._begun_here) >= MOST_HERE:
+            if len(self._begun_here) >= MAX_LOCAL_SESSIONS:
                 del self._begun_here[next(iter(self._begun_here))]
-            self._begun_here[hash_of(token)] = session, datetime.now(UTC) + LONGEST
+            self._begun_here[hash_of(token)] = session, datetime.now(UTC) + MAX_SESSION_AGE
 
     async def find(self, token: str) -> Session | None:
         """Return a session that has neither ended nor expired."""

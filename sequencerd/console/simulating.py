@@ -13,8 +13,14 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from sequencerd.console.context import POLICY, PageContext, context_of, query_of, render
-from sequencerd.console.mail import FRAME
+from sequencerd.console.context import (
+    CONTENT_SECURITY_POLICY,
+    PageContext,
+    context_of,
+    query_of,
+    render,
+)
+from sequencerd.console.mail import FRAME_POLICY
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.graph import reach
@@ -36,10 +42,10 @@ from sequencerd.definitions.started import read_started
 from sequencerd.errors import UsageError
 from sequencerd.storage import connections
 
-MOST_ENTRIES = 500  # of a simulation, which takes turns with the engine
-MOST_CHANGES = 20
-LONGEST = timedelta(days=366 * 10)  # that is simulated
-KEPT = 4  # simulations, for the frames of their messages
+MAX_ENTRIES_SHOWN = 500  # of a simulation, which takes turns with the engine
+MAX_CHANGES = 20
+MAX_PERIOD = timedelta(days=366 * 10)  # that is simulated
+MAX_KEPT = 4  # simulations, for the frames of their messages
 
 COLUMNS = (
     Column("at", "When", "time"),
@@ -132,7 +138,7 @@ async def simulate(request: Request) -> Response:
         simulated=simulated,
         frames=at("/simulate/frame", **query.given),
     )
-    answer.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
     answer.headers["HX-Replace-Url"] = at("/simulate", **query.given)  # without empty fields
     return answer
 
@@ -160,9 +166,9 @@ def _types(definitions: Mapping[str, Sequence], name: str, query: Query) -> list
 def _rows(query: Query) -> list[int]:
     """Return the numbers of the fields for changes: those with a value, and two more."""
     filled = [
-        n for n in range(1, MOST_CHANGES + 1) if query.get(f"when.{n}") or query.get(f"set.{n}")
+        n for n in range(1, MAX_CHANGES + 1) if query.get(f"when.{n}") or query.get(f"set.{n}")
     ]
-    return list(range(1, min(max(filled, default=0) + 2, MOST_CHANGES) + 1))
+    return list(range(1, min(max(filled, default=0) + 2, MAX_CHANGES) + 1))
 
 
 def _shown(time: datetime) -> str:
@@ -214,7 +220,7 @@ def _until(text: str, start: datetime) -> datetime:
     until = read_time(text, "until")
     if until < start:
         raise UsageError("this is before the start")
-    if until - start > LONGEST:
+    if until - start > MAX_PERIOD:
         raise UsageError("at most ten years are simulated")
     return until
 
@@ -253,7 +259,7 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
     """Simulate according to the query. Raises UsageError."""
     asked = _read(context, query)
     present = context.simulator()
-    simulator = Simulator(present.definitions, present.runners, asked.outcomes, MOST_ENTRIES)
+    simulator = Simulator(present.definitions, present.runners, asked.outcomes, MAX_ENTRIES_SHOWN)
     known: Mapping[str, Any] = {}
     subject = None
     work: Callable[[], Simulation]
@@ -313,7 +319,7 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
     key = _key(context, given)
     context.simulated.pop(key, None)
     context.simulated[key] = simulated
-    for old in list(context.simulated)[:-KEPT]:
+    for old in list(context.simulated)[:-MAX_KEPT]:
         del context.simulated[old]
     return simulated
 
@@ -331,5 +337,5 @@ async def frame(request: Request) -> Response:
     text = rows[number]["details"].get("html") if number < len(rows) else None
     if text is None:
         raise NotFoundError("This message has no HTML.")
-    headers = {"Content-Security-Policy": FRAME, "X-Frame-Options": "SAMEORIGIN"}
+    headers = {"Content-Security-Policy": FRAME_POLICY, "X-Frame-Options": "SAMEORIGIN"}
     return HTMLResponse(text, headers=headers)

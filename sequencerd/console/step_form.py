@@ -18,7 +18,7 @@ from sequencerd.core.model import KeyPath
 from sequencerd.definitions import yaml_edit, yaml_reader
 from sequencerd.definitions.form_fields import UNITS, FormField, fields
 
-PREFIX = "config."
+FIELD_PREFIX = "config."
 """The prefix of the form's field names."""
 
 
@@ -59,10 +59,10 @@ def _form(
         base=base,
         fields=[
             {
-                "id": f"{PREFIX}{field.name}",
+                "id": f"{FIELD_PREFIX}{field.name}",
                 "label": ", ".join("HTML" if key == "html" else str(key) for key in field.path),
                 "kind": field.kind,
-                "value": given.get(f"{PREFIX}{field.name}", field.value),
+                "value": given.get(f"{FIELD_PREFIX}{field.name}", field.value),
                 "units": [*UNITS, *({field.value} - {*UNITS})],
                 "rows": min(24, str(field.value).count("\n") + 3),
             }
@@ -105,7 +105,7 @@ def _changed(form: Mapping[str, str], step: int, found: list[FormField]) -> dict
     """Return the values that a user has changed, by their paths in the document."""
     values: dict[KeyPath, Any] = {}
     for field in found:
-        given = form.get(f"{PREFIX}{field.name}")
+        given = form.get(f"{FIELD_PREFIX}{field.name}")
         if given is not None and (value := field.read(given.replace("\r\n", "\n"))) != field.value:
             values["steps", step, "config", *field.path] = value
     return values

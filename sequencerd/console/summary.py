@@ -26,33 +26,33 @@ from sequencerd.storage.connections import borrow, counting, read, reading
 from sequencerd.storage.database_errors import brief
 from sequencerd.storage.statements import QUERIES
 
-MOST = 1_000_000  # failed enrollments that are counted
-MOST_DUE = 100_000  # enrollments of a step that are due
-MOST_CAUSES = 50_000  # failed enrollments of which the cause is found
-NEXT = timedelta(days=1)  # ahead of which is shown what is checked
-MOST_NEXT = 100_000  # of a step
-MOST_PROBLEMS = 100  # of those that daemons report
-DAYS = 14
-RESTS = 9  # length of the pause after a count, as a multiple of its duration
-CHECKS_EVERY = 10.0  # seconds, at least
-SHORTEST = 1.0  # seconds between counts
-AFTER_ERROR = 2.0
-TIMEOUT = 60.0  # of a statement
-ATTENTION = 30.0  # seconds for which counting continues after the last view
-PATIENCE = 0.05  # seconds for which a page waits for the first counts, or those after a long pause
-OLD = timedelta(seconds=5)
+MAX_FAILED = 1_000_000  # failed enrollments that are counted
+MAX_DUE = 100_000  # enrollments of a step that are due
+MAX_CAUSES = 50_000  # failed enrollments of which the cause is found
+COMING_PERIOD = timedelta(days=1)  # ahead of which is shown what is checked
+MAX_COMING = 100_000  # of a step
+MAX_PROBLEMS = 100  # of those that daemons report
+HISTORY_DAYS = 14
+PAUSE_FACTOR = 9  # length of the pause after a count, as a multiple of its duration
+CHECK_INTERVAL = 10.0  # seconds, at least
+MIN_PAUSE = 1.0  # seconds between counts
+ERROR_PAUSE = 2.0  # seconds
+STATEMENT_TIMEOUT = 60.0  # seconds
+COUNTED_AFTER_VIEW = 30.0  # seconds for which counting continues after the last view
+PAGE_WAIT = 0.05  # seconds for which a page waits for the first counts, or those after a long pause
+MAX_AGE = timedelta(seconds=5)
 
-LATE = timedelta(seconds=10)
+COMMIT_DELAY = timedelta(seconds=10)
 """Events are not committed in the order of their times: the latest are not counted yet."""
 
-MOST_RECENT = timedelta(hours=2)
+UNCOUNTED_HISTORY = timedelta(hours=2)
 """The part of the history that is read if no daemon counts it by hour."""
 
-MIN = datetime(1900, 1, 1, tzinfo=UTC)
-SAMPLE = 5000  # events that are read in each round
-STAYS = 500  # of a step that are kept
+FIRST_TIME = datetime(1900, 1, 1, tzinfo=UTC)
+EVENTS_PER_ROUND = 5000  # events that are read in each round
+MAX_STAYS = 500  # of a step that are kept
 
-LOST = "lost"
+UNREADABLE_VERSION = "lost"
 """The version of a topic that cannot be read: pages then request it and get the error."""
 
 SummaryRow = Mapping[str, Any]
@@ -86,7 +86,7 @@ class Counts:
     def days(self) -> list[date]:
         """The days of the flow, the last is today."""
         today = self.at.astimezone(UTC).date()
-        return [today - timedelta(days=n) for n in reversed(range(DAYS))]
+        return [today - timedelta(days=n) for n in reversed(range(HISTORY_DAYS))]
 
 
 class Summary:
@@ -103,7 +103,9 @@ class Summary:
         self._wanted = asyncio.Event()
         self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._flow: defaultdict[tuple[str, str, str], Counter[date]] = defaultdict(Counter)
-        self._stays: defaultdict[StepKey, deque[float]] = defaultdict(lambda: deque(maxlen=STAYS))
+        self._stays: defaultdict[StepKey, deque[float]] = defaultdict(
+            lambda: deque(maxlen=MAX_STAYS)
+        )
         self._counted_to: datetime | None = None
         self._known_since: date | None = None
         self._findings: list[Diagnosis] = []
@@ -118,7 +120,7 @@ class Summary:
     def version(self) -> str:
         """Return a version that changes with the counts, and when they can no longer be read."""
         if self._error is not None:
-            return LOST
+            return UNREADABLE_VERSION
         return self._counts.at.isoformat() if self._counts else ""
 
     def look(self) -> None:
@@ -126,14 +128,14 @@ class Summary:
         self._looked = time.monotonic()
         self._wanted.set()
 
-    async def get(self, first: float = PATIENCE) -> Counts | None:
+    async def get(self, first: float = PAGE_WAIT) -> Counts | None:
         """Return the latest counts; None if there are none after so many seconds. Raises what keeps
         them from being made.
         """
         was_idle = not self._wanted.is_set()
         self.look()
-        if self._counts is None or (was_idle and datetime.now(UTC) - self._counts.at > OLD):
-            patience = first if self._counts is None else PATIENCE
+        if self._counts is None or (was_idle and datetime.now(UTC) - self._counts.at > MAX_AGE):
+            patience = first if self._counts is None else PAGE_WAIT
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._next), patience)
         if self._error is not None:
@@ -144,7 +146,7 @@ class Summary:
         """Count until cancelled."""
         while True:
             await self._wanted.wait()
-            if time.monotonic() - self._looked > ATTENTION:
+            if time.monotonic() - self._looked > COUNTED_AFTER_VIEW:
                 self._wanted.clear()
                 continue
             begun, self._details_took = time.monotonic(), 0.0
@@ -163,14 +165,14 @@ class Summary:
             done.set_result(None)
             self.changed()
             took = time.monotonic() - begun - self._details_took
-            await asyncio.sleep(max(AFTER_ERROR if failed else SHORTEST, RESTS * took))
+            await asyncio.sleep(max(ERROR_PAUSE if failed else MIN_PAUSE, PAUSE_FACTOR * took))
 
     async def _count(self) -> Counts:
         (clock,) = await read(self._pool, "server_time")
         now = clock["clock_timestamp"]
         sequences = await read(self._pool, "console_sequences")
-        steps = await self._read("console_steps", now, MOST_DUE)
-        failed = await self._read("console_failed", MOST)
+        steps = await self._read("console_steps", now, MAX_DUE)
+        failed = await self._read("console_failed", MAX_FAILED)
         await self._renew_kept(now)
         counted = self._kept.get("console_active")
         active = {(row["sequence"], row["step"]): row["active"] for row in counted or ()}
@@ -179,7 +181,7 @@ class Summary:
             {**step, "active": active.get((step["sequence"], step["step"]), unknown)}
             for step in steps
         ]
-        problems = await read(self._pool, "reported_problems", None, MOST_PROBLEMS)
+        problems = await read(self._pool, "reported_problems", None, MAX_PROBLEMS)
         if self._counts is not None:  # the first page waits for it
             await self._count_flow(now)
         await self._examine()
@@ -208,7 +210,7 @@ class Summary:
         async with borrow(self._pool) as acquired, counting(acquired) as connection:
             await connection.execute(QUERIES["without_parallel_workers"])
             rows: list[SummaryRow] = await connection.fetch(
-                QUERIES[query], *arguments, timeout=TIMEOUT
+                QUERIES[query], *arguments, timeout=STATEMENT_TIMEOUT
             )
             return rows
 
@@ -221,8 +223,8 @@ class Summary:
             return
         for query, arguments in (
             ("console_active", ()),
-            ("console_causes", (MOST_CAUSES,)),
-            ("console_next", (_tens(now), now + NEXT, MOST_NEXT)),
+            ("console_causes", (MAX_CAUSES,)),
+            ("console_next", (_tens(now), now + COMING_PERIOD, MAX_COMING)),
         ):
             try:
                 self._kept[query] = await self._read(query, *arguments)
@@ -233,15 +235,15 @@ class Summary:
         await self._read_recent(now)
         took = time.monotonic() - begun
         self._details_took += took
-        self._kept_due = time.monotonic() + RESTS * took
+        self._kept_due = time.monotonic() + PAUSE_FACTOR * took
 
     async def _read_recent(self, now: datetime) -> None:
         """Count the events that the daemon has not counted by hour."""
         (found,) = await read(self._pool, "console_activity_until")
         until = found["counted_until"]
-        since = max(_tens(now).replace(minute=0) - MOST_RECENT, until or MIN)
+        since = max(_tens(now).replace(minute=0) - UNCOUNTED_HISTORY, until or FIRST_TIME)
         try:
-            rows = await self._read("console_activity_recent", since, now + NEXT)
+            rows = await self._read("console_activity_recent", since, now + COMING_PERIOD)
         except (TimeoutError, asyncpg.QueryCanceledError) as error:
             self._log.warning("the console can't count recent events", error=brief(error))
         else:
@@ -259,17 +261,17 @@ class Summary:
         self._findings = findings
         took = time.monotonic() - begun
         self._details_took += took
-        self._checks_due = time.monotonic() + max(CHECKS_EVERY, RESTS * took)
+        self._checks_due = time.monotonic() + max(CHECK_INTERVAL, PAUSE_FACTOR * took)
 
     async def _count_flow(self, now: datetime) -> None:
         """Count what has happened since the last time, and one more day of the past."""
-        until = now - LATE
+        until = now - COMMIT_DELAY
         today = until.astimezone(UTC).date()
-        if self._counted_to is None or until - self._counted_to > _days(DAYS):
+        if self._counted_to is None or until - self._counted_to > _days(HISTORY_DAYS):
             self._flow.clear()
             self._counted_to = _midnight(today)
             self._known_since = today
-            self._past = [today - _days(n) for n in range(DAYS - 1, 0, -1)]
+            self._past = [today - _days(n) for n in range(HISTORY_DAYS - 1, 0, -1)]
         elif self._past:
             day = self._past.pop()
             try:
@@ -280,15 +282,15 @@ class Summary:
         if until > self._counted_to:
             await self._add_flow(self._counted_to, until)
             self._counted_to = until
-        first = today - _days(DAYS - 1)
+        first = today - _days(HISTORY_DAYS - 1)
         for days in self._flow.values():
             for day in [day for day in days if day < first]:
                 del days[day]
 
     async def _add_flow(self, since: datetime, until: datetime) -> None:
         rows = await self._read("console_flow", since, until)
-        every = 1 + sum(row["times"] for row in rows) // SAMPLE
-        stays = await self._read("console_stays", since, until, every, SAMPLE)
+        every = 1 + sum(row["times"] for row in rows) // EVENTS_PER_ROUND
+        stays = await self._read("console_stays", since, until, every, EVENTS_PER_ROUND)
         for row in rows:
             self._flow[row["sequence"], row["step"], row["action"]][row["day"]] += row["times"]
         for row in stays:

@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 from sequencerd.console.auth import Visitor
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render, say
-from sequencerd.console.mask import HIDDEN, MaskedRow
+from sequencerd.console.mask import MASKED_VALUE, MaskedRow
 from sequencerd.console.merging import alike, in_all, not_in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
@@ -31,8 +31,8 @@ BY_HAND = ("application", "console")
 SOURCES = (*BY_HAND, "refused", "bounce", "complaint", "stop", "unsubscribe")
 FILTERS = ("channel", "address", "topic", "source")
 KEY = ("channel", "address", "topic")
-MOST_SCANNED = 20_000  # entries that a page searches
-MASKED = "Addresses are masked, so they are not searched"
+MAX_SCANNED = 20_000  # entries that a page searches
+MASKED_REMARK = "Addresses are masked, so they are not searched"
 
 _CHANNEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _TOPIC = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
@@ -67,7 +67,7 @@ async def page(request: Request) -> Response:
         given={name: query.get(name) or "" for name in FILTERS},
         found=found.table,
         is_cut=found.is_cut,
-        most=MOST_SCANNED,
+        most=MAX_SCANNED,
         channels=await _channels(context),
         sources=SOURCES,
         is_masked=context.is_masked,
@@ -86,7 +86,7 @@ async def read(context: PageContext, visitor: Visitor, query: Query) -> Suppress
     is_masked = context.is_masked  # if any path is masked, the value there may be an address
     is_linked = not is_masked and context.settings.write and visitor.may("operator")
     if is_masked and query.get("address"):
-        raise WrongQueryError(MASKED)
+        raise WrongQueryError(MASKED_REMARK)
     channel, given = query.get("channel"), query.get("address") or ""
     channels = [channel] if channel else await _channels(context)
     prefixes = [normalise(given) if one in ("email", "sms") else given.strip() for one in channels]
@@ -103,7 +103,7 @@ async def read(context: PageContext, visitor: Visitor, query: Query) -> Suppress
             query.get("source"),
             after,
             query.rows + 1,
-            MOST_SCANNED,
+            MAX_SCANNED,
         )
 
     entries: dict[tuple[str, ...], asyncpg.Record] = {}  # all shards should have the same
@@ -141,7 +141,7 @@ def _shown(context: PageContext, row: Mapping[str, Any], *, is_masked: bool) -> 
     shown = context.mask({"message": row["reason"]})
     entry = {**row, "reason": shown["message"]}
     if is_masked:
-        return {**entry, "address": HIDDEN}
+        return {**entry, "address": MASKED_VALUE}
     return {**entry, "url": at("/suppression", **{name: row[name] for name in KEY})}
 
 

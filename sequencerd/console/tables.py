@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from sequencerd.core.describe import plain, text
 
-ROOT = "/console"
+ROOT_PATH = "/console"
 
 place: ContextVar[str] = ContextVar("place", default="")
 """The path of one shard's pages, below ROOT."""
@@ -81,7 +81,7 @@ def at(path: str, **query: object) -> str:
     """Return the URL of a page; None values are omitted."""
     given = {key: value for key, value in query.items() if value is not None}
     query_string = f"?{urlencode(given, errors='replace')}" if given else ""
-    return ROOT + quote(place.get() + path) + query_string
+    return ROOT_PATH + quote(place.get() + path) + query_string
 
 
 _OF_SHARD = "/shards/"

@@ -12,10 +12,10 @@ from typing import Any
 import asyncpg
 
 from sequencerd.console.causes import causes
-from sequencerd.console.lists import COLUMNS, USUAL, EnrollmentPage
+from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
 from sequencerd.console.mask import MaskedRow, MaskRow
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import MOST_DUE, Counts
+from sequencerd.console.summary import MAX_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
@@ -25,13 +25,13 @@ from sequencerd.service.diagnosis import EMAIL_INDEX, EMAILS_SEARCHED
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
-FURTHEST = 5000  # rows that a page may begin after
-NOT_ALL = (
+MAX_OFFSET = 5000  # rows that a page may begin after
+NOT_ALL_SEARCHED = (
     f"Addresses were searched in the latest {EMAILS_SEARCHED:,} enrollments only, so others may"
     " have this one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
 )
 LAST_CHARACTER = "\U0010ffff"
-FIRST = datetime(1900, 1, 1, tzinfo=UTC)
+FIRST_TIME = datetime(1900, 1, 1, tzinfo=UTC)
 
 
 # --- counts
@@ -90,7 +90,7 @@ def _sum_known(numbers: Iterable[int | None]) -> int | None:
 
 def _is_capped(step: Mapping[str, Any]) -> bool:
     """Return whether more enrollments of a step may be due than were counted."""
-    return bool(step["soon"] + step["overdue"] >= MOST_DUE)
+    return bool(step["soon"] + step["overdue"] >= MAX_DUE)
 
 
 def steps(counts: Counts, query: Query) -> Table:
@@ -236,9 +236,9 @@ def health(counts: Counts, query: Query, mask: MaskRow) -> Table:
 
 async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
     """Return the enrollments at a step, by wake time."""
-    since, skip = query.time("from", FIRST), query.number("skip", 0)
-    if skip > FURTHEST:
-        raise WrongQueryError(f"a page cannot start after more than {FURTHEST:,} rows")
+    since, skip = query.time("from", FIRST_TIME), query.number("skip", 0)
+    if skip > MAX_OFFSET:
+        raise WrongQueryError(f"a page cannot start after more than {MAX_OFFSET:,} rows")
     found = await connections.read(
         pool,
         "console_waiting",
@@ -254,7 +254,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
         last = rows[-1]["wake_at"]
         same = sum(row["wake_at"] == last for row in rows)
         skip = same + skip if last == since else same
-        if skip <= FURTHEST:
+        if skip <= MAX_OFFSET:
             more = {**query.given, "from": str(plain(last)), "skip": str(skip)}
     columns = (
         Column("id", "Enrollment", link="url"),
@@ -339,7 +339,7 @@ async def search(
         rows += following
     unique = {row["id"]: row for row in rows}
     shown = [_linked(mask(row)) for row in list(unique.values())[: query.rows]]
-    columns = [COLUMNS[name] for name in USUAL]
+    columns = [COLUMNS[name] for name in DEFAULT_COLUMNS]
     return EnrollmentPage(Table("search", columns, shown, query.given, more, remark=remark), advice)
 
 
@@ -357,7 +357,7 @@ async def by_text(
     if "data.email" in masked:
         return rows, "Addresses are masked, so data.email is not searched.", None
     found, is_whole = await _by_email(pool, wanted, limit)
-    return rows + found, *((None, None) if is_whole else (NOT_ALL, EMAIL_INDEX))
+    return rows + found, *((None, None) if is_whole else (NOT_ALL_SEARCHED, EMAIL_INDEX))
 
 
 async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asyncpg.Record]:

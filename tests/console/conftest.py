@@ -37,7 +37,7 @@ DAY = '{"amount": 1, "unit": "day"}'
 @pytest.fixture(autouse=True)
 def counting_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second count of a page come soon: some figures are not in the first."""
-    monkeypatch.setattr(summary, "SHORTEST", 0.05)
+    monkeypatch.setattr(summary, "MIN_PAUSE", 0.05)
 
 
 @asynccontextmanager

@@ -117,7 +117,7 @@ async def test_a_session_ends_with_the_logout(
 async def test_a_copied_cookie_ends_with_the_session_at_all_daemons(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "QUIET", 0.1)
+    monkeypatch.setattr(live, "KEEPALIVE_INTERVAL", 0.1)
     async with (
         console(database, password_hash=HASH) as client,
         console(database, password_hash=HASH) as other,
@@ -150,12 +150,15 @@ async def test_passwords_are_not_guessed(
     now = 1000.0
     monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: now))
     async with console(database, password_hash=HASH) as client:
-        statuses = [(await log_in(client, f"wrong {n}")).status_code for n in range(auth.ATTEMPTS)]
-        assert statuses == [403] * auth.ATTEMPTS
+        statuses = [
+            (await log_in(client, f"wrong {n}")).status_code
+            for n in range(auth.MAX_WRONG_PASSWORDS)
+        ]
+        assert statuses == [403] * auth.MAX_WRONG_PASSWORDS
         refused = await log_in(client)  # the right one, and too late
         assert refused.status_code == 429
-        assert refused.headers["retry-after"] == str(int(auth.PERIOD) + 1)
-        now += auth.PERIOD + 1
+        assert refused.headers["retry-after"] == str(int(auth.WRONG_PASSWORDS_PERIOD) + 1)
+        now += auth.WRONG_PASSWORDS_PERIOD + 1
         assert (await log_in(client)).status_code == 303
 
 
@@ -185,7 +188,7 @@ async def test_a_limit_holds_for_each_client_of_the_proxy(
 ) -> None:
     async with console(database, trusted_proxy=["127.0.0.1"], password_hash=HASH) as client:
         client.headers["X-Forwarded-For"] = "198.51.100.1, 2001:db8::1"
-        for _ in range(auth.ATTEMPTS):
+        for _ in range(auth.MAX_WRONG_PASSWORDS):
             assert (await log_in(client, "wrong")).status_code == 403
         client.headers["X-Forwarded-For"] = "2001:db8::2"  # of the same network
         assert (await log_in(client)).status_code == 429

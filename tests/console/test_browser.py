@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from sequencerd.console import live
-from sequencerd.console.summary import DAYS
+from sequencerd.console.summary import HISTORY_DAYS
 from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
 from sequencerd.passwords import make_hash
@@ -62,7 +62,7 @@ playwright = pytest.importorskip(
 
 @pytest.fixture(autouse=True)
 def _in_short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "INTERVAL", 0.1)
+    monkeypatch.setattr(live, "POLL_INTERVAL", 0.1)
 
 
 @pytest.fixture
@@ -672,7 +672,7 @@ async def test_screenshots(
 
 
 def first_day() -> date:
-    return datetime.now(UTC).date() - timedelta(days=DAYS - 1)
+    return datetime.now(UTC).date() - timedelta(days=HISTORY_DAYS - 1)
 
 
 WIDE = {"width": 1200, "height": 780}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from sequencerd.console.mask import HIDDEN, hide_data, restore_data
+from sequencerd.console.mask import MASKED_VALUE, hide_data, restore_data
 from sequencerd.errors import UsageError
 from tests.console.conftest import BEGUN, Mended, console, people, token
 from tests.console.test_editing import text_of
@@ -80,14 +80,14 @@ def test_what_is_masked_cannot_be_moved() -> None:
     paths = ("data.email", "data.contacts.phone")
     original = {"email": "a@b", "contacts": [{"phone": "1"}, {"phone": "2"}], "n": 1}
     hidden = hide_data(original, paths)
-    assert hidden["email"] == HIDDEN
+    assert hidden["email"] == MASKED_VALUE
     assert original["email"] == "a@b"
     assert restore_data(hidden, original, paths) == original
     assert restore_data({**hidden, "email": "c@d"}, original, paths)["email"] == "c@d"
     assert "email" not in restore_data({"n": 2}, original, paths)
     for edited in (
-        {**hidden, "n": HIDDEN},
-        {**hidden, "other": HIDDEN},
+        {**hidden, "n": MASKED_VALUE},
+        {**hidden, "other": MASKED_VALUE},
         {**hidden, "contacts": hidden["contacts"][1:]},
     ):
         with pytest.raises(UsageError, match="masked"):

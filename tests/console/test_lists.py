@@ -227,8 +227,8 @@ async def test_filters_combine(
         text = (await client.get("/tables/search.csv?where=n=3&columns=data.n")).text
         assert text.splitlines()[0] == '"id","data.n"'
         # what no index serves is searched a part at a time, and the page leads on
-        monkeypatch.setattr(lists, "BUDGET", 0)
-        monkeypatch.setattr(lists, "FIRST_WINDOW", 4)
+        monkeypatch.setattr(lists, "SEARCH_SECONDS", 0)
+        monkeypatch.setattr(lists, "FIRST_SEARCHED", 4)
         page = await client.get("/search?where=data.n+%3D+1")
         assert "Searched down to enrollment" in page.text
         assert "No matching" not in page.text
@@ -262,7 +262,7 @@ async def test_columns_are_ticked_and_kept_in_the_address(
         assert lines[0] == '"id","subject","entered_at","data.plan","data.n"'
         assert len(lines) == 6
         # the usual columns are not in the address, and do not turn a search into a list
-        usual = "&".join(f"columns={name}" for name in lists.USUAL[1:])
+        usual = "&".join(f"columns={name}" for name in lists.DEFAULT_COLUMNS[1:])
         page = await client.get(f"/search?q=w3&{usual}&columns=")
         assert page.headers["hx-replace-url"] == "/console/search?q=w3"
         assert "w3" in check(page)

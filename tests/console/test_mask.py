@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.console.mask import HIDDEN, make_mask
+from sequencerd.console.mask import MASKED_VALUE, make_mask
 from sequencerd.errors import SettingsError
 from sequencerd.settings import load
 
@@ -17,27 +17,38 @@ ITEMS = [{"email": "ada@x.example", "ok": 1}, {"email": ["bob@x.example"]}, "ema
 @pytest.mark.parametrize(
     ("path", "data", "shown"),
     [
-        ("data.email", {"email": "ada@x.example"}, {"email": HIDDEN}),
+        ("data.email", {"email": "ada@x.example"}, {"email": MASKED_VALUE}),
         (
             "data.contacts.email",
             {"contacts": ITEMS},
-            {"contacts": [{"email": HIDDEN, "ok": 1}, {"email": HIDDEN}, "email", None]},
+            {
+                "contacts": [
+                    {"email": MASKED_VALUE, "ok": 1},
+                    {"email": MASKED_VALUE},
+                    "email",
+                    None,
+                ]
+            },
         ),
         (
             "data.contacts.0.email",
             {"contacts": ITEMS},
-            {"contacts": [{"email": HIDDEN, "ok": 1}, *ITEMS[1:]]},
+            {"contacts": [{"email": MASKED_VALUE, "ok": 1}, *ITEMS[1:]]},
         ),
-        ("data.contacts.1", {"contacts": ["a", "bob", "c"]}, {"contacts": ["a", HIDDEN, "c"]}),
+        (
+            "data.contacts.1",
+            {"contacts": ["a", "bob", "c"]},
+            {"contacts": ["a", MASKED_VALUE, "c"]},
+        ),
         ("data.contacts.7", {"contacts": ["a", "b"]}, {"contacts": ["a", "b"]}),
         (
             "data.a.b",
             {"a": [[{"b": 1}], [[{"b": 2}]]]},
-            {"a": [[{"b": HIDDEN}], [[{"b": HIDDEN}]]]},
+            {"a": [[{"b": MASKED_VALUE}], [[{"b": MASKED_VALUE}]]]},
         ),
-        ("data.a.0", {"a": [{"0": "x"}, {"0": "y"}]}, {"a": [HIDDEN, {"0": HIDDEN}]}),
+        ("data.a.0", {"a": [{"0": "x"}, {"0": "y"}]}, {"a": [MASKED_VALUE, {"0": MASKED_VALUE}]}),
         ("data.a.b", {"a": "text"}, {"a": "text"}),
-        ("data.0", {"0": "x"}, {"0": HIDDEN}),
+        ("data.0", {"0": "x"}, {"0": MASKED_VALUE}),
     ],
 )
 def test_a_path_leads_through_lists(path: str, data: Any, shown: Any) -> None:
@@ -48,7 +59,7 @@ def test_what_is_in_a_list_is_hidden_in_texts_too() -> None:
     mask = make_mask(["data.people.name"])
     data = json.dumps({"people": [{"name": "Ada"}, {"name": "Bob Jones"}]})
     row = mask({"data": data, "message": "Bob Jones and Ada"})
-    assert row["message"] == f"{HIDDEN} and {HIDDEN}"
+    assert row["message"] == f"{MASKED_VALUE} and {MASKED_VALUE}"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from sequencerd.console import html, summary, views
-from sequencerd.console.live import INTERVAL
+from sequencerd.console.live import POLL_INTERVAL
 from sequencerd.console.pages import FILES
 from sequencerd.console.tables import Column, Table, as_csv
 from sequencerd.storage import connections
@@ -177,7 +177,7 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
                     break
                 await asyncio.sleep(0.1)
         assert (row["active"], row["failed"], row["overdue"], row["soon"]) == (2, 1, 0, 0)
-        assert len(row["completed"]) == summary.DAYS
+        assert len(row["completed"]) == summary.HISTORY_DAYS
         wait, note = await counted(client, "steps", sequence="s")
         assert (wait["step"], wait["active"], wait["next"]) == ("wait", 2, 5)
         assert wait["median_stay"] == 2 * 3600
@@ -272,7 +272,7 @@ async def test_problems_are_told_by_what_they_are(
 async def test_counts_have_an_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "MOST_DUE", 3)
+    monkeypatch.setattr(summary, "MAX_DUE", 3)
     monkeypatch.setattr(views, "MOST_DUE", 3)
     hour = '{"amount": 30, "unit": "minutes"}'
     await define(connection, "s", ("a", "WaitForDuration", hour, "b"), ("b", "Note", "{}", None))
@@ -331,7 +331,7 @@ async def test_a_count_that_takes_too_long_keeps_the_last_one(
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * hours)
     monkeypatch.setattr(summary, "time", clock)
-    monkeypatch.setattr(summary, "SHORTEST", 0.01)
+    monkeypatch.setattr(summary, "MIN_PAUSE", 0.01)
     monkeypatch.setattr(summary.Summary, "_read", late)
     async with console(database) as client:
         (row,) = await counted(client, "overview")
@@ -600,7 +600,7 @@ async def test_many_viewers_cost_one_query(
         took = asyncio.get_running_loop().time() - begun
         for stream in streams:
             await stream.aclose()
-    assert len(asked) <= took / INTERVAL + 2
+    assert len(asked) <= took / POLL_INTERVAL + 2
     assert set(asked) == {"console_versions"}
 
 
@@ -626,7 +626,7 @@ async def test_a_simulation_that_goes_round_is_given_up(
 async def test_a_console_without_viewers_costs_nothing(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "ATTENTION", 0.5)
+    monkeypatch.setattr(summary, "COUNTED_AFTER_VIEW", 0.5)
     await people(connection)
     latest = (
         "SELECT max(query_start) FROM pg_stat_activity WHERE datname = current_database()"

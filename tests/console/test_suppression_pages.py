@@ -68,7 +68,7 @@ async def test_the_list_is_filtered_and_paged(
         every = await addresses(client)
         assert len(every) == 5
         for most in (20_000, 2):
-            monkeypatch.setattr(suppressing, "MOST_SCANNED", most)
+            monkeypatch.setattr(suppressing, "MAX_SCANNED", most)
             path, seen = "/tables/suppressions.json?limit=2", []
             while path:
                 answer = (await client.get(path.removeprefix("/console"))).json()

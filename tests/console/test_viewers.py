@@ -12,7 +12,7 @@ import asyncpg
 import httpx
 import pytest
 
-from sequencerd.console.mask import HIDDEN, make_mask
+from sequencerd.console.mask import MASKED_VALUE, make_mask
 from sequencerd.core.model import Failed, Result, Task
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Runner
@@ -219,7 +219,7 @@ async def test_nothing_personal_reaches_a_viewer(
         ):
             page = await operator.get(path)
             assert page.status_code == 200, path
-            assert HIDDEN not in page.text, path
+            assert MASKED_VALUE not in page.text, path
             assert "zuse" in page.text.lower(), path
         # nor does a search find what is masked
         for path in (
@@ -280,7 +280,7 @@ def test_however_it_is_written(text: str) -> None:
     known = {"name": "Konrad O'Zuse", "email": "konrad.zuse@example.com"}
     mask = make_mask(["data.name", "data.email"])
     shown = mask({"message": f"at 2030-01-31 09:00:00 to {text} done", "known": known})["message"]
-    assert HIDDEN in shown
+    assert MASKED_VALUE in shown
     assert not any(secret in shown.lower() for secret in (*SECRETS, "abc-_x"))
     assert shown.startswith("at 2030-01-31 09:00:00 to ")
     assert shown.endswith(" done")
