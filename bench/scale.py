@@ -236,7 +236,7 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     connection = await asyncpg.connect(url)
     begun, number = loop.time(), 0
-    start: Sequence[object] = cleanup.FIRST
+    start: Sequence[object] = cleanup.FIRST_START
     size = arguments.rate // 50
     while (passed := loop.time() - begun) < arguments.minutes * 60:
         if number * size > passed * arguments.rate:

@@ -51,11 +51,11 @@ from sequencerd.storage.suppressions import read_suppressed
 CLOSE_TIMEOUT = 5.0  # seconds
 AWAY_INTERVAL = 2.0  # seconds between attempts to reach a shard that is unavailable
 PROMOTION_INTERVAL = 1.0  # seconds between checks of a standby
-DESCRIPTORS = 65_536
+MAX_DESCRIPTORS = 65_536
 RATES_CONNECTIONS = 4  # for rates, if a runner has one: a locked row delays nothing else
 ENROLLING_CONNECTIONS = 4  # one for the retention lock, and for users' queries, which may be slow
 
-FIXED = ("database", "engine", "http", "console")
+RESTART_SECTIONS = ("database", "engine", "http", "console")
 """Sections of the settings that take effect only at a restart."""
 
 
@@ -71,7 +71,7 @@ def tune_collector() -> None:
 def raise_descriptor_limit() -> None:
     """Allow this process to open as many files as the system permits, within reason."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):  # a sandbox may forbid it
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -681,9 +681,9 @@ class _Daemon:
         SettingsError.
         """
         old, new = self.parts.settings, self._read()
-        if fixed := old.differences(new, *FIXED):
+        if fixed := old.differences(new, *RESTART_SECTIONS):
             self._log.warning("changed settings require a restart", settings=fixed)
-        return new.model_copy(update={name: getattr(old, name) for name in FIXED})
+        return new.model_copy(update={name: getattr(old, name) for name in RESTART_SECTIONS})
 
     async def _close_when(
         self, drained: Awaitable[object], old: ReloadableParts, new: ReloadableParts

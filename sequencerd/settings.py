@@ -38,10 +38,10 @@ from sequencerd import passwords
 from sequencerd.core.config import faults
 from sequencerd.core.model import (
     CALL_LIMITS,
+    DEFAULT_RETRY,
     LOOKUP_LIMITS,
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
-    RETRY,
     Limits,
     RetryPolicy,
 )
@@ -218,10 +218,10 @@ class EngineSettings(Section):
 class RetrySettings(Section):
     """How often and how soon failures are retried unless the step says otherwise; in seconds."""
 
-    attempts: int | None = Field(default=RETRY.attempts, ge=1, le=1000)
-    first_delay: float = Field(default=RETRY.first_delay, ge=0, le=86400)
-    longest_delay: float = Field(default=RETRY.longest_delay, ge=0, le=30 * 86400)
-    give_up_after: float | None = Field(default=RETRY.give_up_after, ge=1, le=365 * 86400)
+    attempts: int | None = Field(default=DEFAULT_RETRY.attempts, ge=1, le=1000)
+    first_delay: float = Field(default=DEFAULT_RETRY.first_delay, ge=0, le=86400)
+    longest_delay: float = Field(default=DEFAULT_RETRY.longest_delay, ge=0, le=30 * 86400)
+    give_up_after: float | None = Field(default=DEFAULT_RETRY.give_up_after, ge=1, le=365 * 86400)
 
     @property
     def retry(self) -> RetryPolicy:
@@ -750,11 +750,11 @@ def _without_files(value: object, *path: str) -> object:
     if set(value) == {"file"}:
         if path[0] == "shards":
             return f"postgresql:///{path[1]}"
-        return _MEANINGLESS.get((path[0], path[-1]), "c2VjcmV0")
+        return _PLACEHOLDERS.get((path[0], path[-1]), "c2VjcmV0")
     return {key: _without_files(part, *path, key) for key, part in value.items()}
 
 
-_MEANINGLESS: Mapping[tuple[str, str], str] = {
+_PLACEHOLDERS: Mapping[tuple[str, str], str] = {
     ("database", "url"): "postgresql:///",
     ("database", "listen_url"): "postgresql:///",
     ("email", "url"): "smtp://user@localhost",

@@ -25,7 +25,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from sequencerd.core.model import RETRY, Limits, Result, Task
+from sequencerd.core.model import DEFAULT_RETRY, Limits, Result, Task
 from sequencerd.definitions import files
 from sequencerd.definitions.simulate import Simulation, TimelineEntry
 from sequencerd.definitions.simulator import Outcome, Simulator
@@ -76,7 +76,7 @@ class _Stub:
     """Stands in for a runner of which only the outcome is known."""
 
     limits = Limits()
-    retry = RETRY
+    retry = DEFAULT_RETRY
 
     def compile(self, config: Mapping[str, Any]) -> object:
         return config

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 from sequencerd import daemon as composition
 from sequencerd.core.routing import shard_of
 from sequencerd.errors import SettingsError
-from sequencerd.service.health import BLOCKED, Health
+from sequencerd.service.health import MAX_BLOCKED, Health
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import Settings, ShardSettings, load
 from sequencerd.storage import connections
@@ -267,7 +267,7 @@ def test_a_stuck_engine_starves_the_watchdog_and_one_that_is_away_does_not(
         served.daemon = cast("composition._Daemon", SimpleNamespace(health=health, status=str))
     a.turned()
     assert fed == ["WATCHDOG=1"]
-    now = time.monotonic() + BLOCKED
+    now = time.monotonic() + MAX_BLOCKED
     monkeypatch.setattr(time, "monotonic", lambda: now)
     a.turned()
     assert fed == ["WATCHDOG=1"]

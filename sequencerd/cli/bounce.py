@@ -20,7 +20,7 @@ from sequencerd.storage import suppressions
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask, ask_all
 
-AGAIN = "the mail server should try again"
+MAIL_SERVER_RETRIES = "the mail server should try again"
 
 
 @on_shards
@@ -53,11 +53,11 @@ async def bounce_command(
             await connection.close()
 
     if found:
-        await ask_all(explain(arguments), shards, suppress, otherwise=AGAIN)
+        await ask_all(explain(arguments), shards, suppress, otherwise=MAIL_SERVER_RETRIES)
     for one in found:
         say(f"suppressed {one.address}: {one.reason}")
     if not found and answers.missing:
-        raise ShardsError("\n".join([*answers.lines(), AGAIN]))
+        raise ShardsError("\n".join([*answers.lines(), MAIL_SERVER_RETRIES]))
     if not found:
         say("ignored: according to the history, no message was sent to the address that it reports")
     return 0

@@ -31,11 +31,12 @@ from sequencerd.storage.change_of_shards import Words, changing
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask
 
-IMPORT_AGAIN = (
+REPEAT_IMPORT = (
     "repeat the command when all shards can be reached: it imports what is missing, and nothing "
     "twice"
 )
-CHANGES = 2  # the exit code of `plan --detailed-exitcode` for changes, as in other tools
+EXIT_CODE_OF_CHANGES = 2
+"""The exit code of `plan --detailed-exitcode` for changes, as in other tools."""
 
 
 def _moves(arguments: argparse.Namespace) -> dict[str, str]:
@@ -73,7 +74,7 @@ async def plan_command(
     code = tell(answers)
     if made.refused:
         raise PlanError("\n".join(made.refused))
-    return code or (CHANGES if made and arguments.detailed_exitcode else 0)
+    return code or (EXIT_CODE_OF_CHANGES if made and arguments.detailed_exitcode else 0)
 
 
 @on_shards
@@ -219,7 +220,7 @@ async def import_command(
         is_done = arguments.apply and not found.questions
         if is_done:
             await place.leave_ids(change)
-            await change.commit(Words("the import", IMPORT_AGAIN), warn)
+            await change.commit(Words("the import", REPEAT_IMPORT), warn)
     if arguments.json:
         say_json(found.as_dict())
     else:

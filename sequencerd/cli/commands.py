@@ -42,7 +42,8 @@ from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
 
-PATIENCE = 60.0  # seconds that a reading command waits for a statement on one of several shards
+STATEMENT_TIMEOUT = 60.0
+"""Seconds that a reading command waits for a statement on one of several shards."""
 
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does the work of a command and returns the exit code: 0 done, 1 failed."""
@@ -186,7 +187,9 @@ async def _explained(
         case asyncpg.PostgresError():
             return DatabaseError(f"the database rejected the command: {with_hint(error)}")
         case TimeoutError() | asyncpg.InterfaceError(__context__=TimeoutError()):
-            return DatabaseError(f"the database did not answer within {PATIENCE:g} seconds")
+            return DatabaseError(
+                f"the database did not answer within {STATEMENT_TIMEOUT:g} seconds"
+            )
     return DatabaseError(f"lost the connection to the database: {error}")
 
 
@@ -304,7 +307,7 @@ async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
     """Connect to a database with our schema, to read a consistent state. Of several shards, one
     that does not answer is left out.
     """
-    connection = await connect(shard, seconds=None if shard.name is None else PATIENCE)
+    connection = await connect(shard, seconds=None if shard.name is None else STATEMENT_TIMEOUT)
     try:
         with busy("reading"):
             async with connections.counting(connection, isolation="repeatable_read"):

@@ -34,7 +34,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema, schema_of
 from sequencerd.storage.statements import QUERIES
 
-SECONDS = 60  # seconds after which the demo has failed
+TIMEOUT = 60  # seconds after which the demo has failed
 ENROLLMENTS = """\
 INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES
   ('onboarding', 'ada',  '{"name": "Ada",  "email": "ada@example.com",  "phone": "+15005550010", "logins": 8}'),
@@ -127,7 +127,7 @@ async def _follow(connection: asyncpg.Connection) -> None:
     pays = float("inf")
     since = await connection.fetchval(QUERIES["server_time"])
     active = True
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(TIMEOUT):
         while active:
             active = await connection.fetchval(
                 "SELECT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"

@@ -15,7 +15,7 @@ from sequencerd.runners.http_client import HttpClient, Unreachable
 from sequencerd.service.diagnosis import Diagnosis
 from sequencerd.settings import HttpRunnerSettings, LookupSettings, OidcSettings, Settings
 
-PATIENCE = 10.0  # seconds for an endpoint
+ENDPOINT_TIMEOUT = 10.0  # seconds for an endpoint
 
 
 async def examine_endpoints(
@@ -47,7 +47,7 @@ async def examine_endpoints(
 
 async def _mail(settings: Settings) -> Diagnosis:
     try:
-        runner = registry.make_email_runner(settings.email, reply_timeout=PATIENCE)
+        runner = registry.make_email_runner(settings.email, reply_timeout=ENDPOINT_TIMEOUT)
     except ValueError as error:
         return Diagnosis("mail server", str(error), "error", "correct [email]")
     try:
@@ -66,7 +66,7 @@ async def _provider(settings: OidcSettings) -> Diagnosis:
     """Read the metadata of the OpenID Connect provider of the console."""
     about, advice = "OIDC provider", "start it, or correct console.oidc.issuer"
     issuer = settings.issuer.rstrip("/")
-    web = HttpClient(timeout=PATIENCE, connections=1, allow_private=True)
+    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=True)
     try:
         reply = await web.call("GET", f"{issuer}/.well-known/openid-configuration", headers={})
     except Unreachable as error:
@@ -93,7 +93,9 @@ async def _function(about: str, arn: str, allow_private: bool) -> Diagnosis:
     """Ask Lambda whether it would invoke a function, without invoking it."""
     advice = "correct lambda, or grant lambda:InvokeFunction to the daemon's credentials"
     try:
-        function = LambdaFunction(arn, timeout=PATIENCE, connections=1, allow_private=allow_private)
+        function = LambdaFunction(
+            arn, timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=allow_private
+        )
     except ValueError as error:
         return Diagnosis(about, str(error), "error", "correct the settings")
     try:
@@ -110,7 +112,7 @@ async def _function(about: str, arn: str, allow_private: bool) -> Diagnosis:
 
 async def _endpoint(about: str, url: str, allow_private: bool) -> Diagnosis:
     """Send a GET, which is safe by RFC 9110: any response shows that the server is up."""
-    web = HttpClient(timeout=PATIENCE, connections=1, allow_private=allow_private)
+    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=allow_private)
     try:
         reply = await web.call("GET", url, headers={})
     except Unreachable as error:
@@ -124,7 +126,7 @@ async def _twilio(settings: Settings) -> Diagnosis:
     sms = settings.sms
     account, token = sms.account_sid or "", sms.auth_token
     url = f"{sms.base_url.rstrip('/')}/2010-04-01/Accounts/{account}.json"
-    web = HttpClient(timeout=PATIENCE, connections=1, allow_private=True)
+    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=True)
     try:
         auth = (account, token.get_secret_value() if token else "")
         reply = await web.call("GET", url, headers={}, auth=auth)

@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 
 from sequencerd.cli.commands import (
-    PATIENCE,
+    STATEMENT_TIMEOUT,
     check_names,
     connect,
     explain,
@@ -35,7 +35,7 @@ from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 
 NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
-PROBLEMS = 20  # that are shown below the steps
+MAX_PROBLEMS = 20  # that are shown below the steps
 TAIL_INTERVAL = 0.5  # seconds
 TAIL_OVERLAP = timedelta(seconds=10)
 """Rows are not committed in the order of their times, so this much of the past is read again."""
@@ -50,7 +50,9 @@ async def status_command(
             return (
                 await connection.fetch(QUERIES["status"], arguments.sequence),
                 await connection.fetchval(QUERIES["description"], arguments.sequence),
-                await connection.fetch(QUERIES["reported_problems"], arguments.sequence, PROBLEMS),
+                await connection.fetch(
+                    QUERIES["reported_problems"], arguments.sequence, MAX_PROBLEMS
+                ),
             )
 
     answers = await ask(explain(arguments), shards, read)
@@ -68,7 +70,7 @@ async def status_command(
     ]
     if problems and not arguments.json:
         say()
-        show(problems[:PROBLEMS], as_json=False, empty="")
+        show(problems[:MAX_PROBLEMS], as_json=False, empty="")
     return tell(answers)
 
 
@@ -146,7 +148,9 @@ def _kept() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connection]]]:
 
     async def connected(shard: Shard) -> asyncpg.Connection:
         if shard not in kept or kept[shard].is_closed():
-            kept[shard] = await connect(shard, seconds=None if shard.name is None else PATIENCE)
+            kept[shard] = await connect(
+                shard, seconds=None if shard.name is None else STATEMENT_TIMEOUT
+            )
         return kept[shard]
 
     try:

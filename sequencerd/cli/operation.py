@@ -219,7 +219,7 @@ async def _change(
         def progress(done: BulkResult) -> None:
             nonlocal total
             total = total.plus(done)
-            advance(bulk.BATCH)
+            advance(bulk.BATCH_SIZE)
 
         async def change(shard: Shard) -> None:
             connection = await connect(shard)

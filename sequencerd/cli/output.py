@@ -153,7 +153,7 @@ def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 # --- on a terminal
 
-_PROSE = ("problem", "last_error", "message")
+_TEXT_COLUMNS = ("problem", "last_error", "message")
 """Columns with whole sentences, which are printed below their row."""
 
 _RELATIVE = {
@@ -162,9 +162,9 @@ _RELATIVE = {
     "next_wake_at": "next",
     "since": "since",
 }
-_NARROWEST = 8
+_MIN_WIDTH = 8
 
-_SPARE = ("type", "attempt", "revision", "daemon")
+_OPTIONAL_COLUMNS = ("type", "attempt", "revision", "daemon")
 """Columns that are left out if the names would not fit."""
 
 
@@ -181,12 +181,12 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
     names = [
         name
         for name in found[0]
-        if name not in (*heads, *_PROSE) and any(row[name] not in _EMPTY for row in found)
+        if name not in (*heads, *_TEXT_COLUMNS) and any(row[name] not in _EMPTY for row in found)
     ]
     if all(row.get("waits_until") in (None, row.get("wake_at")) for row in found):
         names = [name for name in names if name != "waits_until"]
     indent = "  " if is_sectioned else ""
-    for spare in (*_SPARE, None):
+    for spare in (*_OPTIONAL_COLUMNS, None):
         cells = [[_short(name, row[name], now) for name in names] for row in found]
         titles = [_RELATIVE.get(name, name.replace("_", " ")) for name in names]
         widths = [max(map(cell_len, column)) for column in zip(titles, *cells, strict=True)]
@@ -194,7 +194,7 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
         if excess <= 0 or spare is None:
             break
         names = [name for name in names if name != spare]
-    while excess > 0 and max(widths) > _NARROWEST:
+    while excess > 0 and max(widths) > _MIN_WIDTH:
         widths[widths.index(max(widths))] -= 1
         excess -= 1
     numeric = [all(isinstance(row[name], int | None) for row in found) for name in names]
@@ -219,7 +219,7 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
         yield line(titles)
         for n in members:
             yield line(cells[n])
-            for name in _PROSE:
+            for name in _TEXT_COLUMNS:
                 if found[n].get(name):
                     prose = visible(text(found[n][name]))
                     yield from _wrapped(prose, width, indent + "    ", indent + "    ")

@@ -26,7 +26,7 @@ from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Simulation, TimelineEntry
-from sequencerd.definitions.simulator import WORDS, Outcome, Simulator, choose
+from sequencerd.definitions.simulator import OUTCOME_WORDS, Outcome, Simulator, choose
 from sequencerd.definitions.started import StartedEnrollment, read_started
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import ArgumentError, UsageError
@@ -37,7 +37,7 @@ from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load, make_runners
 
-SHOWN_ROUNDS = 2  # of a cycle
+MAX_ROUNDS = 2  # of a cycle
 
 
 def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -158,10 +158,10 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
     for given in arguments.runner:
         type_, _, text = given.partition("=")
-        word = next((known for known in WORDS if known == text), None)
+        word = next((known for known in OUTCOME_WORDS if known == text), None)
         if not type_ or not (word or text.startswith("{")):
             raise UsageError(
-                f"--runner {given!r}: use TYPE={'|'.join(WORDS)}, or an answer such as "
+                f"--runner {given!r}: use TYPE={'|'.join(OUTCOME_WORDS)}, or an answer such as "
                 """'Score={"action": "next", "data": {"score": 80}}'"""
             )
         outcomes[type_] = word or read_object(text, "--runner")
@@ -232,7 +232,7 @@ def _without_rounds(simulation: Simulation) -> tuple[Sequence[TimelineEntry], in
     while first and steps[first - 1] == steps[first - 1 + length]:
         first -= 1
     visits = list(dict.fromkeys((entry.visit, entry.step) for entry in entries))
-    shown = set(visits[: first + SHOWN_ROUNDS * length])
+    shown = set(visits[: first + MAX_ROUNDS * length])
     kept = [entry for entry in entries if (entry.visit, entry.step) in shown]
     return kept, len(entries) - len(kept)
 

@@ -21,7 +21,7 @@ from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.every_shard import ShardAnswers, ask, ask_all
 from sequencerd.storage.statements import QUERIES
 
-SHOWN = 10  # ids of other enrollments
+MAX_IDS = 10  # ids of other enrollments
 NEEDS_ALL = (
     "nothing was forgotten: each shard may have messages and suppressions with addresses that only "
     "other shards know; repeat the command when all shards can be reached"
@@ -158,8 +158,10 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
     else:
         say(f"{'would forget' if arguments.dry_run else 'forgot'} {arguments.subject}: {done}")
     if done.mentioned_in:
-        ids = ", ".join(map(str, done.mentioned_in[:SHOWN]))
-        more = f" and {len(done.mentioned_in) - SHOWN:,} more" if done.mentioned_in[SHOWN:] else ""
+        ids = ", ".join(map(str, done.mentioned_in[:MAX_IDS]))
+        more = (
+            f" and {len(done.mentioned_in) - MAX_IDS:,} more" if done.mentioned_in[MAX_IDS:] else ""
+        )
         say(
             "the data of other subjects mentions it and was not changed: change it, or forget "
             f"those subjects as well; enrollments {ids}{more}"

@@ -29,11 +29,11 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask, ask_each
 from sequencerd.storage.statements import QUERIES
 
-SHORTEST_PASSWORD = 8  # characters
+MIN_PASSWORD_LENGTH = 8  # characters
 NOT_SET_UP = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 """Why the number of a new shard cannot be read."""
 
-SHOWN = 5  # statements that had no effect
+MAX_UNGRANTED = 5  # statements that had no effect
 
 
 def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
@@ -59,8 +59,8 @@ def console_password_command(_: argparse.Namespace, __: Settings) -> int:
             raise UsageError("the passwords do not match")
     else:
         password = sys.stdin.readline().rstrip("\n")
-    if len(password) < SHORTEST_PASSWORD:
-        raise UsageError(f"the password must have at least {SHORTEST_PASSWORD} characters")
+    if len(password) < MIN_PASSWORD_LENGTH:
+        raise UsageError(f"the password must have at least {MIN_PASSWORD_LENGTH} characters")
     say(passwords.make_hash(password))
     return 0
 
@@ -168,7 +168,7 @@ async def grants_command(
 
 def _warn_of(ungranted: list[migrate.Ungranted]) -> None:
     warn(f"sequencerd: warning: {len(ungranted):,} statements had no effect:")
-    for statement, reason in ungranted[:SHOWN]:
+    for statement, reason in ungranted[:MAX_UNGRANTED]:
         warn(f"  {statement} -- {reason}")
-    if len(ungranted) > SHOWN:
-        warn(f"  ... and {len(ungranted) - SHOWN:,} more")
+    if len(ungranted) > MAX_UNGRANTED:
+        warn(f"  ... and {len(ungranted) - MAX_UNGRANTED:,} more")

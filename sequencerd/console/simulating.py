@@ -29,7 +29,7 @@ from sequencerd.definitions import drawing
 from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import (
-    WORDS,
+    OUTCOME_WORDS,
     Outcome,
     OutcomeWord,
     Simulator,
@@ -129,7 +129,7 @@ async def simulate(request: Request) -> Response:
         sequences=sorted(definitions),
         chosen=chosen,
         enrollment=query.get("enrollment"),
-        outcomes=WORDS,
+        outcomes=OUTCOME_WORDS,
         types=_types(definitions, chosen, query),
         has_lookup=any(one.lookup for one in _reached(definitions, chosen))
         or query.get("external") is not None,
@@ -196,7 +196,7 @@ def _read(context: PageContext, query: Query) -> _SimulationForm:
     zone = read("timezone", read_zone, None)
     data = read("data", lambda text: read_object(text, "data"), {})
     external = read("external", lambda text: read_object(text, "external data"), None)
-    every = read("outcome", _word, WORDS[0])
+    every = read("outcome", _word, OUTCOME_WORDS[0])
     outcomes = {
         type_: read(f"answer.{type_}", partial(_answer, type_), every) for type_ in present.runners
     }
@@ -232,7 +232,7 @@ def _when(text: str, start: datetime, steps: set[str]) -> str:
 
 
 def _word(text: str) -> OutcomeWord:
-    for word in WORDS:
+    for word in OUTCOME_WORDS:
         if word == text:
             return word
     raise UsageError(f"side effects can't end with {text!r}")
@@ -240,11 +240,11 @@ def _word(text: str) -> OutcomeWord:
 
 def _answer(type_: str, text: str) -> Outcome:
     """Read an action, or an answer as JSON."""
-    if text in WORDS:
+    if text in OUTCOME_WORDS:
         return _word(text)
     if not text.startswith("{"):
         raise UsageError(
-            f"{text!r} is none of {', '.join(WORDS)}, and not an answer such as "
+            f"{text!r} is none of {', '.join(OUTCOME_WORDS)}, and not an answer such as "
             '{"action": "next", "data": {"score": 80}}'
         )
     answer = read_object(text, "the answer")

@@ -711,7 +711,7 @@ class _Evaluation:
             if answer.message:
                 self.record(answer.action.value, answer.message)
             wait = NOOP_DELAY if answer.retry_after is None else answer.retry_after
-            again = answer.wake_at or self.now + min(max(wait, timedelta(0)), retry.LONGEST)
+            again = answer.wake_at or self.now + min(max(wait, timedelta(0)), retry.MAX_PAUSE)
             executed = () if again > self.now else self.at.executed
             self.at = self.at._replace(
                 attempt=0, retry_at=again, leased_by=None, last_error=None, executed=executed

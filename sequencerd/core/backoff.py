@@ -13,9 +13,9 @@ from typing import NamedTuple
 from sequencerd.core.model import Attribution
 from sequencerd.core.retry import doubled
 
-RECENT = 60.0  # seconds for which a success proves that the server works
-SEVERAL = 3  # consecutive failures of enrollments that are no coincidence
-MOST = 10_000  # enrollments that are remembered
+SUCCESS_COUNTS_FOR = 60.0  # seconds for which a success proves that the server works
+MAX_COINCIDENCE = 3  # consecutive failures of enrollments that are no coincidence
+MAX_ENROLLMENTS = 10_000  # enrollments that are remembered
 
 
 class Pauses(NamedTuple):
@@ -73,14 +73,14 @@ class Gate:
             return self
         limit = 2 * self.limit
         if limit >= capacity:
-            return OPEN
+            return OPEN_GATE
         return Gate(None, 0, self.closed_at, self.next_at, limit)
 
     def _is_known(self, begun: float) -> bool:
         return self.limit is not None and begun < self.closed_at
 
 
-OPEN = Gate()
+OPEN_GATE = Gate()
 
 VisitKey = tuple[int, int]
 """An enrollment and its visit."""
@@ -146,19 +146,19 @@ class Suspects:
         if before is None or (last is not None and last > before.at):
             spent = 0  # attempts spent before a success remain spent
         is_guilty = is_guilty or (before is not None and last is not None and last > before.at)
-        if len(self._innocent) < MOST and not is_guilty:
+        if len(self._innocent) < MAX_ENROLLMENTS and not is_guilty:
             self._innocent.add(key)
         others = len(self._innocent) - (key in self._innocent)
         fault: Attribution = "server"
-        if not others and (is_guilty or (last is not None and now - last <= RECENT)):
+        if not others and (is_guilty or (last is not None and now - last <= SUCCESS_COUNTS_FOR)):
             fault = "unclear" if before is None else "enrollment"
             self._remember(key, _Failing(now, spent + 1, is_guilty))
             return Verdict(fault)
         self._remember(key, _Failing(now, 0, is_guilty))
-        return Verdict(fault, spent, len(self._innocent) >= SEVERAL)
+        return Verdict(fault, spent, len(self._innocent) >= MAX_COINCIDENCE)
 
     def _remember(self, key: VisitKey, failing: _Failing) -> None:
         self._failing.pop(key, None)  # the latest last
         self._failing[key] = failing
-        if len(self._failing) > MOST:
+        if len(self._failing) > MAX_ENROLLMENTS:
             del self._failing[next(iter(self._failing))]

@@ -109,7 +109,7 @@ NEXT = Exit("next", ("next",))
 ALT_NEXT = Exit("altNext", ("altNext",))
 """The exits whose targets the step names; those of other exits are in its config."""
 
-EITHER = (NEXT, ALT_NEXT._replace(is_optional=True))
+NEXT_AND_ALT_NEXT = (NEXT, ALT_NEXT._replace(is_optional=True))
 """The exits of a step about which nothing else is known."""
 
 
@@ -189,7 +189,7 @@ class RetryPolicy:
     give_up_after: float | None = None
 
 
-RETRY = RetryPolicy()
+DEFAULT_RETRY = RetryPolicy()
 """The default for custom runners."""
 
 MESSAGE_RETRY = RetryPolicy(None, 60.0, 3600.0, 2 * 86400.0)
@@ -285,7 +285,7 @@ class SideEffect:
     topic: str | None = None  # what it is about, unless it follows its sequence
     follows_topic: bool = True  # of its sequence
     limit: Limit | None = None
-    exits: tuple[Exit, ...] = EITHER
+    exits: tuple[Exit, ...] = NEXT_AND_ALT_NEXT
 
 
 class MessageContext(NamedTuple):
@@ -304,7 +304,7 @@ class InvalidStep:
 
     message: str
     faults: tuple[Fault, ...] = ()  # the same errors, by place in the config
-    exits: tuple[Exit, ...] = EITHER
+    exits: tuple[Exit, ...] = NEXT_AND_ALT_NEXT
 
 
 TopicLimits = Mapping[str, Limit | InvalidStep]
@@ -316,7 +316,7 @@ class ServedElsewhere:
     """A step that other daemons execute: they serve its type, this daemon does not."""
 
     problem: str  # the problem that it would have here
-    exits: tuple[Exit, ...] = EITHER
+    exits: tuple[Exit, ...] = NEXT_AND_ALT_NEXT
 
 
 @dataclass(frozen=True, slots=True)

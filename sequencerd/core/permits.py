@@ -5,14 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 
-BLOCK = 0.2
+BLOCK_SECONDS = 0.2
 """The most permits in a block, as seconds of the rate; at least one permit."""
 
-WINDOW = 1.0
-"""The seconds in which a daemon begins no more calls than it had permits, with `LATEST` before."""
+WINDOW_SECONDS = 1.0
+"""The time in which a daemon begins no more calls than it had permits, with `MAX_LATE_SECONDS`
+before.
+"""
 
-LATEST = 0.05
-"""The seconds by which a call may begin late without any effect on others. All daemons together
+MAX_LATE_SECONDS = 0.05
+"""How many seconds later a call may begin without any effect on others. All daemons together
 then begin no more calls in a second than the rate allows in 1.05.
 """
 
@@ -27,7 +29,7 @@ class Permits:
 
     def __init__(self, per_second: float) -> None:
         self.interval = 1 / per_second
-        self._most = max(1, int(per_second * BLOCK))
+        self._most = max(1, int(per_second * BLOCK_SECONDS))
         self._left: deque[float] = deque()
         self._granted: list[float] = []  # all instants that still count
         self._begun: deque[float] = deque()  # calls, by when they have begun
@@ -50,7 +52,7 @@ class Permits:
         """Return the instant of the next permit, if there is one."""
         while self._left:
             at = self._left.popleft()
-            if at > now - WINDOW - LATEST:
+            if at > now - WINDOW_SECONDS - MAX_LATE_SECONDS:
                 self._used += 1
                 return at
         return None
@@ -64,12 +66,12 @@ class Permits:
         """Begin a call with the permit of an instant that has come. Return 0 if it has begun, or
         after how many seconds to try again; None if the permit has expired.
         """
-        if at <= now - WINDOW - LATEST:
+        if at <= now - WINDOW_SECONDS - MAX_LATE_SECONDS:
             return None
-        while self._begun and self._begun[0] <= now - WINDOW:
+        while self._begun and self._begun[0] <= now - WINDOW_SECONDS:
             self._begun.popleft()
-        del self._granted[: bisect_right(self._granted, now - WINDOW - LATEST)]
+        del self._granted[: bisect_right(self._granted, now - WINDOW_SECONDS - MAX_LATE_SECONDS)]
         if len(self._begun) >= bisect_right(self._granted, now):
-            return self._begun[0] + WINDOW - now if self._begun else self.interval
+            return self._begun[0] + WINDOW_SECONDS - now if self._begun else self.interval
         self._begun.append(now)
         return 0

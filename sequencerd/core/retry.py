@@ -6,10 +6,10 @@ from datetime import timedelta
 
 from sequencerd.core.model import Failed, RetryPolicy
 
-PAUSE = timedelta(seconds=5)
+DEFAULT_PAUSE = timedelta(seconds=5)
 """After a failure of the server where nothing says for how long."""
 
-LONGEST = timedelta(days=1)
+MAX_PAUSE = timedelta(days=1)
 """Whatever a server asks for, it is asked again after a day."""
 
 
@@ -20,9 +20,9 @@ def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> t
     attempts a random part (`jitter`, 0 to 1) of it is waited; over a time span up to a quarter is
     added, so that the span is never cut short. What the server asks for is the least.
     """
-    asked = min(max(failed.retry_after or timedelta(0), timedelta(0)), LONGEST)
+    asked = min(max(failed.retry_after or timedelta(0), timedelta(0)), MAX_PAUSE)
     if failed.fault == "server":
-        return PAUSE if failed.retry_after is None else asked
+        return DEFAULT_PAUSE if failed.retry_after is None else asked
     factor = jitter if policy.give_up_after is None else 1 + jitter / 4
     return max(asked, timedelta(seconds=_doubled(policy, attempt) * factor))
 

@@ -23,7 +23,7 @@ BASE_UNITS = {
     "minute": (60, "seconds"),
     "second": (1, "seconds"),
 }
-LONGEST_YEARS = 1000  # dates end with the year 9999
+MAX_YEARS = 1000  # dates end with the year 9999
 SOURCE = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
 """The name of a user's view or function, as written in SQL without quotes."""
 
@@ -56,8 +56,8 @@ class Span(Config):
     @model_validator(mode="after")
     def _ends_in_this_calendar(self) -> Span:
         factor, unit = BASE_UNITS[self.unit.removesuffix("s")]
-        if unit == "months" and self.amount * factor > LONGEST_YEARS * 12:
-            raise ValueError(f"must be at most {LONGEST_YEARS:,} years")
+        if unit == "months" and self.amount * factor > MAX_YEARS * 12:
+            raise ValueError(f"must be at most {MAX_YEARS:,} years")
         return self
 
     def document(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from sequencerd.core.step_types import (
 from sequencerd.core.step_types.condition_config import ConditionConfig, commands
 from sequencerd.core.step_types.record import texts
 
-NAMES = (
+ROOT_KEYS = (
     "id",
     "originalId",
     "subject",
@@ -69,7 +69,7 @@ NAMES = (
 UNSUBSCRIBE_URL = "unsubscribe_url"
 """A name that the templates of messages can read as well."""
 
-FORMER = {
+FORMER_KEYS = {
     "createdAt": "write startSequence",
     "updatedAt": "write startStep",
     "sequenceId": "write sequence, its name",
@@ -79,7 +79,7 @@ FORMER = {
 }
 """The other fields that paths could read in the original, with what to write instead."""
 
-_SHOWN = 60  # characters of an operand
+_MAX_SHOWN = 60  # characters of an operand
 
 
 class Remark(NamedTuple):
@@ -169,7 +169,7 @@ def _check_condition(step: Step, exit_: Exit, sequence: Sequence) -> Iterator[Re
                 continue
             root = first_key(operand)
             if wrong := _wrong_path(operand.value, root, sequence):
-                yield Remark(step.name, (*path, *keys, "value"), wrong, root in FORMER)
+                yield Remark(step.name, (*path, *keys, "value"), wrong, root in FORMER_KEYS)
         if command.lodash_command in _TEXT_ORDER and _compares_times(command):
             meant = _TEXT_ORDER[command.lodash_command]
             yield Remark(
@@ -264,12 +264,12 @@ def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
     if operand is None or operand.type == "raw":
         return True
     root = first_key(operand)
-    return root not in NAMES or (root == "external" and sequence.lookup is None)
+    return root not in ROOT_KEYS or (root == "external" and sequence.lookup is None)
 
 
 def _shown(text: str | None) -> str:
     text = "undefined" if text is None else text
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
@@ -303,13 +303,13 @@ _NO_LOOKUP = "external is always empty: the sequence names no lookup"
 def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | None:
     if root == "external" and sequence.lookup is None:
         return _NO_LOOKUP
-    if root in NAMES:
+    if root in ROOT_KEYS:
         return None
     if not root or not isinstance(path, str):
-        return f"no data has this path; it begins with one of {', '.join(NAMES)}"
-    if root in FORMER:
-        return f"{root!r} is a field of the original Sequencer only: {FORMER[root]}"
-    near = get_close_matches(root, NAMES, n=1, cutoff=0.75)
+        return f"no data has this path; it begins with one of {', '.join(ROOT_KEYS)}"
+    if root in FORMER_KEYS:
+        return f"{root!r} is a field of the original Sequencer only: {FORMER_KEYS[root]}"
+    near = get_close_matches(root, ROOT_KEYS, n=1, cutoff=0.75)
     meant = path.replace(root, near[0], 1) if near else f"data.{path}"
     return f"no data has the path {path!r}; did you mean {meant!r}?"
 
@@ -320,7 +320,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
         with suppress(DefinitionError):  # the step's problem reports these
             root = first_key(Operand(type="get", value=target))
             if wrong := _wrong_path(target, root, sequence):
-                yield Remark(step.name, ("config", *path), wrong, root in FORMER)
+                yield Remark(step.name, ("config", *path), wrong, root in FORMER_KEYS)
     problem = step.behaviour if isinstance(step.behaviour, InvalidStep) else None
     told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
     partials = dict(sequence.shared.partials)
@@ -346,7 +346,7 @@ def _check_reads(
     for read in sorted(reads - {"this"}):
         root = read.split(".")[0]
         if (wrong := _wrong_path(read, root, sequence)) and read not in in_css:
-            yield Remark(step, keys, wrong, root in FORMER)
+            yield Remark(step, keys, wrong, root in FORMER_KEYS)
 
 
 _STYLE = re.compile(r"<style\b[^>]*>(.*?)</style\b", re.DOTALL | re.IGNORECASE)
@@ -359,7 +359,7 @@ def _in_css(source: str) -> Iterator[tuple[str, int]]:
     for style in _STYLE.finditer(source):
         for tag in _TAG.finditer(style[1]):
             root = re.split(r"[./]", tag[1])[0]
-            if root in NAMES or root in ("this", "else", "") or tag[1].startswith(_DATA):
+            if root in ROOT_KEYS or root in ("this", "else", "") or tag[1].startswith(_DATA):
                 continue
             if ":" in tag[1] or "@" in tag[1]:
                 yield tag[1], source.count("\n", 0, style.start(1) + tag.start()) + 1

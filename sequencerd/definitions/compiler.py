@@ -21,7 +21,7 @@ from sequencerd.core.calendar.windows import Window
 from sequencerd.core.config import Faults, nearest, parse_config, parse_json
 from sequencerd.core.model import (
     ALT_NEXT,
-    EITHER,
+    NEXT_AND_ALT_NEXT,
     NOTHING_SHARED,
     DefinitionError,
     Exit,
@@ -54,7 +54,7 @@ from sequencerd.runners.protocol import MessageRunner
 Runners = Mapping[str, Runner]
 
 MAX_STEPS = 20_000  # of a sequence; the same in sequencer.record_revision
-HINTS = 20  # misspelt names of steps in configs, each of which is compared with all names
+MAX_HINTS = 20  # misspelt names of steps in configs, each of which is compared with all names
 
 
 # --- steps
@@ -86,7 +86,10 @@ def compile_behaviour(
 def _named_exits(type_: str, config: Mapping[str, Any]) -> tuple[Exit, ...]:
     """Return the exits that a step with an error names in its config."""
     named = step_types.named_steps(type_, config)
-    return (*EITHER, *(Exit("next", ("config", *path), step, other) for path, step, other in named))
+    return (
+        *NEXT_AND_ALT_NEXT,
+        *(Exit("next", ("config", *path), step, other) for path, step, other in named),
+    )
 
 
 def _unknown_type(type_: str, runners: Runners) -> str:
@@ -186,7 +189,7 @@ def build(
     for stuck in _never_waiting(name, by_name, exits):
         fault = "it is part of a cycle that never waits: add a step that waits to it"
         by_name[stuck] = _with_problems(by_name[stuck], [Fault((), fault)])
-    hints = HINTS
+    hints = MAX_HINTS
     for step in ordered:
         missing = []
         for exit_ in exits[step.name]:

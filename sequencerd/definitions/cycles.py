@@ -15,7 +15,7 @@ from sequencerd.core.model import Exit, InstantStep, InvalidStep, Sequence, Step
 from sequencerd.core.model import SideEffect as Effect
 from sequencerd.definitions.check import Remark, always, targets
 
-MOST_STATES = 200_000  # exits that are examined in all; a larger graph is not searched to the end
+MAX_STATES = 200_000  # exits that are examined in all; a larger graph is not searched to the end
 
 StepNode = tuple[str, str]
 Matching = frozenset[tuple[str, frozenset[int]]]
@@ -49,7 +49,7 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
         for node, step in steps.items()
     }
     told: set[StepNode] = set()
-    budget = MOST_STATES
+    budget = MAX_STATES
     for is_sure in (True, False):
         part = _cyclic({n: [w for w in ws if w.is_sure >= is_sure] for n, ws in ways.items()})
         for node in part:

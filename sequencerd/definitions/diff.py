@@ -29,8 +29,8 @@ SETTINGS = (
     "enroll",
     "brake",
 )
-MOST_NAMED = 5
-LONGEST_SHOWN = 40  # characters of a value that is shown
+MAX_NAMED = 5
+MAX_SHOWN = 40  # characters of a value that is shown
 
 
 def parse_document(sequence: str, text: str) -> SequenceDocument:
@@ -73,7 +73,7 @@ def _shown(value: object) -> str:
         case dict() | list():
             return ""
     text = "none" if value is None else str(value)
-    return text if len(text) <= LONGEST_SHOWN and text.isprintable() else ""
+    return text if len(text) <= MAX_SHOWN and text.isprintable() else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ class SequenceDiff:
             count = len(self.messages[name])
             steps = "no message changes"
             if count:
-                named = ", ".join(self.messages[name][:MOST_NAMED])
-                more = ", ..." if count > MOST_NAMED else ""
+                named = ", ".join(self.messages[name][:MAX_NAMED])
+                more = ", ..." if count > MAX_NAMED else ""
                 steps = f"a message of {counted(count, 'step')} changes: {named}{more}"
             yield f"{verb} partial {name}: {steps}"
         if self.is_reordered:

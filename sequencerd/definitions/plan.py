@@ -48,7 +48,7 @@ from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import server, sources
 from sequencerd.storage.statements import QUERIES
 
-BATCH = 5000  # enrollments read at a time
+BATCH_SIZE = 5000  # enrollments read at a time
 QUERY_TIMEOUT = 30.0  # seconds for the query of the key `enroll`
 
 
@@ -582,7 +582,7 @@ async def _count(
     now = await server.server_time(connection)
     async with connection.transaction():  # a cursor needs one
         cursor = await connection.cursor(QUERIES["enrollments_at"], step.sequence, old_name)
-        while rows := await cursor.fetch(BATCH):
+        while rows := await cursor.fetch(BATCH_SIZE):
             for row in rows:
                 enrollment = Enrollment(*row)
                 if name != old_name:

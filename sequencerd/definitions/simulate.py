@@ -55,7 +55,7 @@ MAX_SHOWN = 100  # characters of a value that is shown
 
 DAEMON = "simulation"
 
-ROUNDS = 3
+ROUNDS_OF_CYCLE = 3
 """The number of equal rounds at the end of a simulation that make a cycle."""
 
 Preview = Callable[[Step, Task], Mapping[str, str]]
@@ -203,8 +203,8 @@ def _holding(definitions: Mapping[str, Sequence], names: Collection[str]) -> dic
 
 def _cycle(steps: Sequence_[str]) -> tuple[str, ...]:
     """Return the shortest list of steps that repeats at the end, from its first step on."""
-    for length in range(1, len(steps) // ROUNDS + 1):
-        last = steps[-ROUNDS * length :]
+    for length in range(1, len(steps) // ROUNDS_OF_CYCLE + 1):
+        last = steps[-ROUNDS_OF_CYCLE * length :]
         if last[length:] == last[:-length]:
             first = last.index(min(last[:length], key=steps.index))
             return tuple(last[first : first + length])

@@ -32,7 +32,7 @@ from sequencerd.runners.answers import StrictActionAnswer, read_outcome
 A_YEAR = timedelta(days=366)
 
 OutcomeWord = Literal["next", "altNext", "noop", "fail"]
-WORDS: tuple[OutcomeWord, ...] = get_args(OutcomeWord)
+OUTCOME_WORDS: tuple[OutcomeWord, ...] = get_args(OutcomeWord)
 Outcome = OutcomeWord | Mapping[str, Any]
 
 _DURATION = TypeAdapter(timedelta)
@@ -165,6 +165,6 @@ def read_result(type_: str, outcome: Outcome) -> Answer | Failed:
     result = read_outcome(outcome, StrictActionAnswer)
     if not isinstance(result, Answer):
         message = result.message if isinstance(result, Failed) else ""
-        words = ", ".join(WORDS)
+        words = ", ".join(OUTCOME_WORDS)
         raise UsageError(f"outcome of {type_}: {message}; write one of {words}, or an answer")
     return result

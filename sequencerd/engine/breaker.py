@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
-from sequencerd.core.backoff import OPEN, SEVERAL, Gate, Pauses, Suspects, VisitKey
+from sequencerd.core.backoff import MAX_COINCIDENCE, OPEN_GATE, Gate, Pauses, Suspects, VisitKey
 from sequencerd.core.model import Answer, Failed, OutageCause, Result
-from sequencerd.core.retry import LONGEST
+from sequencerd.core.retry import MAX_PAUSE
 
 TIMER_TOLERANCE = 0.001  # seconds by which timers may be early
 
@@ -37,14 +37,14 @@ class Breaker:
         self._pauses = pauses
         self._resumed = resumed
         self._outage_changed = outage_changed
-        self._gate = OPEN
+        self._gate = OPEN_GATE
         self._suspects = Suspects()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def allowed(self) -> int:
         """Return how many enrollments may be in flight."""
-        if self._gate is OPEN:  # checked for each lease, and reading the clock takes time
+        if self._gate is OPEN_GATE:  # checked for each lease, and reading the clock takes time
             return self._capacity
         return self._gate.allowed(now(), self._capacity)
 
@@ -107,7 +107,7 @@ class Breaker:
         if verdict.is_outage:
             self._close(failed, started, at, _requested_wait(failed))
             return self._postponed(failed, at)
-        if self._suspects.failures >= SEVERAL and self.outage is None:
+        if self._suspects.failures >= MAX_COINCIDENCE and self.outage is None:
             self.cause = failed.cause
             self._set_outage(failed.message)
         pause = self._pauses.after(self._suspects.failures, _jitter())
@@ -152,7 +152,7 @@ def now() -> float:
 def _requested_wait(failed: Failed) -> float:
     """Return the wait that a server requests, in seconds, at most a day."""
     requested = failed.retry_after or timedelta(0)
-    return min(max(requested, timedelta(0)), LONGEST).total_seconds()
+    return min(max(requested, timedelta(0)), MAX_PAUSE).total_seconds()
 
 
 def _jitter() -> float:

@@ -78,7 +78,7 @@ class Leases:
             connections.transaction(connection),
         ):
             yield connection
-            if len(batch.leased) >= locking.MANY and not batch.data:
+            if len(batch.leased) >= locking.MANY_LEASES and not batch.data:
                 self._note(batch, await evaluations.new_transaction(connection))
 
     async def write_unchanged(self, batch: Batch, now: datetime, known: Unchanged) -> None:

@@ -50,7 +50,7 @@ async def keep(
 
 def _until_next_count(now: datetime) -> float:
     """Return the seconds until the next hour can be counted."""
-    past = now - activity.PASSES[0]
+    past = now - activity.COUNTING_DELAYS[0]
     return 3600.5 - (past.minute * 60 + past.second)
 
 
@@ -130,7 +130,8 @@ async def _delete_ended(
     until, deleted = now - settings.ended, 0
     loop = asyncio.get_running_loop()
     started = loop.time()
-    start = cleanup.FIRST  # in each pass, so that rows that were locked in the last one are found
+    # in each pass, so that rows that were locked in the last one are found
+    start = cleanup.FIRST_START
 
     def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.CleanupStart]]:
         return cleanup.delete_ended(connection, until, BATCH_SIZE, start)

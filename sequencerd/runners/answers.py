@@ -17,7 +17,7 @@ from sequencerd.core.config import faults
 from sequencerd.core.model import Action, Answer, Failed, Result
 from sequencerd.runners.fields import one_line
 
-LONGEST = 10 * 366 * 86_400  # seconds
+MAX_RETRY_AFTER = 10 * 366 * 86_400  # seconds
 MAX_MESSAGE = 1_000  # characters
 FIRST_YEAR, LAST_YEAR = 1900, 9998  # of what the database keeps as a time
 
@@ -25,7 +25,7 @@ _YEARS = f"write a time in the years {FIRST_YEAR} to {LAST_YEAR}"
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
-PLAIN: Mapping[object, Answer] = {
+ANSWERS_OF_WORDS: Mapping[object, Answer] = {
     None: Answer(),
     **{str(action): Answer(action) for action in Action},
 }
@@ -40,7 +40,7 @@ class ActionAnswer(BaseModel):
     action: Annotated[Action, Field(strict=False)] = Action.NEXT
     message: str | None = None
     data: dict[str, Any] | None = None
-    retry_after: Annotated[float, Field(ge=0, le=LONGEST)] | None = None
+    retry_after: Annotated[float, Field(ge=0, le=MAX_RETRY_AFTER)] | None = None
     wake_at: datetime | None = None
 
     @field_validator("retry_after", mode="before")
@@ -103,7 +103,7 @@ def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Res
     have taken place.
     """
     if value is None or isinstance(value, str):
-        return PLAIN.get(value) or Failed(
+        return ANSWERS_OF_WORDS.get(value) or Failed(
             f"unknown action {one_line(str(value), 50)!r}: {_EXPECTED}", unknown=True
         )
     if not isinstance(value, Mapping):
@@ -115,7 +115,7 @@ def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Res
         return Failed(one_line(f"the answer can't be used: {wrong}"), unknown=True)
     if outcome.model_fields_set <= {"action"}:
         # the same object each time, so that the engine moves all these enrollments together
-        return PLAIN[str(outcome.action)]
+        return ANSWERS_OF_WORDS[str(outcome.action)]
     return Answer(
         outcome.action,
         None if outcome.message is None else one_line(outcome.message, MAX_MESSAGE),

@@ -6,7 +6,7 @@ import errno
 import socket
 from collections.abc import Iterator
 
-EXHAUSTED = frozenset(
+EXHAUSTION_ERRORS = frozenset(
     {
         errno.EMFILE,
         errno.ENFILE,
@@ -41,6 +41,7 @@ def is_exhausted(error: BaseException) -> bool:
     at fault.
     """
     return any(
-        isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno in EXHAUSTED)
+        isinstance(one, MemoryError)
+        or (isinstance(one, OSError) and one.errno in EXHAUSTION_ERRORS)
         for one in causes(error)
     )

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from sequencerd.core import exact_json
 from sequencerd.core.model import (
-    RETRY,
+    DEFAULT_RETRY,
     DefinitionError,
     Failed,
     Limits,
@@ -43,7 +43,7 @@ BATCH_BYTES = 96_000
 """Express, and proxies by default, accept no more than 100 kB."""
 
 MAX_ITEM = 64 * 1024  # bytes of the answer per enrollment, if that is more than MAX_ANSWER
-SHOWN_IDS = 5
+MAX_IDS = 5
 NO_JSON = "data holds a number that can't be written as JSON"
 
 
@@ -117,7 +117,7 @@ class BatchRunner:
         name: str,
         limits: Limits,
         batch_bytes: int = BATCH_BYTES,
-        retry: RetryPolicy = RETRY,
+        retry: RetryPolicy = DEFAULT_RETRY,
         take: TakePermits | None = None,
     ) -> None:
         self.retry = retry
@@ -226,8 +226,8 @@ class BatchRunner:
             said = f"{len(items)} times" if items else "nothing"
             said += f" for the id {id_}"
             if not items:
-                came = ", ".join(list(by_id)[:SHOWN_IDS]) or "none"
-                more = ", ..." if len(by_id) > SHOWN_IDS else ""
+                came = ", ".join(list(by_id)[:MAX_IDS]) or "none"
+                more = ", ..." if len(by_id) > MAX_IDS else ""
                 said += f"; ids received: {one_line(came, 200)}{more}"
             return Failed(f"{self._name} answered {said}", unknown=True)
         if items[0].get("action") is None:

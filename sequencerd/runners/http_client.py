@@ -31,10 +31,11 @@ from sequencerd.runners.error_causes import causes, is_exhausted
 from sequencerd.runners.fields import one_line
 
 MAX_ANSWER = 1024 * 1024  # bytes
-LONGEST_WAIT = timedelta(days=366)
-CALLS = 500  # over an HTTP/2 connection
-IDLE = 4.0  # seconds; httpx does not notice that a server closed HTTP/2, which Node does after 5
-RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
+MAX_WAIT = timedelta(days=366)
+MAX_CALLS = 500  # over an HTTP/2 connection
+IDLE_TIMEOUT = 4.0
+"""Httpx does not notice that a server closed HTTP/2, which Node does after 5."""
+MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
 _PUBLIC = frozenset(
     {"accept", "content-type", "idempotency-key", "webhook-id", "webhook-timestamp"}
@@ -136,7 +137,7 @@ class HttpClient:
         """Return the client for a call. A retired client is closed after its last call."""
         if self._newest is None or (self._http2 and not self._calls_left):
             self._newest = self._make_client()
-            self._calls_left = CALLS
+            self._calls_left = MAX_CALLS
         client = self._newest
         self._calls_left -= 1
         self._clients[client] += 1
@@ -153,7 +154,7 @@ class HttpClient:
             verify=_tls(self._http2, os.getenv("SSL_CERT_FILE"), os.getenv("SSL_CERT_DIR")),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=None,  # noqa: S113 - one time limit is set around the whole call
-            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=IDLE),
+            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=IDLE_TIMEOUT),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
             follow_redirects=False,
             http2=self._http2,
@@ -204,7 +205,7 @@ class HttpClient:
                 f"{_place(named)}: {_reason(error)}",
                 sent=sent,
                 exhausted=is_exhausted(error),
-                retired=_is_retired(error) and self._retired <= RETIRED,
+                retired=_is_retired(error) and self._retired <= MAX_RETIRED,
             ) from error
 
     async def _send(
@@ -404,7 +405,7 @@ def retry_after(headers: httpx.Headers) -> timedelta | None:
         seconds = at.timestamp() - time.time()
     if not math.isfinite(seconds):
         return None
-    return min(timedelta(seconds=max(0.0, min(seconds, 1e9))), LONGEST_WAIT)
+    return min(timedelta(seconds=max(0.0, min(seconds, 1e9))), MAX_WAIT)
 
 
 def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozenset[str]:

@@ -15,10 +15,10 @@ TakePermits = Callable[[str, float, int], Awaitable[tuple[float, float]]]
 the first permit and the current time, in seconds of the shared clock.
 """
 
-PATIENCE = 30.0
+MIN_WAIT = 30.0
 """The least number of seconds for which a call waits for its turn before it is given back."""
 
-ANSWERS = 50
+OFFSET_SAMPLES = 50
 """How many of the latest answers are used to estimate the offset of the clocks: the fastest of them
 is the most exact.
 """
@@ -33,7 +33,7 @@ class Pace:
 
     def __init__(self, limits: Limits, name: str = "", take: TakePermits | None = None) -> None:
         rate = limits.per_second
-        self.longest_wait = 0.0 if rate is None else max(PATIENCE, 4 * limits.concurrency / rate)
+        self.longest_wait = 0.0 if rate is None else max(MIN_WAIT, 4 * limits.concurrency / rate)
         """The greatest number of seconds for which a call waits for its turn. With several daemons,
         it may be a multiple of the time that this runner's own turns take.
         """
@@ -43,7 +43,8 @@ class Pace:
         self._permits = None if rate is None else Permits(rate)
         self._waiting = 0
         self._next = 0.0
-        self._ahead: deque[float] = deque(maxlen=ANSWERS)  # offset of this clock to the shared one
+        # offset of this clock to the shared one
+        self._ahead: deque[float] = deque(maxlen=OFFSET_SAMPLES)
         self._lock = asyncio.Lock()  # callers pass in the order in which they acquire it
 
     async def turn(self, expires: float | None = None) -> bool:

@@ -31,7 +31,7 @@ from pydantic import BaseModel
 from sequencerd.core.config import parse_config
 from sequencerd.core.describe import counted
 from sequencerd.core.model import (
-    RETRY,
+    DEFAULT_RETRY,
     Answer,
     Attribution,
     Failed,
@@ -40,14 +40,19 @@ from sequencerd.core.model import (
     RetryPolicy,
     Task,
 )
-from sequencerd.runners.answers import PLAIN, StrictActionAnswer, check_date, read_outcome
+from sequencerd.runners.answers import (
+    ANSWERS_OF_WORDS,
+    StrictActionAnswer,
+    check_date,
+    read_outcome,
+)
 from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.protocol import Refused, Runner
 
 GROUP = "sequencerd.runners"
 
-COMMON = frozenset({"topic", "channel", "address"})
+COMMON_KEYS = frozenset({"topic", "channel", "address"})
 """The keys that every custom step may have without declaring them in its model."""
 
 LIMITS = Limits(timeout=60.0)
@@ -63,7 +68,7 @@ class FunctionOptions:
     config: type[BaseModel] | None = None
     limits: Limits = LIMITS
     in_batches: bool = False
-    retry: RetryPolicy = RETRY
+    retry: RetryPolicy = DEFAULT_RETRY
 
 
 def runner(
@@ -72,7 +77,7 @@ def runner(
     batch_size: int | None = None,
     concurrency: int = LIMITS.concurrency,
     timeout: float = LIMITS.timeout,
-    retry: RetryPolicy = RETRY,
+    retry: RetryPolicy = DEFAULT_RETRY,
 ) -> Callable[[Function], Function]:
     """Describe a runner function: see the module. `timeout` is in seconds, for one call."""
     in_batches = batch_size is not None
@@ -109,7 +114,9 @@ class PythonRunner:
             return config
         fields = self._model.model_fields
         known = fields.keys() | {field.alias for field in fields.values()}
-        own = {key: value for key, value in config.items() if key in known or key not in COMMON}
+        own = {
+            key: value for key, value in config.items() if key in known or key not in COMMON_KEYS
+        }
         return parse_config(self._model, own, self._name)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
@@ -170,7 +177,7 @@ class PythonRunner:
 
     def _results(self, answer: object, count: int) -> list[Result]:
         if answer is None:
-            return [PLAIN[None]] * count
+            return [ANSWERS_OF_WORDS[None]] * count
         if isinstance(answer, Failed):
             return [answer] * count
         if not isinstance(answer, list | tuple):

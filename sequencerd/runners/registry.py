@@ -9,7 +9,15 @@ from typing import Any, NoReturn
 from pydantic import SecretStr
 
 from sequencerd.core.config import Faults, parse_config
-from sequencerd.core.model import RETRY, DefinitionError, Failed, Fault, Limits, Result, Task
+from sequencerd.core.model import (
+    DEFAULT_RETRY,
+    DefinitionError,
+    Failed,
+    Fault,
+    Limits,
+    Result,
+    Task,
+)
 from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
 from sequencerd.errors import SettingsError
@@ -193,7 +201,7 @@ class _NotSetUp:
     """Replaces the SMS runner if its settings are incomplete: its steps then have a problem."""
 
     limits = Limits()
-    retry = RETRY
+    retry = DEFAULT_RETRY
     lacks_settings = True
 
     def __init__(self, problem: str) -> None:

@@ -28,11 +28,11 @@ from sequencerd.storage.statements import QUERIES
 Level = Literal["ok", "warning", "error"]
 
 ROUND_TRIP = 5.0  # seconds for a notification
-LARGEST_OFFSET = timedelta(seconds=1)
-OLD = timedelta(minutes=10)
+MAX_CLOCK_OFFSET = timedelta(seconds=1)
+MAX_TRANSACTION_AGE = timedelta(minutes=10)
 HOLIDAYS_AHEAD = timedelta(days=60)
-SHOWN = 5
-MOST_PROBLEMS = 1000
+MAX_EXAMPLES = 5
+MAX_PROBLEMS = 1000
 EMAILS_SEARCHED = 10_000  # enrollments in which the console looks for an address without an index
 EMAIL_INDEX = (
     "CREATE INDEX CONCURRENTLY enrollments_email ON sequencer.enrollments (lower(data->>'email'));"
@@ -239,7 +239,7 @@ async def _clock(connection: asyncpg.Connection) -> Diagnosis:
     seen = f"the database's clock is {abs(offset.total_seconds()):.3f} s " + (
         "ahead of this machine's" if offset > timedelta(0) else "behind this machine's"
     )
-    if abs(offset) > LARGEST_OFFSET:
+    if abs(offset) > MAX_CLOCK_OFFSET:
         advice = "synchronize both with NTP; the database's clock decides what is due"
         return Diagnosis("clock", seen, "warning", advice)
     return Diagnosis("clock", seen)
@@ -283,7 +283,7 @@ async def _vacuum(connection: asyncpg.Connection) -> Diagnosis:
 
 
 async def _old_transactions(connection: asyncpg.Connection) -> Diagnosis:
-    rows = await connection.fetch(QUERIES["old_snapshots"], OLD)
+    rows = await connection.fetch(QUERIES["old_snapshots"], MAX_TRANSACTION_AGE)
     if rows:
         named = _some(
             row["what"] + (f" for {duration(row['age'].total_seconds())}" if row["age"] else "")
@@ -293,7 +293,9 @@ async def _old_transactions(connection: asyncpg.Connection) -> Diagnosis:
             "end them, or set idle_in_transaction_session_timeout: dead rows accumulate meanwhile"
         )
         return Diagnosis("old transactions", named, "warning", advice)
-    return Diagnosis("old transactions", f"none older than {duration(OLD.total_seconds())}")
+    return Diagnosis(
+        "old transactions", f"none older than {duration(MAX_TRANSACTION_AGE.total_seconds())}"
+    )
 
 
 async def _history(connection: asyncpg.Connection) -> Diagnosis:
@@ -318,7 +320,7 @@ async def _daemons(connection: asyncpg.Connection) -> Diagnosis:
 
 
 async def _problems(connection: asyncpg.Connection) -> Diagnosis:
-    rows = await connection.fetch(QUERIES["reported_problems"], None, MOST_PROBLEMS)
+    rows = await connection.fetch(QUERIES["reported_problems"], None, MAX_PROBLEMS)
     if reported := [row for row in rows if row["kind"] != "brake"]:
         named = _some((_problem(row) for row in reported), between="; ")
         advice = "remove the cause; the daemon retries automatically"
@@ -468,5 +470,5 @@ CHECKS: dict[str, DiagnosisCheck] = {
 def _some(items: Iterable[str], between: str = ", ") -> str:
     """Join the first items, and add the number of the others."""
     every = list(items)
-    more = f" and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
-    return between.join(every[:SHOWN]) + more
+    more = f" and {len(every) - MAX_EXAMPLES:,} more" if len(every) > MAX_EXAMPLES else ""
+    return between.join(every[:MAX_EXAMPLES]) + more

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-TIMEOUT = 10.0  # seconds for which a caller waits; the query itself continues
-FRESH = 5.0  # seconds for which an answer is reused
+CALLER_TIMEOUT = 10.0  # seconds for which a caller waits; the query itself continues
+CACHE_SECONDS = 5.0  # seconds for which an answer is reused
 FRESH_ERROR = 1.0
 
 ResolvedAddresses = list[tuple[Any, ...]]
@@ -56,10 +56,11 @@ class NameCache:
             return known
         asked = self._asked.get(key) or self._ask(key)
         # cancelling one caller does not end the query, which others share
-        done, _ = await asyncio.wait([asked], timeout=TIMEOUT)
+        done, _ = await asyncio.wait([asked], timeout=CALLER_TIMEOUT)
         if not done:
             raise socket.gaierror(
-                socket.EAI_AGAIN, f"the name service did not answer for {key[0]} in {TIMEOUT:g} s"
+                socket.EAI_AGAIN,
+                f"the name service did not answer for {key[0]} in {CALLER_TIMEOUT:g} s",
             )
         return asked.result()
 
@@ -70,7 +71,10 @@ class NameCache:
         def end(answer: ResolvedAddresses | OSError) -> None:
             del self._asked[key]
             is_error = isinstance(answer, OSError)
-            self._known[key] = time.monotonic() + (FRESH_ERROR if is_error else FRESH), answer
+            self._known[key] = (
+                time.monotonic() + (FRESH_ERROR if is_error else CACHE_SECONDS),
+                answer,
+            )
             if isinstance(answer, OSError):
                 asked.set_exception(answer)
             else:

@@ -12,11 +12,11 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.service.systemd import notify
 from sequencerd.storage.listener import PROBE_INTERVAL, PROBE_TIMEOUT
 
-BEAT = 1.0  # seconds: the engine's loop runs at least once in this time
-BLOCKED = 5.0
-STATUS_INTERVAL = 5.0
-STARVED = 5.0  # seconds without a free connection
-QUIET = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # seconds for which LISTEN may be silent
+BEAT_INTERVAL = 1.0  # seconds: the engine's loop runs at least once in this time
+MAX_BLOCKED = 5.0  # seconds
+STATUS_INTERVAL = 5.0  # seconds
+MAX_WITHOUT_CONNECTION = 5.0  # seconds without a free connection
+MAX_LISTEN_SILENCE = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # seconds for which LISTEN may be silent
 
 
 class Health:
@@ -51,7 +51,7 @@ class Health:
     def turned(self) -> None:
         """Record that the engine's loop runs: reset the watchdog, and send a changed status."""
         self._beat = now = time.monotonic()
-        if now - self._fed >= BEAT:
+        if now - self._fed >= BEAT_INTERVAL:
             self._fed = now
             self._feed()
         if now - self._told >= STATUS_INTERVAL and not self.stopping:
@@ -73,7 +73,7 @@ class Health:
         loop does not run.
         """
         still = time.monotonic() - self._beat
-        if still < BLOCKED or self.stopping:
+        if still < MAX_BLOCKED or self.stopping:
             return []
         return [f"the event loop has been blocked for {still:.0f} s"]
 
@@ -87,13 +87,13 @@ class Health:
             reasons.append("the daemon is stopping")
         if heard is None:
             reasons.append("the database can't be reached: LISTEN is not on")
-        elif now - heard > QUIET:
+        elif now - heard > MAX_LISTEN_SILENCE:
             reasons.append(f"the listening connection has not answered for {now - heard:.0f} s")
         if swept is None:
             reasons.append("nothing was swept yet")
         elif now - swept > self._longest_pause:
             reasons.append(f"the last sweep was {now - swept:.0f} s ago")
         for name, seconds in self.waits.items():
-            if (waited := seconds()) >= STARVED:
+            if (waited := seconds()) >= MAX_WITHOUT_CONNECTION:
                 reasons.append(f"all connections for {name} have been in use for {waited:.0f} s")
         return reasons

@@ -77,7 +77,7 @@ def _answer(check: HealthCheck) -> Callable[[Request], Response]:
 
 
 MAX_CONNECTIONS = 100  # the daemon needs its descriptors for its own work
-PATIENCE = 10.0  # seconds in which a request must arrive, and an answer must be read
+REQUEST_TIMEOUT = 10.0  # seconds in which a request must arrive, and an answer must be read
 
 
 class _Connection(H11Protocol):
@@ -119,10 +119,10 @@ class _Connection(H11Protocol):
             self._since = None
         elif self._since is None:
             self._since = now
-        elif now - self._since >= PATIENCE:
+        elif now - self._since >= REQUEST_TIMEOUT:
             self.drop()
             return
-        self._timer = self.loop.call_later(min(1.0, PATIENCE), self._look)
+        self._timer = self.loop.call_later(min(1.0, REQUEST_TIMEOUT), self._look)
 
     def drop(self) -> None:
         """Close the connection without an answer."""

@@ -26,7 +26,7 @@ from sequencerd.service.systemd import is_journal
 from sequencerd.settings import Settings
 from sequencerd.storage import conninfo
 
-SHORTEST_SECRET = 4  # characters; masking shorter secrets would mask parts of most lines
+MIN_SECRET_LENGTH = 4  # characters; masking shorter secrets would mask parts of most lines
 
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
@@ -102,7 +102,7 @@ def _parts(secrets: Iterable[str]) -> Iterator[str]:
     for secret in secrets:
         parts = {secret, *secret.split(), *_passwords(secret)}
         for part in parts:
-            if len(part) >= SHORTEST_SECRET and part not in ("Bearer", "Basic"):
+            if len(part) >= MIN_SECRET_LENGTH and part not in ("Bearer", "Basic"):
                 yield part
                 yield json.dumps(part)[1:-1]
 

@@ -29,11 +29,42 @@ from prometheus_client.registry import Collector
 from sequencerd.core.model import Event, Result, outcome
 
 MAX_PLACES = 1000
-OTHER = ("other", "other")
+OTHER_LABELS = ("other", "other")
 
-LATE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0, 3600.0)
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+LATENESS_BUCKETS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    60.0,
+    600.0,
+    3600.0,
+)
+DURATION_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+SIZE_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 _MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "branch", "completed"})
 
@@ -85,7 +116,7 @@ class Metrics(Collector):
         self._oldest: datetime | None = None
         self._now: Callable[[], datetime] | None = None
         self._known: dict[tuple[str, str], tuple[str, str]] = {}
-        self._late = [0] * (len(LATE) + 1)
+        self._late = [0] * (len(LATENESS_BUCKETS) + 1)
         self._late_sum = 0.0
 
         place = ("sequence", "step")
@@ -103,7 +134,7 @@ class Metrics(Collector):
             "sequencerd_effect_latency_seconds",
             "How long a runner took for a call, which may be for a batch",
             ["type"],
-            buckets=SECONDS,
+            buckets=DURATION_BUCKETS,
             registry=self.registry,
         )
         self._down = Gauge(
@@ -130,7 +161,7 @@ class Metrics(Collector):
         self._batch_size = Histogram(
             "sequencerd_batch_size",
             "Enrollments in a transaction",
-            buckets=SIZES,
+            buckets=SIZE_BUCKETS,
             registry=self.registry,
         )
         self._braked = Gauge(
@@ -185,7 +216,7 @@ class Metrics(Collector):
             return
         self._claims.labels(*self._place(place)).inc(len(due))
         on_time, late = len(due), self._late
-        for n, bound in enumerate(LATE):
+        for n, bound in enumerate(LATENESS_BUCKETS):
             later = bisect_left(due, now - timedelta(seconds=bound), 0, on_time)
             late[n] += on_time - later
             on_time = later
@@ -261,11 +292,11 @@ class Metrics(Collector):
         named: list[DueAtStep] = []
         others = [0, 0]
         for sequence, step, count, overdue in due:
-            if (known := self._place((sequence, step))) == OTHER:
+            if (known := self._place((sequence, step))) == OTHER_LABELS:
                 others = [others[0] + count, others[1] + overdue]
             else:
                 named.append((*known, count, overdue))
-        self._due = [*named, (*OTHER, others[0], others[1])] if any(others) else named
+        self._due = [*named, (*OTHER_LABELS, others[0], others[1])] if any(others) else named
         self.swept_at = time.monotonic()
 
     @property
@@ -276,7 +307,7 @@ class Metrics(Collector):
     def _place(self, place: tuple[str, str]) -> tuple[str, str]:
         """Return the labels of a step."""
         if place not in self._known and len(self._known) >= MAX_PLACES:
-            return OTHER
+            return OTHER_LABELS
         return self._known.setdefault(place, place)
 
     # --- called by the registry
@@ -300,7 +331,7 @@ class Metrics(Collector):
         yield GaugeMetricFamily("sequencerd_oldest_overdue_seconds", about, age)
         about = "Time from the wake time of enrollments to their claim"
         buckets, count = [], 0
-        for bound, times in zip((*map(str, LATE), "+Inf"), self._late, strict=True):
+        for bound, times in zip((*map(str, LATENESS_BUCKETS), "+Inf"), self._late, strict=True):
             count += times
             buckets.append((bound, float(count)))
         yield HistogramMetricFamily(

@@ -36,14 +36,20 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 MAX_BODY = 64 * 1024  # bytes
-CONNECTIONS = 4  # simultaneous connections to the database
+MAX_CONNECTIONS = 4  # simultaneous connections to the database
 TIMEOUT = 5.0  # seconds for a connection and its statements
 RETRY_AFTER = "60"  # seconds
 MAX_LANGUAGES = 10  # languages of a browser that are considered
-TITLES_FOR = 60.0  # seconds for which the titles of topics are cached
-UNDONE = "the recipient undid it with the unsubscribe link"
+TITLES_CACHED_FOR = 60.0  # seconds for which the titles of topics are cached
+REASON_OF_UNDO = "the recipient undid it with the unsubscribe link"
 
-UNAVAILABLE = (*TRANSIENT_ERRORS, asyncpg.PostgresError, DatabaseError, TimeoutError, OSError)
+UNAVAILABLE_ERRORS = (
+    *TRANSIENT_ERRORS,
+    asyncpg.PostgresError,
+    DatabaseError,
+    TimeoutError,
+    OSError,
+)
 
 
 _T = TypeVar("_T")
@@ -62,7 +68,7 @@ class PublicPages:
         self._shards = shards
         self._settings = settings
         self._log = log
-        self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._titles: dict[str, str] = {}
         self._titles_until = 0.0
 
@@ -89,7 +95,7 @@ class PublicPages:
                 return Response("too large", 413)
             except ClientDisconnect:
                 return Response(status_code=400)
-            except UNAVAILABLE as error:
+            except UNAVAILABLE_ERRORS as error:
                 self._log.warning("a request waits for the database", error=brief(error))
                 texts = TEXTS[_language(None, request)]
                 response = _page(texts, [texts.unavailable], status=503)
@@ -140,7 +146,7 @@ class PublicPages:
 
             async def undo(connection: asyncpg.Connection) -> set[SuppressionKey]:
                 await suppressions.remove(
-                    connection, channel, known, topics, "unsubscribe", reason=UNDONE
+                    connection, channel, known, topics, "unsubscribe", reason=REASON_OF_UNDO
                 )
                 return await suppressions.read_suppressed(connection, keys)
 
@@ -169,7 +175,7 @@ class PublicPages:
                 for titles in await self._everywhere(suppressions.titles)
                 for title in titles.items()
             )
-            self._titles_until = asyncio.get_running_loop().time() + TITLES_FOR
+            self._titles_until = asyncio.get_running_loop().time() + TITLES_CACHED_FOR
         names = {"address": subscription.address, "topic": self._titles.get(topic, topic)}
         return Texts(*(text.format(**names) for text in texts))
 
@@ -277,8 +283,10 @@ def _language(subscription: Subscription | None, request: Request) -> str:
 
 # --- Twilio's requests
 
-STOP = frozenset({"STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "OPTOUT", "REVOKE"})
-START = frozenset({"START", "YES", "UNSTOP"})
+STOP_WORDS = frozenset(
+    {"STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "OPTOUT", "REVOKE"}
+)
+START_WORDS = frozenset({"START", "YES", "UNSTOP"})
 """The words with which Twilio itself stops and resumes messages to a number."""
 
 
@@ -305,6 +313,6 @@ def read_hook(form: Mapping[str, str], sms: SmsSettings) -> Undeliverable | Resu
     word = form.get("OptOutType") or form.get("Body", "")
     word = word.strip().rstrip(".!").upper()
     sender = form.get("From", "")
-    if sender and word in STOP:
+    if sender and word in STOP_WORDS:
         return Undeliverable("sms", sender, f"answered {word}", "stop")
-    return ResumedNumber(sender, word) if sender and word in START else None
+    return ResumedNumber(sender, word) if sender and word in START_WORDS else None

@@ -10,27 +10,27 @@ import asyncpg
 from sequencerd.core.model import StepKey
 from sequencerd.storage.statements import QUERIES
 
-PASSES = (timedelta(minutes=10), timedelta(hours=25))
+COUNTING_DELAYS = (timedelta(minutes=10), timedelta(hours=25))
 """How long after its end an hour is counted. A daemon records only events of the last day, so the
 second count includes what was committed late.
 """
 
-FURTHEST = timedelta(days=92)  # how far in the past counting begins
-SPAN = timedelta(days=1)  # counted in one transaction while catching up
+MAX_PAST = timedelta(days=92)  # how far in the past counting begins
+CATCH_UP_SPAN = timedelta(days=1)  # counted in one transaction while catching up
 HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
 ON_TIME = timedelta(seconds=10)  # delay from which on a step begins late
-MOST_LATE = 10_000  # rows of lateness that one transaction sums up
+MAX_LATENESS_ROWS = 10_000  # rows of lateness that one transaction sums up
 
 
 async def count(connection: asyncpg.Connection, now: datetime) -> bool:
     """Count hours that have not been counted, at most a day. Return whether there were any."""
     rows = await connection.fetch(QUERIES["activity_progress"])
-    if [row["after"] for row in rows] != list(PASSES):
-        await connection.execute(QUERIES["begin_activity"], list(PASSES), now, FURTHEST)
+    if [row["after"] for row in rows] != list(COUNTING_DELAYS):
+        await connection.execute(QUERIES["begin_activity"], list(COUNTING_DELAYS), now, MAX_PAST)
         rows = await connection.fetch(QUERIES["activity_progress"])
     for after, since in rows:
-        until = min(_hour(now - after), since + SPAN)
+        until = min(_hour(now - after), since + CATCH_UP_SPAN)
         if since < until:
             await connection.execute(QUERIES["count_activity"], since, until)
             await connection.execute(QUERIES["note_activity"], after, until)
@@ -66,7 +66,7 @@ async def note_lateness(
 
 async def sum_lateness(connection: asyncpg.Connection, now: datetime) -> bool:
     """Sum up some of the lateness of past hours. Return whether there was any."""
-    done: str = await connection.execute(QUERIES["sum_lateness"], _hour(now), MOST_LATE)
+    done: str = await connection.execute(QUERIES["sum_lateness"], _hour(now), MAX_LATENESS_ROWS)
     return done != "INSERT 0 0"
 
 

@@ -24,9 +24,9 @@ from sequencerd.storage.connections import counting
 from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
 
-BATCH = 1000  # enrollments in a transaction
-FETCH = 10_000
-LAST_WAIT = 10.0  # seconds in which an interrupted batch may end
+BATCH_SIZE = 1000  # enrollments in a transaction
+FETCH_SIZE = 10_000
+LAST_BATCH_TIMEOUT = 10.0  # seconds in which an interrupted batch may end
 
 STATUSES = {
     "retry": ("failed",),
@@ -137,7 +137,7 @@ async def select(
     found: list[int] = []
     async with counting(connection):
         cursor = await connection.cursor(QUERIES["select"], *_parameters(action, selection, to))
-        while rows := await cursor.fetch(FETCH):
+        while rows := await cursor.fetch(FETCH_SIZE):
             found.extend(row[0] for row in rows)
     return array("q", sorted(found))
 
@@ -171,14 +171,14 @@ async def change(
     Enrollments that have moved since the selection are not changed. If this is cancelled, a batch
     that has started is finished first.
     """
-    for first in range(0, len(ids), BATCH):
+    for first in range(0, len(ids), BATCH_SIZE):
         batch = asyncio.create_task(
-            _change_batch(connection, action, list(ids[first : first + BATCH]), reason, to)
+            _change_batch(connection, action, list(ids[first : first + BATCH_SIZE]), reason, to)
         )
         try:
             progress(await asyncio.shield(batch))
         except asyncio.CancelledError:
-            await asyncio.wait([batch], timeout=LAST_WAIT)
+            await asyncio.wait([batch], timeout=LAST_BATCH_TIMEOUT)
             if batch.done():
                 progress(batch.result())
             else:

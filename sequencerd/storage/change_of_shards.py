@@ -13,12 +13,12 @@ from asyncpg.transaction import Transaction
 from sequencerd.errors import SequencerdError, ShardsError
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
-from sequencerd.storage.every_shard import AT_ONCE, Explain, ask_all
+from sequencerd.storage.every_shard import MAX_CONCURRENT_SHARDS, Explain, ask_all
 from sequencerd.storage.statements import QUERIES
 
-COMMITTING = 30.0  # seconds for a commit, and to find out its outcome
-CLOSING = 5.0  # seconds
-NOTHING = "nothing was changed in any shard"
+COMMIT_TIMEOUT = 30.0  # seconds for a commit, and to find out its outcome
+CLOSE_TIMEOUT = 5.0  # seconds
+NOTHING_CHANGED = "nothing was changed in any shard"
 
 _T = TypeVar("_T")
 
@@ -52,16 +52,18 @@ class Change:
         await self._transactions[shard].start()
 
     async def on_each(
-        self, work: Callable[[Shard], Awaitable[_T]], *, at_once: int = AT_ONCE
+        self, work: Callable[[Shard], Awaitable[_T]], *, at_once: int = MAX_CONCURRENT_SHARDS
     ) -> dict[Shard, _T]:
         """Do a part of the work on every shard. Raises SequencerdError if one refuses."""
         return {
-            **await ask_all(self._explain, self._shards, work, otherwise=NOTHING, at_once=at_once)
+            **await ask_all(
+                self._explain, self._shards, work, otherwise=NOTHING_CHANGED, at_once=at_once
+            )
         }
 
     async def on(self, shard: Shard, work: Callable[[Shard], Awaitable[_T]]) -> _T:
         """Do a part of the work on one shard. Raises SequencerdError if it refuses."""
-        return (await ask_all(self._explain, [shard], work, otherwise=NOTHING))[shard]
+        return (await ask_all(self._explain, [shard], work, otherwise=NOTHING_CHANGED))[shard]
 
     async def commit(self, words: Words, warn: Callable[[str], None] = lambda _: None) -> None:
         """Commit on one shard after the other, if all can. Raises ShardsError, which says what a
@@ -73,7 +75,7 @@ class Change:
         unknown: list[str] = []
         for shard in self._shards:
             try:
-                await asyncio.wait_for(self._transactions[shard].commit(), COMMITTING)
+                await asyncio.wait_for(self._transactions[shard].commit(), COMMIT_TIMEOUT)
             except asyncio.CancelledError:
                 if shard.name is not None:
                     left = [str(one.name) for one in self._shards if str(one.name) not in done]
@@ -90,7 +92,7 @@ class Change:
                 if outcome is None:
                     unknown.append(shard.name)
                 elif outcome == "aborted" and not done and not unknown:
-                    raise ShardsError(f"{failed[shard.name]}\n{NOTHING}") from error
+                    raise ShardsError(f"{failed[shard.name]}\n{NOTHING_CHANGED}") from error
             if shard.name is not None and shard.name not in failed:
                 done.append(shard.name)
         if failed:
@@ -109,7 +111,7 @@ class Change:
         if transaction_id is None:  # it has written nothing
             return "committed"
         with suppress(SequencerdError, *TRANSIENT_ERRORS):
-            async with asyncio.timeout(COMMITTING):
+            async with asyncio.timeout(COMMIT_TIMEOUT):
                 connection = await self._connect(shard)
                 try:
                     while True:
@@ -127,7 +129,7 @@ class Change:
         """Roll back what is not committed."""
         for connection in self.connections.values():
             with suppress(*TRANSIENT_ERRORS):
-                await connection.close(timeout=CLOSING)
+                await connection.close(timeout=CLOSE_TIMEOUT)
 
 
 def _where(

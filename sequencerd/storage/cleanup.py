@@ -10,7 +10,7 @@ from sequencerd.storage.statements import QUERIES
 
 CleanupStart = tuple[str, datetime]
 """Where a batch of ended enrollments starts: a sequence, and a time."""
-FIRST: CleanupStart = ("", datetime(1, 1, 1, tzinfo=UTC))
+FIRST_START: CleanupStart = ("", datetime(1, 1, 1, tzinfo=UTC))
 
 
 async def try_lock_retention(connection: asyncpg.Connection) -> bool:

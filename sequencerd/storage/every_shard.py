@@ -18,7 +18,7 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 _T = TypeVar("_T")
 
-AT_ONCE = 8  # shards that are processed at the same time
+MAX_CONCURRENT_SHARDS = 8  # shards that are processed at the same time
 
 Explain = Callable[[Shard, BaseException], Awaitable[SequencerdError]]
 """Returns what an error of a shard means to the user."""
@@ -52,7 +52,7 @@ async def ask(
     shards: Iterable[Shard],
     work: Callable[[Shard], Awaitable[_T]],
     *,
-    at_once: int = AT_ONCE,
+    at_once: int = MAX_CONCURRENT_SHARDS,
 ) -> ShardAnswers[_T]:
     """Do the same on every shard. An error on one does not affect the others. Raises
     SequencerdError if all fail; without [shards], the error of `work`.
@@ -69,7 +69,7 @@ async def ask_all(
     work: Callable[[Shard], Awaitable[_T]],
     *,
     otherwise: str,
-    at_once: int = AT_ONCE,
+    at_once: int = MAX_CONCURRENT_SHARDS,
 ) -> Mapping[Shard, _T]:
     """Do the same where no shard may be missing. `otherwise` says in the error what that means."""
     answers = await ask_each(explain, list(shards), work, at_once)
@@ -85,7 +85,7 @@ async def ask_each(
     explain: Explain,
     shards: Sequence[Shard],
     work: Callable[[Shard], Awaitable[_T]],
-    at_once: int = AT_ONCE,
+    at_once: int = MAX_CONCURRENT_SHARDS,
 ) -> ShardAnswers[_T]:
     """The same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
     if shards[0].name is None:

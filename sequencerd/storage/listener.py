@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROBE_INTERVAL = 5.0  # seconds; with its time-out, a half-open connection is found within 10
 PROBE_TIMEOUT = 5.0
-LONGEST_PAUSE = 10.0  # seconds between attempts to connect
+MAX_PAUSE = 10.0  # seconds between attempts to connect
 POLL_INTERVAL = 1.0
 KEEPALIVE = """
     SET tcp_keepalives_idle = 60; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3
@@ -47,7 +47,7 @@ POLL_SHARE = 0.2  # of the time that slow polls may take
 REFUSED_INTERVAL = 60.0  # seconds between log lines about invalid notifications
 KEPT_REQUESTS = 1000  # requests kept in case the daemon that handles them has died
 KEPT_FOR = 120.0  # seconds after which the server has noticed that a machine is gone
-MOST_STEPS = 10_000  # with more occupied steps, a poll costs more than notifications
+MAX_POLLED_STEPS = 10_000  # with more occupied steps, a poll costs more than notifications
 LOCK_INTERVAL = 1.0  # seconds between attempts to acquire a lock of another daemon
 
 
@@ -169,7 +169,7 @@ async def listen(
                 **options,
             )
         except TRANSIENT_ERRORS as error:
-            pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
+            pause = min(max(pause * 2, 0.1), MAX_PAUSE)
             text = str(error) or type(error).__name__
             log.warning("listener cannot connect", error=text, retry_in=pause)
             await asyncio.sleep(pause)
@@ -189,7 +189,7 @@ async def listen(
         finally:
             heard(False)
             connection.terminate()
-        pause = min(max(pause * 2, 0.1), LONGEST_PAUSE)
+        pause = min(max(pause * 2, 0.1), MAX_PAUSE)
         await asyncio.sleep(pause)
 
 
@@ -285,7 +285,7 @@ class _Watch:
     def _notified_often(self) -> bool:
         times = self._notified_at
         is_often = len(times) == OFTEN and times[-1] - times[0] < WITHIN
-        return is_often and self._last.occupied <= MOST_STEPS
+        return is_often and self._last.occupied <= MAX_POLLED_STEPS
 
     async def keep(self) -> None:
         """Work until the connection is lost, which raises."""

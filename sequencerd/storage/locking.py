@@ -14,9 +14,9 @@ from sequencerd.core.model import Enrollment, Fence, StepKey
 from sequencerd.storage.statements import QUERIES, columns
 from sequencerd.storage.writes import id_array
 
-MANY = 50  # leases of one transaction, for which it pays to note its number
+MANY_LEASES = 50  # leases of one transaction, for which it pays to note its number
 MAX_BYTES = 8_000_000  # of data that one transaction reads, except for a single larger enrollment
-FIRST_LARGE = 4  # enrollments with large data that are read before their size is known
+FIRST_LARGE_ROWS = 4  # enrollments with large data that are read before their size is known
 
 
 class Claimed(NamedTuple):
@@ -139,7 +139,7 @@ async def _with_data(
     if not large:
         return rows
     data: dict[int, str] = {}
-    size, take = 0, FIRST_LARGE
+    size, take = 0, FIRST_LARGE_ROWS
     while large and size < MAX_BYTES:
         part, large = large[:take], large[take:]
         for id_, text in await connection.fetch(QUERIES["large_data"], part):
@@ -199,7 +199,7 @@ async def lock(
     now: dict[Fence, Enrollment] = {}
     revisions: dict[str, int | None] = {}
     for (number, sequence), count in Counter((one.leases, one.sequence) for one in known).items():
-        if count < MANY or number not in transactions:
+        if count < MANY_LEASES or number not in transactions:
             continue
         leased = {one.id: one for one in known if (one.leases, one.sequence) == (number, sequence)}
         unchanged, revisions[sequence] = await connection.fetchrow(

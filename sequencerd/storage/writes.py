@@ -35,9 +35,11 @@ class EnrollmentState(NamedTuple):
     waits_until: datetime | None = None
 
 
-FEW = 3  # different states of a batch up to which each is written by a statement of its own
+MAX_SEPARATE_STATEMENTS = 3
+"""Different states of a batch up to which each is written by a statement of its own."""
+
 NO_EVENTS: Rows[Rows[Any]] = [()] * len(Event._fields)
-NOWHERE = EnrollmentState("", "", "active", None, None, 1, 0, 0, None, None)
+NO_STATE = EnrollmentState("", "", "active", None, None, 1, 0, 0, None, None)
 """A state that no enrollment has."""
 
 
@@ -67,11 +69,11 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
         goals = [(id_, *met) for id_, met in written.goals_met.items()]
         await connection.executemany(QUERIES["write_goals"], goals)
     groups = list(written.rows.items())
-    if len(groups) > FEW:
+    if len(groups) > MAX_SEPARATE_STATEMENTS:
         await connection.execute(QUERIES["write_each"], *_states(written), now)
         groups = []
     if written.events and not groups:
-        groups.append((NOWHERE, []))
+        groups.append((NO_STATE, []))
     events = written.events
     for row, ids in groups:
         await connection.execute(

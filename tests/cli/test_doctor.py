@@ -174,7 +174,7 @@ async def test_what_is_fine_is_told_in_words(database: str, connection: asyncpg.
 async def test_a_transaction_that_was_left_open(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnosis, "OLD", timedelta(0))
+    monkeypatch.setattr(diagnosis, "MAX_TRANSACTION_AGE", timedelta(0))
     async with connection.transaction(isolation="repeatable_read"):
         await connection.fetch("SELECT 1")
         finding = (await examine(database))["old transactions"]

@@ -332,7 +332,7 @@ async def test_many_are_changed_in_batches(sequencerd: Command, many: asyncpg.Co
         "SELECT count(DISTINCT xmin::text) FROM sequencer.enrollments"
     )
     assert transactions == 3
-    assert bulk.BATCH == 1000
+    assert bulk.BATCH_SIZE == 1000
 
 
 class Terminal:

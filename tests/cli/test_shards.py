@@ -543,7 +543,7 @@ def test_a_server_that_does_not_answer_is_given_up(
 async def test_a_statement_without_an_answer_is_given_up(
     filled: Command, shards: dict[str, asyncpg.Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sequencerd.cli.commands.PATIENCE", 0.5)
+    monkeypatch.setattr("sequencerd.cli.commands.STATEMENT_TIMEOUT", 0.5)
     async with shards["b"].transaction():
         await shards["b"].execute("LOCK TABLE sequencer.enrollments IN ACCESS EXCLUSIVE MODE")
         assert "a/1" in filled("list", code=1)

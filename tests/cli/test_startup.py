@@ -10,7 +10,7 @@ import pytest
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
 from sequencerd.definitions import drawing
-from sequencerd.definitions.simulator import WORDS
+from sequencerd.definitions.simulator import OUTCOME_WORDS
 
 SLOW = {"rich.console", "sequencerd.core.step_types", "sequencerd.storage.embedded"}
 DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "httpx", "uvicorn"}
@@ -65,7 +65,7 @@ def test_the_choices_in_the_arguments_are_those_that_there_are() -> None:
         assert parser.parse_args(["graph", "x", "--format", name]).format == name
     (commands,) = (action.choices for action in parser._actions if action.dest == "command")
     assert isinstance(commands, dict)
-    assert ", ".join(WORDS) in commands["simulate"].format_help().replace("\n", " ")
+    assert ", ".join(OUTCOME_WORDS) in commands["simulate"].format_help().replace("\n", " ")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

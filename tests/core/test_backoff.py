@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.backoff import OPEN, RECENT, SEVERAL, Gate, Pauses, Suspects, Verdict
+from sequencerd.core.backoff import (
+    MAX_COINCIDENCE,
+    OPEN_GATE,
+    SUCCESS_COUNTS_FOR,
+    Gate,
+    Pauses,
+    Suspects,
+    Verdict,
+)
 
 PAUSES = Pauses(1.0, 900.0)
 
@@ -19,11 +27,11 @@ def test_pauses_grow_up_to_the_longest() -> None:
 
 
 def test_an_open_gate_lets_through_whatever_there_is_room_for() -> None:
-    assert OPEN.allowed(0.0, 20) == 20
+    assert OPEN_GATE.allowed(0.0, 20) == 20
 
 
 def test_after_a_failure_one_is_tried_and_then_twice_as_many_each_time() -> None:
-    gate = OPEN.failed("refused", 9.0, 10.0, 1.0, 0.0)
+    gate = OPEN_GATE.failed("refused", 9.0, 10.0, 1.0, 0.0)
     assert gate.allowed(10.9, 20) == 0
     assert gate.allowed(11.0, 20) == 1
     limits = []
@@ -35,12 +43,12 @@ def test_after_a_failure_one_is_tried_and_then_twice_as_many_each_time() -> None
 
 
 def test_what_the_server_asks_for_is_a_minimum() -> None:
-    assert OPEN.failed("slow down", 0.0, 0.0, 4.0, 0.0).next_at == 4.0
-    assert OPEN.failed("slow down", 0.0, 0.0, 4.0, 60.0).next_at == 60.0
+    assert OPEN_GATE.failed("slow down", 0.0, 0.0, 4.0, 0.0).next_at == 4.0
+    assert OPEN_GATE.failed("slow down", 0.0, 0.0, 4.0, 60.0).next_at == 60.0
 
 
 def test_calls_that_ran_at_the_same_time_count_once() -> None:
-    gate = OPEN
+    gate = OPEN_GATE
     for number in range(20):
         gate = gate.failed("refused", 0.0, 10.0 + number, 1.0, 0.0)
     assert gate.failures == 1
@@ -57,7 +65,7 @@ def test_calls_that_ran_at_the_same_time_count_once() -> None:
     )
 )
 def test_it_is_never_a_hot_loop_and_never_stuck(story: list[tuple[str, float, float]]) -> None:
-    gate, now, row = OPEN, 0.0, 0
+    gate, now, row = OPEN_GATE, 0.0, 0
     for what, later, asked in story:
         now = max(now + later, gate.next_at)
         begun = now
@@ -133,7 +141,7 @@ def test_what_was_spent_when_an_outage_began_is_given_back() -> None:
     runner = Runner()
     runner.call(1)
     runner.call(7, works=False)
-    assert runner.call(7, works=False, later=RECENT + 1) == Verdict("server", refund=1)
+    assert runner.call(7, works=False, later=SUCCESS_COUNTS_FOR + 1) == Verdict("server", refund=1)
 
 
 def test_a_call_for_several_blames_no_enrollment() -> None:
@@ -165,7 +173,7 @@ def test_a_total_outage_costs_no_enrollment_its_last_attempt(
         assert verdict is not None
         if len(runner.spent) > 1:
             assert verdict.fault == "server"
-        if len(runner.spent) >= SEVERAL:
+        if len(runner.spent) >= MAX_COINCIDENCE:
             assert verdict.is_outage
     first = during[0]
     assert all(spent == 0 for number, spent in runner.spent.items() if number != first)
@@ -174,4 +182,4 @@ def test_a_total_outage_costs_no_enrollment_its_last_attempt(
 
 
 def test_the_first_gate_is_open() -> None:
-    assert Gate() == OPEN
+    assert Gate() == OPEN_GATE

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from hypothesis import settings
 
-from sequencerd.core.permits import BLOCK, LATEST, WINDOW, Permits
+from sequencerd.core.permits import BLOCK_SECONDS, MAX_LATE_SECONDS, WINDOW_SECONDS, Permits
 
 
 class Row:
@@ -26,7 +26,7 @@ class Row:
 
 def test_a_block_is_as_large_as_the_demand() -> None:
     permits = Permits(100)
-    most = int(100 * BLOCK)
+    most = int(100 * BLOCK_SECONDS)
     sizes = []
     for _ in range(8):  # each is used up
         sizes.append(count := permits.wanted(1))
@@ -67,8 +67,8 @@ def test_a_permit_can_be_used_late_within_the_rate_of_the_second() -> None:
     assert permits.begin(6.1, 6.11) == pytest.approx(0.84)
     assert permits.begin(6.1, 6.95) == 0
     # and in time it lapses
-    assert permits.begin(6.2, 6.2 + WINDOW + LATEST) is None
-    assert permits.next(6.3 + WINDOW + LATEST) is None
+    assert permits.begin(6.2, 6.2 + WINDOW_SECONDS + MAX_LATE_SECONDS) is None
+    assert permits.next(6.3 + WINDOW_SECONDS + MAX_LATE_SECONDS) is None
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from sequencerd.cli import main
 from sequencerd.core.model import Enrollment, view
-from sequencerd.definitions.check import NAMES, known_paths
+from sequencerd.definitions.check import ROOT_KEYS, known_paths
 from sequencerd.definitions.files import FileFinding, check_documents, read_all, read_files
 from sequencerd.definitions.yaml_reader import DocumentError, parse, read_documents
 from sequencerd.errors import FileError
@@ -60,7 +60,7 @@ def test_everything_is_reported_at_once_and_at_its_line(name: str) -> None:
 def test_what_is_known_of_an_enrollment_is_what_paths_may_begin_with() -> None:
     now = datetime.now(UTC)
     enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, "s", "a", None, now)
-    assert set(view(enrollment, "UTC", now, {})) == set(NAMES)
+    assert set(view(enrollment, "UTC", now, {})) == set(ROOT_KEYS)
 
 
 def test_the_examples_are_beyond_doubt() -> None:

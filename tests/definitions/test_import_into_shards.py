@@ -29,7 +29,7 @@ Shards = Mapping[str, asyncpg.Connection]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "BATCH", 3)
+    monkeypatch.setattr(place, "BATCH_SIZE", 3)
 
 
 @pytest.fixture

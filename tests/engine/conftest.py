@@ -17,7 +17,7 @@ async def pool(database: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     """Connections for retention, which counts the past by months: by days it takes longer than all
     else.
     """
-    monkeypatch.setattr(activity, "SPAN", timedelta(days=31))
+    monkeypatch.setattr(activity, "CATCH_UP_SPAN", timedelta(days=31))
     pool = await connections.connect_pool(shard(database), 3)
     yield pool
     await pool.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from sequencerd.core.model import CALL_LIMITS, RETRY, Limits, RetryPolicy
+from sequencerd.core.model import CALL_LIMITS, DEFAULT_RETRY, Limits, RetryPolicy
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, HttpEndpoint
 
 
@@ -15,7 +15,7 @@ def http_runner(
     name: str = "Crm",
     batch_bytes: int = BATCH_BYTES,
     http2: bool = True,
-    retry: RetryPolicy = RETRY,
+    retry: RetryPolicy = DEFAULT_RETRY,
     **options: Any,
 ) -> BatchRunner:
     """A runner behind a URL; `options` are those of the endpoint, and single limits."""

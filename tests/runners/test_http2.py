@@ -64,7 +64,7 @@ async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
 async def test_a_connection_is_given_up_before_the_server_does(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_client, "CALLS", 2)
+    monkeypatch.setattr(http_client, "MAX_CALLS", 2)
     together = asyncio.Event()
 
     async def respond(request: Request) -> servers.Answer:

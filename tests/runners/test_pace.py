@@ -25,7 +25,7 @@ async def test_without_a_rate_it_asks_nobody() -> None:
 async def test_calls_have_permits_in_their_order_which_are_asked_for_in_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(permits, "WINDOW", 600.0)  # no permit lapses on a busy machine
+    monkeypatch.setattr(permits, "WINDOW_SECONDS", 600.0)  # no permit lapses on a busy machine
     asked: list[tuple[str, float, int]] = []
     granted: list[float] = []
     callers: list[str] = []
@@ -69,7 +69,7 @@ async def test_a_call_whose_turn_does_not_come_in_time_is_given_back(
     waits = asyncio.create_task(made.turn())  # has the permit in a minute
     assert not await made.turn(expires=loop.time() + 0.05)
     assert not waits.cancel() or not delays
-    monkeypatch.setattr(pace, "PATIENCE", 0.05)
+    monkeypatch.setattr(pace, "MIN_WAIT", 0.05)
     assert not await Pace(Limits(1, per_second=1000), "Email", take).turn()
 
 

@@ -374,7 +374,7 @@ async def listening(patience: float = 0.3) -> AsyncIterator[int]:
     port = free_port()
     app = make_app(list, list, CollectorRegistry())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_server, "PATIENCE", patience)
+        patch.setattr(http_server, "REQUEST_TIMEOUT", patience)
         async with serving(app, f"127.0.0.1:{port}"):
             async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(retries=50)) as client:
                 await client.get(f"http://127.0.0.1:{port}/healthz")

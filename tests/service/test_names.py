@@ -114,7 +114,7 @@ def test_the_loop_ends_though_a_name_hangs(resolver: Resolver) -> None:
 def test_a_name_that_hangs_is_waited_for_so_long(
     resolver: Resolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dns, "TIMEOUT", 0.1)
+    monkeypatch.setattr(dns, "CALLER_TIMEOUT", 0.1)
 
     async def work() -> None:
         made = http_runner("http://slow.example/", timeout=60)
@@ -146,7 +146,7 @@ def test_an_answer_is_used_again_for_a_while(
     async def work() -> None:
         nonlocal now
         loop = asyncio.get_running_loop()
-        for seconds, asked in ((0, 1), (dns.FRESH - 0.1, 1), (0.2, 2)):
+        for seconds, asked in ((0, 1), (dns.CACHE_SECONDS - 0.1, 1), (0.2, 2)):
             now += seconds
             ((*_, address), *_) = await loop.getaddrinfo("quick.example", 80)
             assert address == (HOST, 80)

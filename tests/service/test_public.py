@@ -21,7 +21,7 @@ from sequencerd.service.http_server import make_app
 from sequencerd.service.page_texts import TEXTS
 from sequencerd.service.public import (
     MAX_BODY,
-    UNDONE,
+    REASON_OF_UNDO,
     PublicPages,
     ResumedNumber,
     read_hook,
@@ -121,7 +121,7 @@ async def test_all_messages_and_back(
     assert "will receive messages again" in undone.text
     assert await entries(connection) == others
     assert await removed(connection) == [
-        ("email", hashed("ada@x.org"), "*", f"by postgres: {UNDONE}")
+        ("email", hashed("ada@x.org"), "*", f"by postgres: {REASON_OF_UNDO}")
     ]
     # one of another source stays, and the page says so
     await connection.execute(

@@ -11,7 +11,7 @@ from sequencerd.storage import evaluations, locking, writes
 from sequencerd.storage.connections import transaction
 from tests.helpers.engines import define
 
-COUNT = locking.MANY + 4
+COUNT = locking.MANY_LEASES + 4
 NUMBER = 7
 
 

@@ -17,7 +17,13 @@ ODD = ("s/a", 'quo"te', "back\\slash", "{brace}", "a,b", "NULL", "", " blank ", 
 
 
 @pytest.mark.parametrize(
-    ("different", "is_locked"), [(1, True), (writes.FEW, True), (writes.FEW + 1, True), (40, False)]
+    ("different", "is_locked"),
+    [
+        (1, True),
+        (writes.MAX_SEPARATE_STATEMENTS, True),
+        (writes.MAX_SEPARATE_STATEMENTS + 1, True),
+        (40, False),
+    ],
 )
 async def test_each_enrollment_gets_its_own_state_and_events(
     connection: asyncpg.Connection, different: int, *, is_locked: bool

@@ -18,8 +18,8 @@ from sequencerd.core.model import EvaluationError
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 _DAY = timedelta(days=1)
-_HORIZON = 4 * 366  # days in which it must open once
-_ADJACENT = 8  # openings without a break that are followed to find out when it closes
+_HORIZON_DAYS = 4 * 366  # days in which it must open once
+_MAX_ADJACENT = 8  # openings without a break that are followed to find out when it closes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def opening(
     """
     try:
         instant = since
-        while (instant - since).days <= _HORIZON:
+        while (instant - since).days <= _HORIZON_DAYS:
             wall = to_wall(instant, tz)
             if window.shows(wall, holidays):
                 return instant
@@ -85,7 +85,7 @@ def closing(
     one of them.
     """
     instant = at
-    for _ in range(_ADJACENT):
+    for _ in range(_MAX_ADJACENT):
         wall = to_wall(instant, tz)
         if not window.shows(wall, holidays):
             break
@@ -127,7 +127,7 @@ def begin(
 
 def _next_start(window: Window, wall: datetime, holidays: Collection[date]) -> datetime | None:
     """The next time on the wall at which it opens, after one at which it is closed."""
-    for days in range(_HORIZON):
+    for days in range(_HORIZON_DAYS):
         day = wall.date() + _DAY * days
         start = datetime.combine(day, window.start, tzinfo=wall.tzinfo)
         if window.opens_on(day, holidays) and _naive(start) > _naive(wall):

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 EVALUATION_SECONDS = 0.25  # CPU time of the process
 COMPILE_SECONDS = 10.0
-MEMORY = 96 * 1024 * 1024  # bytes, of which lodash and handlebars take 3 million
-STACK = 2 * 1024 * 1024  # bytes; a thread has 8 MB
-KEPT = 1000  # compiled conditions and templates
+MEMORY_LIMIT = 96 * 1024 * 1024  # bytes, of which lodash and handlebars take 3 million
+STACK_LIMIT = 2 * 1024 * 1024  # bytes; a thread has 8 MB
+MAX_PROGRAMS = 1000  # compiled conditions and templates
 
 _FRAMES = re.compile(r"\n    at .*", re.DOTALL)
 
@@ -59,15 +59,15 @@ class _Sandbox:
         from _quickjs import Context  # noqa: PLC0415
 
         self._context = Context()
-        self._context.set_max_stack_size(STACK)
+        self._context.set_max_stack_size(STACK_LIMIT)
         for name in ("prepare.js", "vendor/lodash.js", "vendor/handlebars.js"):
             self._context.eval(_read(name))
         offer = self._context.eval(_read("evaluate.js"))
         self._maker = offer(_read("vendor/locales.json"))
-        self._context.set_memory_limit(MEMORY)
+        self._context.set_memory_limit(MEMORY_LIMIT)
         self._context.set_time_limit(EVALUATION_SECONDS)
         self._made = 0
-        self.program = lru_cache(KEPT)(self.make)
+        self.program = lru_cache(MAX_PROGRAMS)(self.make)
 
     @property
     def is_new(self) -> bool:
@@ -111,7 +111,7 @@ def _judge(sandbox: _Sandbox, error: Exception) -> None:
     elif message == "InternalError: interrupted":
         reached = f"more than {EVALUATION_SECONDS:g} seconds of computing"
     elif message in ("InternalError: out of memory", "null"):
-        reached = f"more than {MEMORY // 1024 // 1024} MB of memory"
+        reached = f"more than {MEMORY_LIMIT // 1024 // 1024} MB of memory"
     else:
         raise ThrownError(re.sub(r"^(?:\w*Error|Exception): ", "", message)) from None
     _THREAD.sandbox = None

@@ -26,7 +26,7 @@ from sequencerd.core.model import Context, DefinitionError, EvaluationError, Key
 from sequencerd.core.step_types.template_config import TemplateText, compile_number
 from sequencerd.core.window_config import CalendarName
 
-LONGEST_PERIOD = timedelta(days=366)
+MAX_PERIOD = timedelta(days=366)
 
 
 def spelled(names: Iterable[str], others: Iterable[str] = ()) -> JsonDict:
@@ -173,6 +173,6 @@ def elapsed(duration: FixedDuration) -> timedelta:
     size = _ELAPSED.get(unit)
     if size is None:
         raise DefinitionError("unit must be weeks, days, hours, minutes or seconds")
-    if duration.amount * size > LONGEST_PERIOD:
+    if duration.amount * size > MAX_PERIOD:
         raise DefinitionError("is more than a year")
     return duration.amount * size

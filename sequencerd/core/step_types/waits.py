@@ -53,7 +53,7 @@ from sequencerd.core.window_config import WindowConfig, describe_window, parse_c
 ON_TIME = timedelta(minutes=1)
 """An enrollment that a WaitForDateComparison wakes later than this has missed the time."""
 
-MISSED = timedelta(days=1)
+MAX_DELAY_OF_DATES = timedelta(days=1)
 """A date that has been over for longer than this, after an outage or a change of data, is past."""
 
 
@@ -184,7 +184,7 @@ def _wait_for_date(config: WaitForDateConfig) -> InstantStep:
             raise
         if until > context.now:
             return Stay(until)
-        is_past = until < max(context.entered_at, context.now - MISSED)
+        is_past = until < max(context.entered_at, context.now - MAX_DELAY_OF_DATES)
         return Action.ALT_NEXT if is_past and config.past == "altNext" else Action.NEXT
 
     exits = [NEXT]  # a date that is written out is past whenever an enrollment comes back
@@ -221,7 +221,7 @@ def _compile_end(config: WaitForDateConfig) -> Callable[[Context], datetime]:
 
         if config.every is None:
             return moved(first)
-        since = max(context.entered_at, context.now - MISSED)
+        since = max(context.entered_at, context.now - MAX_DELAY_OF_DATES)
         return next_anniversary(first, since, tz, moved)
 
     return end

@@ -21,8 +21,8 @@ from sequencerd.storage.change_of_shards import Change
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
-BATCH = 5000  # enrollments in memory
-LONGEST_SUBJECT = 1000  # bytes
+BATCH_SIZE = 5000  # enrollments in memory
+MAX_SUBJECT = 1000  # bytes
 
 _NOT_A_ROWS = (
     asyncpg.PostgresConnectionError,
@@ -99,7 +99,7 @@ async def apply(
     query = source.query("original_runners", await source.optional())
     async with source.connection.transaction(readonly=True):
         await source.connection.execute(QUERIES["use_utc"])
-        async for values in source.connection.cursor(query, prefetch=BATCH):
+        async for values in source.connection.cursor(query, prefetch=BATCH_SIZE):
             row = OriginalEnrollment(*values)
             shard = by_number.get(shard_of(row.subject or "", shards))
             if shard is not None and writers[shard].add(row):
@@ -204,7 +204,7 @@ class _Writer:
             self._leave_out(placed, row.id)
             return False
         self._batch.append(placed)
-        return len(self._batch) == BATCH
+        return len(self._batch) == BATCH_SIZE
 
     def _leave_out(self, reason: str, id_: str) -> None:
         self._found.left_out.setdefault(reason, []).append(id_)
@@ -225,7 +225,7 @@ class _Writer:
             if row.step is None:
                 return "active, at no step, and without a goal to wait for"
             return "active, at a step that is not imported, or was removed here"
-        if not 1 <= len((row.subject or "").encode()) <= LONGEST_SUBJECT:
+        if not 1 <= len((row.subject or "").encode()) <= MAX_SUBJECT:
             return "no dataLookup, or a longer one than 1,000 bytes"
         if not row.possible:
             return "a time before 1900 or after 9998"

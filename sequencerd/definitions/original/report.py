@@ -11,7 +11,7 @@ from sequencerd.definitions.compiler import Definition
 from sequencerd.definitions.diff import SequenceDocument
 from sequencerd.definitions.plan_of_shards import sentences
 
-SHOWN = 5
+MAX_EXAMPLES = 5
 STATUSES = ("active", "completed", "cancelled")
 
 StepPlace = tuple[str, str]
@@ -81,7 +81,7 @@ class ImportReport:
         for (name, step), count in sorted(self.at_past_dates.items()):
             yield f"{count:,} at the past date of {name}/{step}"
         for reason, ids in self.left_out.items():
-            shown = ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
+            shown = ", ".join(ids[:MAX_EXAMPLES]) + (", ..." if len(ids) > MAX_EXAMPLES else "")
             yield f"{len(ids):,} left out: {reason} (runners {shown})"
         yield from (f"question: {text}" for text in self.questions)
 

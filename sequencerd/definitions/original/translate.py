@@ -18,7 +18,7 @@ from sequencerd.core.model import DefinitionError
 from sequencerd.core.step_types import BUILT_IN, is_message, template_texts
 from sequencerd.core.step_types.effects import EFFECT_KEYS
 
-HELD = "9998-12-31T00:00:00Z"
+HELD_UNTIL = "9998-12-31T00:00:00Z"
 """The date of a step that no enrollment passes."""
 
 _CONDITION = ("lodashCommand", "value", "compareTo")
@@ -182,8 +182,10 @@ def _past_date(
         )
     if choices.past_dates != "hold":
         return config
-    made.warnings.append(f"{told}, and becomes {HELD}: no enrollment passes it, as in the original")
-    return {**config, "date": HELD}
+    made.warnings.append(
+        f"{told}, and becomes {HELD_UNTIL}: no enrollment passes it, as in the original"
+    )
+    return {**config, "date": HELD_UNTIL}
 
 
 def _known(

@@ -28,7 +28,7 @@ MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their en
 MAX_NAME = 100  # characters
 LONG_SUFFIX = 20  # characters
 MAX_REDIRECTS = 3
-FETCHES = 4  # messages whose attachments are fetched at the same time
+MAX_FETCHES = 4  # messages whose attachments are fetched at the same time
 CALL_TIMEOUT = 30.0  # seconds, for one attachment
 FETCH_TIMEOUT = 60.0  # seconds, for all attachments of a message
 
@@ -169,10 +169,12 @@ class Attachments:
 
     def __init__(self, allowed: Iterable[str]) -> None:
         self._sources = [parse_source(pattern) for pattern in allowed]
-        self._slots = asyncio.Semaphore(FETCHES)
+        self._slots = asyncio.Semaphore(MAX_FETCHES)
         # only a host that is named in full may be in a private network
         self._clients: dict[bool, HttpClient] = {
-            is_exact: HttpClient(timeout=CALL_TIMEOUT, connections=FETCHES, allow_private=is_exact)
+            is_exact: HttpClient(
+                timeout=CALL_TIMEOUT, connections=MAX_FETCHES, allow_private=is_exact
+            )
             for is_exact in (True, False)
         }
 

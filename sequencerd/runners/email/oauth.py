@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import HttpClient, Unreachable, check_url
 
-EARLY = 120.0
+RENEWED_EARLY = 120.0
 """How many seconds before it expires a token is renewed; after half its lifetime if that is
 shorter.
 """
@@ -62,7 +62,7 @@ class AccessTokens:
             if time.monotonic() >= self._until or self._token == instead_of:
                 token = await self._fetch()
                 self._token = token.text
-                self._until = time.monotonic() + max(token.life / 2, token.life - EARLY)
+                self._until = time.monotonic() + max(token.life / 2, token.life - RENEWED_EARLY)
             return self._token
 
     def hide(self, text: str) -> str:

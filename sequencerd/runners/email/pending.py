@@ -19,7 +19,7 @@ from sequencerd.runners.email.smtp import Delivery
 DATA_KEY = "emailPending"
 """Its key in the enrollment's data; null when nothing is pending."""
 
-LONGEST = timedelta(days=2)
+MAX_RETRY_PERIOD = timedelta(days=2)
 """How long delivery is retried (mail servers retry for four to five days: RFC 5321, 4.5.4.1)."""
 
 
@@ -63,7 +63,7 @@ def follow_up(
             later = left.to
     message = result.message or ""
     since = now if left is None else left.since
-    if not later or now - since > LONGEST:
+    if not later or now - since > MAX_RETRY_PERIOD:
         if left is None:
             return Answer(message=message)
         return left.end(message)

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from typing import Any
 
-LONGEST = 200_000  # characters of HTML, which take less than a second
+MAX_HTML_LENGTH = 200_000  # characters of HTML, which take less than a second
 
 _SAME = re.compile(r"\[([^\[\]\n]+)\]\((?:mailto:|tel:)?\1\)")
 _GAP = re.compile(r"\n(?:[ \t]*\n){2,}")
@@ -23,7 +23,7 @@ def _config() -> Any:
 
 def plain_text(html: str) -> str | None:
     """Return HTML as plain text, with its links; None if it is empty or would take too long."""
-    if len(html) > LONGEST:
+    if len(html) > MAX_HTML_LENGTH:
         return None
     from inscriptis import get_text  # noqa: PLC0415 - as above
 

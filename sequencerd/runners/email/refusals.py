@@ -58,7 +58,7 @@ SHORT_WAIT = timedelta(minutes=1)
 LONG_WAIT = timedelta(minutes=15)
 """The wait for a limit per hour, day or month: most servers release it gradually."""
 
-LONGEST_WAIT = timedelta(days=1)
+MAX_WAIT = timedelta(days=1)
 
 
 def _any(*phrases: str) -> re.Pattern[str]:
@@ -338,5 +338,5 @@ def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:
 def _wait(said: str) -> timedelta:
     named = _WAIT.search(said)
     if named:
-        return min(timedelta(seconds=int(named[1]) * _SECONDS[named[2]]), LONGEST_WAIT)
+        return min(timedelta(seconds=int(named[1]) * _SECONDS[named[2]]), MAX_WAIT)
     return LONG_WAIT if _LONG_PERIOD.search(said) else SHORT_WAIT

@@ -37,7 +37,7 @@ from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import AddressField, compile_addresses
 from sequencerd.runners.email.attachments import (
     FETCH_TIMEOUT,
-    FETCHES,
+    MAX_FETCHES,
     Attachment,
     AttachmentError,
     AttachmentFile,
@@ -132,7 +132,7 @@ class EmailRunner:
         self._pace = Pace(limits, EMAIL.name, take)
         # the transport has limits of its own; this one covers the rest
         longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
-        longest += FETCH_TIMEOUT * (1 + limits.concurrency // FETCHES)
+        longest += FETCH_TIMEOUT * (1 + limits.concurrency // MAX_FETCHES)
         self.limits = replace(limits, timeout=longest)
         self._source = None if oauth is None else token_source(oauth)
         self._transport = MailTransport(

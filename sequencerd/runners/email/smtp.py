@@ -25,7 +25,7 @@ from sequencerd.runners.email.smtp_url import parse_url
 from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
 
-IDLE = 20.0
+IDLE_TIMEOUT = 20.0
 """Seconds without a message after which a connection is closed."""
 
 REPLY_TIMEOUT = 300.0
@@ -42,7 +42,7 @@ OFFER_TIMEOUT = 600.0
 REUSE_TIMEOUT = 10.0
 """Seconds for the first reply on a connection that was idle: it may be dead, unlike a new one."""
 
-SHOWN_ADDRESSES = 10
+MAX_ADDRESSES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class MailTransport:
         final_timeout: float = FINAL_TIMEOUT,
         hello_name: str | None = None,
         tokens: AccessTokens | None = None,
-        idle: float = IDLE,
+        idle: float = IDLE_TIMEOUT,
     ) -> None:
         self._server = parse_url(url, has_token=tokens is not None)
         self._place = f"{self._server.host}:{self._server.port}"
@@ -419,14 +419,14 @@ def _now() -> float:
 
 
 def _told(refused: Mapping[str, Failed]) -> str:
-    shown = list(refused.items())[:SHOWN_ADDRESSES]
+    shown = list(refused.items())[:MAX_ADDRESSES]
     more = f" and {len(refused) - len(shown)} more" if len(refused) > len(shown) else ""
     return ", ".join(f"{address} ({failed.message})" for address, failed in shown) + more
 
 
 def _listed(addresses: list[str]) -> str:
-    more = len(addresses) - SHOWN_ADDRESSES
-    shown = ", ".join(addresses[:SHOWN_ADDRESSES])
+    more = len(addresses) - MAX_ADDRESSES
+    shown = ", ".join(addresses[:MAX_ADDRESSES])
     return f"{shown} and {more} more" if more > 0 else shown
 
 

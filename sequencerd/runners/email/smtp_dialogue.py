@@ -14,9 +14,9 @@ from aiosmtplib import SMTP
 
 from sequencerd.runners.email.refusals import Stage
 
-LONGEST_LINE = 8192  # bytes; RFC 5321 says 512, but servers send more
-LONGEST_REPLY = 100  # lines
-GROUP = 100
+MAX_LINE_LENGTH = 8192  # bytes; RFC 5321 says 512, but servers send more
+MAX_REPLY_LINES = 100  # lines
+PIPELINE_DEPTH = 100
 """Commands that are sent before their replies are read. More could fill both directions, so that
 each side waits for the other to read.
 """
@@ -67,7 +67,7 @@ class Dialogue:
         transport = cast(asyncio.Transport, client.transport)  # uvloop's is another class
         self.extensions = client.esmtp_extensions
         self._timeout = timeout
-        self._reader = asyncio.StreamReader(limit=LONGEST_LINE, loop=loop)
+        self._reader = asyncio.StreamReader(limit=MAX_LINE_LENGTH, loop=loop)
         protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
@@ -84,7 +84,7 @@ class Dialogue:
         A 421 is the server's last reply, so it also applies to the following commands.
         `first_within` is a shorter limit, in seconds, for the first reply.
         """
-        size = GROUP if "pipelining" in self.extensions else 1
+        size = PIPELINE_DEPTH if "pipelining" in self.extensions else 1
         within = min(first_within or self._timeout, self._timeout)
         replies: list[SmtpReply] = []
         for start in range(0, len(commands), size):
@@ -141,7 +141,7 @@ class Dialogue:
 
     async def _read_reply(self) -> SmtpReply:
         texts: list[str] = []
-        for _ in range(LONGEST_REPLY):
+        for _ in range(MAX_REPLY_LINES):
             try:
                 line = (await self._reader.readuntil(b"\n")).rstrip()
             except asyncio.IncompleteReadError as error:

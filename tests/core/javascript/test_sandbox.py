@@ -224,7 +224,7 @@ def test_nothing_is_random_and_no_clock_is_read() -> None:
 
 def test_what_others_left_in_memory_fails_no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     # lodash remembers the last paths: these fill the memory of the context
-    monkeypatch.setattr(sandbox, "MEMORY", 6 * 1024 * 1024)
+    monkeypatch.setattr(sandbox, "MEMORY_LIMIT", 6 * 1024 * 1024)
     monkeypatch.setattr(sandbox, "_THREAD", sandbox._Thread())
     for number in range(40):
         path = f"a[{number}]" + ".b" * 4_000

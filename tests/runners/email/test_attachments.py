@@ -258,7 +258,7 @@ async def test_a_file_is_fetched_once_in_an_attempt_and_few_at_a_time() -> None:
         results = await runner.run(program, tasks)
         assert all(isinstance(result, Answer) for result in results)
         assert len(files.requests) == len(mail.messages) == 12
-    assert most <= attachments.FETCHES
+    assert most <= attachments.MAX_FETCHES
 
 
 @pytest.mark.parametrize(

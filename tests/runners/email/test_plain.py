@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sequencerd.core.model import Answer
-from sequencerd.runners.email.plain import LONGEST, plain_text
+from sequencerd.runners.email.plain import MAX_HTML_LENGTH, plain_text
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.servers import HOST, smtp_server, task
 
@@ -30,7 +30,9 @@ def test_what_a_reader_sees() -> None:
     )
 
 
-@pytest.mark.parametrize("html", ["", "  ", "<img src=x>", "<!-- x -->", "x" * (LONGEST + 1)])
+@pytest.mark.parametrize(
+    "html", ["", "  ", "<img src=x>", "<!-- x -->", "x" * (MAX_HTML_LENGTH + 1)]
+)
 def test_no_text_where_there_is_none(html: str) -> None:
     assert plain_text(html) is None
 
