@@ -33,8 +33,7 @@ from sequencerd.runners.fields import one_line
 MAX_ANSWER = 1024 * 1024  # bytes
 MAX_WAIT = timedelta(days=366)
 MAX_CALLS = 500  # over an HTTP/2 connection
-IDLE_TIMEOUT = 4.0
-"""Httpx does not notice that a server closed HTTP/2, which Node does after 5."""
+IDLE_TIMEOUT = 4.0  # seconds; Node closes HTTP/2 after 5, which httpx does not notice
 MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
 _PUBLIC = frozenset(
