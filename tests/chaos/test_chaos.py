@@ -444,7 +444,7 @@ async def start_migrating(world: World, code: Path) -> asyncio.subprocess.Proces
 MIGRATES = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep')"
 
 
-async def test_it_is_upgraded_under_load(released: World, tmp_path: Path) -> None:
+async def test_an_upgrade_under_load(released: World, tmp_path: Path) -> None:
     """The schema first, by a process that is killed and another one, then one daemon after the
     other: the old ones go on until then.
     """

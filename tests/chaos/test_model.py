@@ -456,9 +456,7 @@ class World(RuleBasedStateMachine):
 
 
 @pytest.mark.usefixtures("connection")  # the schema
-def test_the_engine_does_what_its_model_does(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_engine_behaves_like_its_model(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.random", lambda: 1.0)  # the whole delay before another attempt
     monkeypatch.setattr(World, "url", database, raising=False)
     run_state_machine_as_test(
