@@ -96,7 +96,7 @@ async def test_plain_bounces_and_complaints(
         (failed("4.2.2"), str),
     ],
 )
-async def test_what_does_not_hold_suppresses_nobody(
+async def test_an_unproven_report_suppresses_no_address(
     sequencerd: Command,
     connection: asyncpg.Connection,
     token: str,
@@ -109,11 +109,11 @@ async def test_what_does_not_hold_suppresses_nobody(
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x00\xff" * 1000, b"From: a@b\n\nHello"])
-def test_what_is_no_bounce_is_ignored(sequencerd: Command, raw: bytes) -> None:
+def test_other_messages_than_bounces_are_ignored(sequencerd: Command, raw: bytes) -> None:
     assert sequencerd("bounce", stdin=raw).startswith("ignored: ")
 
 
-def test_what_fails_is_tried_again(sequencerd: Command, tmp_path: Path) -> None:
+def test_a_failure_asks_the_mail_server_to_retry(sequencerd: Command, tmp_path: Path) -> None:
     """Any other exit status would make the mail server bounce the bounce."""
     raw = dsn(failed("5.1.1"))
     sequencerd.variables["SEQUENCERD_DATABASE"] = "postgresql://127.0.0.1:1/app?connect_timeout=2"

@@ -101,7 +101,7 @@ def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
         (["--database", "mysql://x", "status"], 2, "write postgresql://"),
     ],
 )
-def test_what_cannot_be_is_explained(
+def test_invalid_arguments_are_explained(
     applied: Command, arguments: list[str], code: int, words: str
 ) -> None:
     assert applied(*arguments, code=code) == ""
@@ -212,7 +212,7 @@ def test_every_command_has_an_example(sequencerd: Command) -> None:
         assert "Example: sequencerd " in sequencerd(command, "--help")
 
 
-def test_the_demo_goes_well(tmp_path: Path) -> None:
+def test_the_demo_succeeds(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "demo"],
         env={

@@ -133,7 +133,7 @@ async def test_all_is_well(database: str, connection: asyncpg.Connection) -> Non
         ),
     ],
 )
-async def test_what_is_wrong_is_found(
+async def test_problems_are_found(
     database: str, connection: asyncpg.Connection, wrong: tuple[str, str, str, str]
 ) -> None:
     about, level, words, statement = wrong
@@ -152,7 +152,9 @@ async def test_what_is_wrong_is_found(
     assert finding.advice
 
 
-async def test_what_is_fine_is_told_in_words(database: str, connection: asyncpg.Connection) -> None:
+async def test_checks_without_problems_are_described(
+    database: str, connection: asyncpg.Connection
+) -> None:
     found = await examine(database)
     assert found["time zones"].seen == "none in use; the server has the same rules"
     await define(connection, "s", ("a", "GoTo", "{}", None))
@@ -233,7 +235,9 @@ async def test_a_pooler(
     assert (finding.level, words in finding.seen) == (level, True)
 
 
-async def test_a_way_past_a_pooler(database: str, connection: asyncpg.Connection) -> None:
+async def test_a_direct_connection_beside_a_pooler(
+    database: str, connection: asyncpg.Connection
+) -> None:
     settings = {"url": database, "listen_url": database}
     assert "uses none" in (await examine(database, database=settings))["pooler"].seen
     settings["url"] = "postgresql://127.0.0.1:1/x"

@@ -67,7 +67,7 @@ def test_the_role_that_a_command_needs_is_named(
         assert errors.count("GRANT") == role.count("GRANT")
 
 
-async def test_what_the_role_itself_lacks_is_granted_to_no_login(
+async def test_missing_privileges_of_a_role_are_not_granted_to_a_login(
     database: str, connection: asyncpg.Connection, sequencerd: Command
 ) -> None:
     """The login has the role already."""
@@ -85,7 +85,7 @@ async def test_what_the_role_itself_lacks_is_granted_to_no_login(
     assert "sequencerd grants --apply" in found["problems"].advice
 
 
-async def test_doctor_goes_on_when_a_check_fails(
+async def test_doctor_continues_after_a_check_fails(
     database: str, login: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await connection.execute("GRANT USAGE ON SCHEMA sequencer TO login_none")
@@ -101,7 +101,7 @@ async def test_doctor_goes_on_when_a_check_fails(
     assert "runner Crm" in found
 
 
-def test_a_reader_that_goes_away_is_no_error(
+def test_a_closed_pipe_is_not_an_error(
     database: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with `| head`."""

@@ -9,7 +9,7 @@ import asyncpg
 from tests.helpers.command_line import Command
 
 
-async def test_holidays_are_added_and_what_is_there_stays(
+async def test_holidays_are_added_to_existing_ones(
     sequencerd: Command, connection: asyncpg.Connection
 ) -> None:
     await connection.execute(

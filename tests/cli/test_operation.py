@@ -125,7 +125,7 @@ async def test_options_choose(
         (["cancel", "--sequence", "s"], "Standard input is not a terminal: use --yes"),
     ],
 )
-async def test_what_is_not_said_is_not_done(
+async def test_an_incomplete_selection_changes_nothing(
     sequencerd: Command, defined: asyncpg.Connection, arguments: list[str], words: str
 ) -> None:
     for name in ("ada", "bob"):
@@ -173,7 +173,7 @@ async def test_the_list_has_filters_and_pages(
 # --- what it does
 
 
-async def test_skip_goes_on_behind_the_step_that_failed(
+async def test_skip_continues_after_the_failed_step(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     there, last = await enroll(defined, "s", "ada"), await enroll(defined, "t", "ada")
@@ -250,7 +250,7 @@ async def test_a_subject_that_has_entered_again_is_unchanged(
     assert "the subject has entered the sequence again" in sequencerd("retry", str(left))
 
 
-async def test_sequences_are_paused_and_go_on(
+async def test_sequences_are_paused_and_resumed(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     await enroll(defined, "s", "ada")
@@ -272,7 +272,7 @@ async def test_sequences_are_paused_and_go_on(
 # --- beside a running engine
 
 
-async def test_a_running_engine_takes_it_up_at_once(
+async def test_a_running_engine_applies_changes_at_once(
     sequencerd: Command, database: str, defined: asyncpg.Connection
 ) -> None:
     answers: list[Result] = [Failed("it is down", permanent=True), Answer()]
@@ -385,7 +385,9 @@ async def on_terminal(sequencerd: Command) -> AsyncIterator[Any]:
         os.close(terminal.fd)
 
 
-async def test_it_asks_before_it_changes_many(on_terminal: Any, many: asyncpg.Connection) -> None:
+async def test_changes_of_several_enrollments_ask_for_confirmation(
+    on_terminal: Any, many: asyncpg.Connection
+) -> None:
     refused = await on_terminal("cancel", "--sequence", "s")
     await refused.expect("cancel 2,500 enrollments? [y/N] ")
     refused.type("\n")
@@ -405,7 +407,7 @@ async def test_it_asks_before_it_changes_many(on_terminal: Any, many: asyncpg.Co
     assert await many.fetchval(CANCELLED) == 2500
 
 
-async def test_interrupted_it_says_how_many_are_done(
+async def test_an_interrupted_change_reports_its_progress(
     on_terminal: Any, many: asyncpg.Connection, database: str
 ) -> None:
     other, last = await asyncpg.connect(database), await asyncpg.connect(database)

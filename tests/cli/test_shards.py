@@ -211,9 +211,7 @@ READING = (
 )
 
 
-def test_reading_commands_show_the_others_and_what_is_missing(
-    filled: Command, shards_url: str
-) -> None:
+def test_reading_commands_report_missing_shards(filled: Command, shards_url: str) -> None:
     whole = {tuple(arguments): filled(*arguments) for arguments in READING}
     configure(filled, a=shards_url, b=NOWHERE)
     for arguments in READING:
@@ -235,7 +233,7 @@ def test_reading_commands_show_the_others_and_what_is_missing(
     assert [line.split(":")[0] for line in filled.errors.splitlines()] == ["sequencerd", "shard b"]
 
 
-def test_writing_commands_say_where_they_stand(filled: Command, shards_url: str) -> None:
+def test_writing_commands_report_missing_shards(filled: Command, shards_url: str) -> None:
     configure(filled, a=shards_url, b=NOWHERE)
     assert "s is paused in a: 2 enrollments" in filled("pause", "s", code=1)
     assert "shard b: cannot connect" in filled.errors
@@ -354,7 +352,7 @@ SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 """
 
 
-async def test_apply_says_where_it_stands_after_a_shard_died_before_its_commit(
+async def test_apply_reports_a_shard_that_dies_before_its_commit(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
     tmp_path: Path,
@@ -392,7 +390,7 @@ async def test_apply_says_where_it_stands_after_a_shard_died_before_its_commit(
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-async def test_a_rollback_whose_command_ends_between_the_commits_is_completed_by_another(
+async def test_a_rollback_interrupted_between_commits_is_completed_by_another(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
     tmp_path: Path,
@@ -422,7 +420,7 @@ async def test_a_rollback_whose_command_ends_between_the_commits_is_completed_by
     assert await have_revision(shards) == []
 
 
-async def test_a_commit_without_an_answer_is_looked_up(
+async def test_the_outcome_of_a_commit_without_an_answer_is_found(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
     tmp_path: Path,
@@ -569,7 +567,9 @@ async def test_tail_follows_all_shards(
         assert b"b/1" in await out.readline()
 
 
-async def test_watch_adds_up_and_names_what_is_missing(filled: Command, shards_url: str) -> None:
+async def test_watch_adds_up_shards_and_names_missing_ones(
+    filled: Command, shards_url: str
+) -> None:
     configure(filled, a=shards_url, b=NOWHERE)
     async with beside(filled, "watch", "--interval", "0.1") as (out, errors):
         assert b"shard b: cannot connect" in await errors.readline()

@@ -30,7 +30,7 @@ DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "
         ("daemon", {"sequencerd.cli", "sequencerd.storage.embedded"}),
     ],
 )
-def test_a_command_imports_what_it_uses(module: str, unwanted: set[str]) -> None:
+def test_commands_import_only_what_they_use(module: str, unwanted: set[str]) -> None:
     program = f"import sys, sequencerd.{module}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

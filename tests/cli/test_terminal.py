@@ -46,7 +46,7 @@ OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u206
         ("\ufeff\u00ad\t\x00", r"\ufeff\xad\t\x00"),
     ],
 )
-def test_what_is_shown_instead(text: str, shown: str) -> None:
+def test_escapes_of_control_characters(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
@@ -64,7 +64,7 @@ async def hostile(applied: Command, connection: asyncpg.Connection) -> int:
 
 
 @pytest.mark.slow
-async def test_no_command_prints_it_raw(applied: Command, hostile: int) -> None:
+async def test_no_command_prints_control_characters(applied: Command, hostile: int) -> None:
     commands = (
         ("list",),
         ("show", str(hostile)),
@@ -81,7 +81,7 @@ async def test_no_command_prints_it_raw(applied: Command, hostile: int) -> None:
             assert SHOWN in printed, printed
 
 
-async def test_errors_show_it_too(applied: Command) -> None:
+async def test_errors_escape_control_characters(applied: Command) -> None:
     for code, *command in (
         (1, "enroll", HOSTILE, "x"),
         (1, "enroll", "s", "x", "--step", HOSTILE),
@@ -105,7 +105,7 @@ async def test_json_stays_json(applied: Command, hostile: int) -> None:
         assert (found[0] if isinstance(found, list) else found)["subject"] == HOSTILE
 
 
-def test_columns_of_what_is_no_terminal() -> None:
+def test_columns_without_a_terminal() -> None:
     """They have their whole width, and no markup."""
     rows = [{"id": 1, "subject": "日本 [bold]"}, {"id": 22, "subject": HOSTILE}]
     assert list(aligned(rows)) == ["id  subject", "1   日本 [bold]", f"22  {SHOWN}"]
@@ -154,7 +154,7 @@ def test_eighty_columns_suffice() -> None:
         assert not any(OBEYED.search(line) for line in lines)
 
 
-def test_what_concerns_no_sequence_has_no_heading() -> None:
+def test_rows_without_a_sequence_have_no_heading() -> None:
     row = {"kind": "runner", "about": "Crm", "sequence": None, "since": NOW, "waiting": 39}
     problems = [row, {**row, "about": "Post", "waiting": 5}]
     assert list(laid_out(problems, 80, NOW)) == [
@@ -234,7 +234,7 @@ def test_an_export_that_turns_texts_is_escaped_and_the_same() -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_the_log_shows_it(form: str) -> None:
+def test_the_log_escapes_control_characters(form: str) -> None:
     with redirect_stderr(io.StringIO()) as written:
         log = make_log(Settings(log=LogSettings(format=form)))
         log.warning(HOSTILE, subject=HOSTILE, step=("s", HOSTILE))
@@ -248,7 +248,7 @@ def test_the_log_shows_it(form: str) -> None:
     assert "forged line" in written.getvalue()
 
 
-def test_what_is_not_a_terminal_is_no_other(repository: Path) -> None:
+def test_commands_print_only_by_the_output_module(repository: Path) -> None:
     """Every command prints by cli/output.py, which is where this is done."""
     for path in (repository / "sequencerd/cli").glob("*.py"):
         # the demo and the arguments print what is ours alone
