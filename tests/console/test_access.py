@@ -209,7 +209,7 @@ async def test_an_open_console_answers_to_its_own_names_alone(
 # --- changing something
 
 
-async def test_what_is_read_only_changes_nothing(
+async def test_a_read_only_console_changes_nothing(
     database: str, connection: asyncpg.Connection
 ) -> None:
     _, failing = await people(connection)
@@ -470,7 +470,7 @@ def test_wrong_settings_are_explained(name: str, value: str, words: str) -> None
         load({f"SEQUENCERD_CONSOLE_{name}": value})
 
 
-def test_the_section_turns_it_on(tmp_path: Path) -> None:
+def test_the_section_enables_the_console(tmp_path: Path) -> None:
     file = tmp_path / "sequencerd.toml"
     file.write_text("[console]\n")
     console = load({}, file).console
@@ -509,7 +509,7 @@ def test_the_command_makes_a_hash(sequencerd: Command) -> None:
 # --- the daemon
 
 
-async def test_the_daemon_serves_it(database: str, connection: asyncpg.Connection) -> None:
+async def test_the_daemon_serves_the_console(database: str, connection: asyncpg.Connection) -> None:
     waiting, _ = await people(connection)
     async with daemon(database, SEQUENCERD_CONSOLE_WRITE="true") as client:
         await answers(client, "/readyz", is_ok)

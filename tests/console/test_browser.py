@@ -514,7 +514,7 @@ async def test_a_daemon_is_restarted_under_an_open_page(
         assert await running.wait() == 0
 
 
-async def test_the_database_goes_and_comes_back(
+async def test_pages_recover_after_the_database_was_away(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     waiting, _ = await people(connection)

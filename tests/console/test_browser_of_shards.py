@@ -128,7 +128,7 @@ async def test_by_keyboard_from_all_shards_into_one(filled: Command, browser: Br
 
 
 @pytest.mark.parametrize("role", ["viewer", "operator"])
-async def test_what_a_role_may_not_is_refused_for_all_shards(filled: Command, role: Role) -> None:
+async def test_a_role_restricts_changes_of_all_shards(filled: Command, role: Role) -> None:
     routes = {route.path for route in _app() if "POST" in (route.methods or ())}
     assert routes <= {*NEEDED}
     settings = {"SEQUENCERD_CONSOLE_PASSWORD_HASH": HASH, "SEQUENCERD_CONSOLE_ROLE": role}

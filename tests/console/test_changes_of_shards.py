@@ -273,7 +273,7 @@ async def test_an_address_is_suppressed_in_all_shards(
 # --- a shard that is away
 
 
-async def test_a_shard_that_goes_away_in_the_middle_is_named_everywhere(
+async def test_a_shard_lost_during_a_change_is_named(
     filled: Command, line: Line, shards: Shards
 ) -> None:
     async with console(filled, "console", **WRITE) as client:
@@ -333,7 +333,7 @@ async def test_a_shard_that_goes_away_in_the_middle_is_named_everywhere(
         )
 
 
-async def test_a_rollback_says_where_it_stands_after_a_shard_died_before_its_commit(
+async def test_a_rollback_reports_a_shard_that_dies_before_its_commit(
     filled: Command, shards: Shards, shards_url: str
 ) -> None:
     """As after any edit, it is repeated, and completes what is missing."""

@@ -76,7 +76,7 @@ async def test_masked_data_stay_as_they_are(database: str, connection: asyncpg.C
         assert data == '{"name": "Ada L.", "email": "ada@example.com"}'
 
 
-def test_what_is_masked_cannot_be_moved() -> None:
+def test_masked_values_cannot_be_moved() -> None:
     paths = ("data.email", "data.contacts.phone")
     original = {"email": "a@b", "contacts": [{"phone": "1"}, {"phone": "2"}], "n": 1}
     hidden = hide_data(original, paths)

@@ -13,7 +13,9 @@ from tests.test_readme import REPOSITORY, blocks
 PAGE = REPOSITORY / "docs/console.md"
 
 
-async def test_what_the_page_shows_holds(connection: asyncpg.Connection, tmp_path: Path) -> None:
+async def test_the_documentation_of_the_console_is_correct(
+    connection: asyncpg.Connection, tmp_path: Path
+) -> None:
     languages = set()
     for language, text in blocks(PAGE):
         languages.add(language)

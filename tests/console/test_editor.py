@@ -87,7 +87,7 @@ async def test_the_editor_completes_checks_and_plans(
             await check_page(page, "the plan")
 
 
-async def test_what_the_editor_offers(
+async def test_the_editor_completes_keys_and_names(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)

@@ -95,7 +95,9 @@ WRONG = (
 )
 
 
-async def test_what_cannot_be_enrolled(database: str, connection: asyncpg.Connection) -> None:
+async def test_invalid_enrollments_are_refused(
+    database: str, connection: asyncpg.Connection
+) -> None:
     await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
     async with console(database, write=True) as client:
         for fields, words in WRONG:

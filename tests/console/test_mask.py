@@ -55,7 +55,7 @@ def test_a_path_leads_through_lists(path: str, data: Any, shown: Any) -> None:
     assert make_mask([path])({"data": json.dumps(data)})["data"] == shown
 
 
-def test_what_is_in_a_list_is_hidden_in_texts_too() -> None:
+def test_values_in_lists_are_masked_in_texts() -> None:
     mask = make_mask(["data.people.name"])
     data = json.dumps({"people": [{"name": "Ada"}, {"name": "Bob Jones"}]})
     row = mask({"data": data, "message": "Bob Jones and Ada"})

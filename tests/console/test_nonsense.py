@@ -103,7 +103,7 @@ def _nonsense() -> Iterator[str]:
     return cycle([*map(quote, VALUES), *UNREADABLE])
 
 
-async def test_in_what_is_asked_for(
+async def test_nonsense_in_query_parameters(
     database: str, connection: asyncpg.Connection, journey: tuple[int, int]
 ) -> None:
     values = _nonsense()
@@ -138,7 +138,7 @@ async def test_in_forms(
                 _check(answer, f"{path} {variant}")
 
 
-async def test_a_wrong_filter_or_range_is_said_beside_the_form(
+async def test_a_wrong_filter_or_range_is_reported_beside_the_form(
     database: str, connection: asyncpg.Connection, journey: tuple[int, int]
 ) -> None:
     async with console(database, _runners(), own=_runners) as client:
@@ -174,7 +174,7 @@ async def test_programs_get_plain_text(
         assert len(long.text) < 5000
 
 
-async def test_links_to_what_is_gone(
+async def test_links_to_deleted_objects(
     database: str, connection: asyncpg.Connection, journey: tuple[int, int]
 ) -> None:
     waiting, _ = journey

@@ -106,7 +106,7 @@ async def test_hours_and_days_of_sequences_and_steps(
         assert (await client.get("/over-time?step=note")).status_code == 422
 
 
-async def test_how_late_steps_began(database: str, connection: asyncpg.Connection) -> None:
+async def test_the_lateness_of_steps(database: str, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("note", "Note", "{}", None))
     now = datetime.now(UTC)
     await connection.executemany(

@@ -155,7 +155,7 @@ async def test_a_sequence_shows_its_schedule_and_the_last_run(
 
 
 @pytest.mark.slow
-async def test_what_counts_counts(database: str, connection: asyncpg.Connection) -> None:
+async def test_counts_of_the_overview(database: str, connection: asyncpg.Connection) -> None:
     _, failing = await people(connection)
     await enroll(connection, "s", "carl")
     await connection.execute(
@@ -197,7 +197,7 @@ async def test_what_counts_counts(database: str, connection: asyncpg.Connection)
                 await asyncio.sleep(0.1)
 
 
-async def test_what_comes_next(database: str, connection: asyncpg.Connection) -> None:
+async def test_the_coming_checks(database: str, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("wait", "WaitForCondition", "{}", None))
     await define(connection, "paused", ("wait", "WaitForCondition", "{}", None))
     await connection.execute(
@@ -239,7 +239,7 @@ async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Co
         assert "ask •••" in check(await masked.get("/health"))
 
 
-async def test_problems_are_told_by_what_they_are(
+async def test_problems_are_described_by_their_kind(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await people(connection)
@@ -414,7 +414,7 @@ async def test_tables_as_json_and_csv(database: str, connection: asyncpg.Connect
         assert (await client.get("/tables/search.xml")).status_code == 404
 
 
-async def test_pages_follow_one_another(database: str, connection: asyncpg.Connection) -> None:
+async def test_pagination(database: str, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("wait", "WaitForCondition", "{}", None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
@@ -485,7 +485,7 @@ async def test_search(
         assert "No matching" in check(await client.get("/search?q=x@example.com"))
 
 
-async def test_what_is_not_there(database: str, connection: asyncpg.Connection) -> None:
+async def test_pages_of_unknown_objects(database: str, connection: asyncpg.Connection) -> None:
     await people(connection)
     async with console(database) as client:
         for path, status, words in (
@@ -545,7 +545,7 @@ async def test_an_error_of_ours_shows_nothing(
 
 
 @pytest.mark.slow
-async def test_without_the_database_pages_say_so(
+async def test_pages_report_a_missing_database(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await people(connection)
@@ -604,7 +604,7 @@ async def test_many_viewers_cost_one_query(
     assert set(asked) == {"console_versions"}
 
 
-async def test_a_simulation_that_goes_round_is_given_up(
+async def test_a_simulation_of_an_endless_cycle_ends(
     database: str, connection: asyncpg.Connection
 ) -> None:
     hour = '{"amount": 1, "unit": "hour"}'

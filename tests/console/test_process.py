@@ -71,7 +71,7 @@ def pair() -> Iterator[tuple[Server, Server]]:
         shutil.rmtree(folder)
 
 
-async def test_on_a_standby_it_reads(pair: tuple[Server, Server]) -> None:
+async def test_the_console_reads_from_a_standby(pair: tuple[Server, Server]) -> None:
     """It follows the definitions, and changes nothing: not even a logout is written."""
     primary, standby = pair
     connection = await asyncpg.connect(primary.url)
@@ -144,7 +144,7 @@ async def test_of_several_shards_only_a_standby_is_not_changed(
     assert "nothing was changed in any shard" in command.errors
 
 
-def test_it_does_not_start(sequencerd: Command) -> None:
+def test_wrong_settings_prevent_the_start(sequencerd: Command) -> None:
     sequencerd("console", "--listen", "nowhere", code=2)
     assert "--listen 'nowhere': write a host and a port" in sequencerd.errors
     sequencerd("console", "--listen", "0.0.0.0:0", code=2)

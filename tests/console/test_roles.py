@@ -168,7 +168,7 @@ def _tells_nothing(answer: httpx.Response) -> None:
     assert not any(secret in told for secret in SECRETS), answer.text
 
 
-async def test_what_a_role_may_not_changes_nothing(
+async def test_a_forbidden_change_changes_nothing(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
     async with console_of_users(database, write=True) as client:
@@ -239,7 +239,7 @@ async def test_a_console_that_only_reads_changes_nothing(
         assert await tables(connection) == before
 
 
-async def test_what_is_refused_above_is_what_an_editor_does(
+async def test_the_refused_changes_work_for_an_editor(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
     headers = as_role("editor")

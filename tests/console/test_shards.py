@@ -107,7 +107,7 @@ async def rows_of(client: httpx.AsyncClient, table: str, **query: str) -> list[d
     return rows
 
 
-async def test_what_happened_is_added_up(
+async def test_histories_of_shards_are_added_up(
     filled: Command, shards: dict[str, asyncpg.Connection], shards_url: str
 ) -> None:
     """In the graph, the funnel and over time; medians stay apart."""

@@ -64,9 +64,7 @@ async def _entries(client: httpx.AsyncClient, **query: str) -> list[dict[str, An
     return rows
 
 
-async def test_answers_and_changes_steer_it_and_the_same_address_gives_the_same(
-    database: str, journey: int
-) -> None:
+async def test_answers_and_changes_are_parameters_of_the_url(database: str, journey: int) -> None:
     asked = {
         "answer.Score": '{"action": "next", "data": {"points": 7}}',
         "when.1": "PT90M",
@@ -152,7 +150,7 @@ WRONG = (
 )
 
 
-async def test_what_is_wrong_stands_beside_its_field(database: str, journey: int) -> None:
+async def test_errors_are_shown_beside_their_field(database: str, journey: int) -> None:
     async with console(database, _runners(), own=_runners) as client:
         for given, field, words in WRONG:
             page = await client.get("/simulate", params={**GIVEN, **given})

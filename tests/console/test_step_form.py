@@ -97,7 +97,7 @@ async def test_a_wait_and_a_text_are_changed_by_a_plan(
         assert (await client.get("/step?sequence=t&step=wait")).status_code == 404
 
 
-async def test_what_is_edited_keeps_its_comments(
+async def test_an_edited_sequence_keeps_its_comments(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await sequence(connection)

@@ -117,7 +117,9 @@ async def test_an_address_is_suppressed_with_the_user_s_name(
         assert (await post(client, "/suppress", **known)).status_code == 409
 
 
-async def test_what_cannot_be_suppressed(database: str, connection: asyncpg.Connection) -> None:
+async def test_invalid_suppressions_are_refused(
+    database: str, connection: asyncpg.Connection
+) -> None:
     form = {"channel": "email", "address": "a@b.c", "topic": "*", "reason": "x"}
     async with console(database, write=True) as client:
         for fields, words in (

@@ -233,7 +233,7 @@ async def test_nothing_personal_reaches_a_viewer(
             assert answer.json()["rows"] == []
 
 
-async def test_a_change_is_followed_without_what_is_personal(
+async def test_the_progress_of_a_change_shows_no_personal_data(
     database: str, connection: asyncpg.Connection, journey: tuple[int, int]
 ) -> None:
     settings: dict[str, Any] = {"mask": MASKED, "write": True}  # for all roles
@@ -276,7 +276,7 @@ def _check(page: httpx.Response, path: str) -> None:
         "https://shop.test/unsubscribe/WyJlbWFpbCJd.abc-_x",
     ],
 )
-def test_however_it_is_written(text: str) -> None:
+def test_masked_values_in_other_spellings(text: str) -> None:
     known = {"name": "Konrad O'Zuse", "email": "konrad.zuse@example.com"}
     mask = make_mask(["data.name", "data.email"])
     shown = mask({"message": f"at 2030-01-31 09:00:00 to {text} done", "known": known})["message"]
