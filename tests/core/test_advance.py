@@ -173,7 +173,7 @@ def test_step(type_: str, config: Mapping[str, Any], data: str, expected: Decisi
         ),
     ],
 )
-def test_step_that_cannot_go_on(
+def test_a_step_that_cannot_continue(
     type_: str, config: Mapping[str, Any], data: str, failure: str, word: str
 ) -> None:
     advanced = advance(sequence(step("a", type_, config)), at("a", data), NOW)
@@ -183,7 +183,7 @@ def test_step_that_cannot_go_on(
     assert [event.action for event in advanced.events] == ["failed"]
 
 
-def test_conditional_takes_either_way() -> None:
+def test_a_conditional_leads_to_next_or_alt_next() -> None:
     definitions = sequence(
         step("a", "Conditional", PAID, "yes", "no"),
         step("yes", "Email"),
@@ -207,7 +207,7 @@ def test_go_to_names_a_step_of_another_sequence() -> None:
     ("config", "message"),
     [({"step": "x", "sequence": "nowhere"}, "nowhere"), ({"step": "nowhere"}, "nowhere")],
 )
-def test_go_to_nowhere_fails(config: Mapping[str, Any], message: str) -> None:
+def test_a_go_to_an_unknown_step_fails(config: Mapping[str, Any], message: str) -> None:
     decision = advance(sequence(step("a", "GoTo", config)), at("a"), NOW).decision
     assert isinstance(decision, Fail)
     assert decision.failure == "invalid_step"
@@ -226,7 +226,7 @@ def test_a_paused_sequence_is_entered_and_no_more() -> None:
     assert advanced.decision == Wait(NOW)
 
 
-def test_a_problem_fails_the_enrollments_that_come_to_it() -> None:
+def test_a_problem_fails_enrollments_that_reach_the_step() -> None:
     bad = replace(step("b", "GoTo"), behaviour=InvalidStep("amount: is missing"))
     decision = advance(sequence(step("a", "GoTo", then="b"), bad), at("a"), NOW).decision
     assert decision == Fail("invalid_step", "amount: is missing")
@@ -355,7 +355,9 @@ def test_a_side_effect_is_executed() -> None:
         (Failed("refused", permanent=True), "mail", ["failed"]),
     ],
 )
-def test_its_result_moves_it(result: Result, place: str, names: list[str]) -> None:
+def test_the_result_of_a_side_effect_moves_the_enrollment(
+    result: Result, place: str, names: list[str]
+) -> None:
     leased = at("mail", attempt=1, leased_by="me")
     advanced = advance(MAIL, leased, NOW, result)
     assert advanced.enrollment.step == place
@@ -388,13 +390,13 @@ def test_a_failure_is_tried_again_later_each_time_until_the_last() -> None:
     assert last.decision == Fail("error", "down")
 
 
-def test_it_is_not_started_before_its_time() -> None:
+def test_an_enrollment_does_not_start_before_its_wake_time() -> None:
     later = NOW + timedelta(minutes=5)
     assert advance(MAIL, at("mail", retry_at=later), NOW).decision == Wait(later)
     assert isinstance(advance(MAIL, at("mail", retry_at=later), later).decision, Execute)
 
 
-def test_what_is_not_the_messages_fault_spends_no_attempt() -> None:
+def test_failures_of_the_server_spend_no_attempt() -> None:
     leased = at("mail", attempt=3, leased_by="me")
     throttled = Failed("slow down", fault="server", retry_after=timedelta(seconds=7))
     advanced = advance(MAIL, leased, NOW, throttled, jitter=0.0)
@@ -423,9 +425,7 @@ def test_the_topic_of_a_step_beats_that_of_its_sequence(
 
 
 @pytest.mark.parametrize(("way", "leads"), [("next", "end"), ("altNext", "other"), ("end", None)])
-def test_what_is_suppressed_is_recorded_as_such_and_goes_its_way(
-    way: Skip, leads: str | None
-) -> None:
+def test_a_suppressed_message_is_recorded_and_takes_its_exit(way: Skip, leads: str | None) -> None:
     definitions = sequence(
         step("mail", "Email", None, "end", "other", effect=replace(EFFECT, on_suppressed=way)),
         step("other", "WaitForDuration", {"amount": 2, "unit": "day"}),
@@ -441,7 +441,7 @@ def test_what_is_suppressed_is_recorded_as_such_and_goes_its_way(
         assert advanced.enrollment.step == leads
 
 
-def test_what_has_expired_is_not_started() -> None:
+def test_an_expired_side_effect_is_not_started() -> None:
     day = compile_expiry(DurationConfig(amount=1, unit="day"))
     effect = replace(EFFECT, expires=day, on_expired="altNext")
     definitions = sequence(
@@ -477,7 +477,7 @@ def test_a_date_of_the_data_can_be_the_expiry() -> None:
     assert nothing.failure == "bad_data"
 
 
-def test_on_error_takes_the_other_way() -> None:
+def test_on_error_leads_to_alt_next() -> None:
     kind = replace(EFFECT, on_error="altNext")
     definitions = sequence(
         step("mail", "Email", otherwise="other", effect=kind),
@@ -489,7 +489,7 @@ def test_on_error_takes_the_other_way() -> None:
     assert [(e.action, e.message) for e in advanced.events] == [("altNext", "no such address")]
 
 
-def test_a_limit_is_reserved_and_without_room_waits_or_leads_on() -> None:
+def test_a_limit_is_reserved_or_waits_or_skips() -> None:
     config = LimitConfig.model_validate({"topic": "news", "at_most": 1, "per": {"days": 7}})
     later, until = NOW + timedelta(days=2), NOW + timedelta(days=1)
     for then, leads in (("wait", "mail"), ("skip", "end"), ("altNext", "other")):
@@ -578,7 +578,7 @@ def test_at_most_once_is_left_to_an_operator_after_a_crash() -> None:
     assert decision.failure == "outcome_unknown"
 
 
-def test_what_may_have_taken_place_is_recorded_and_repeated_only_if_allowed() -> None:
+def test_an_unknown_outcome_is_recorded_and_repeated_only_if_allowed() -> None:
     lost = Failed("no answer", unknown=True)
     advanced = advance(MAIL, at("mail", attempt=1, leased_by="host:1"), NOW, lost)
     assert isinstance(advanced.decision, Wait)
@@ -700,7 +700,7 @@ def test_no_lookup_is_requested_in_a_paused_sequence() -> None:
     assert advance(paused, at("goal"), NOW).decision == Wait(NOW)
 
 
-def test_a_condition_that_does_not_come_true_in_time_takes_the_other_way() -> None:
+def test_a_timeout_of_a_condition_leads_to_alt_next() -> None:
     config = {**PAID, "timeout": {"amount": 2, "unit": "days"}}
     wait = step("wait", "WaitForCondition", config, then="paid", otherwise="late")
     definitions = sequence(wait, step("paid", "GoTo"), step("late", "GoTo"))
@@ -802,7 +802,7 @@ def ways_of(weights: Mapping[str, float], seed: str | None = None) -> dict[str, 
     return found
 
 
-def test_the_ways_of_a_split_get_their_shares_and_other_weights_move_as_few_as_possible() -> None:
+def test_changed_weights_of_a_split_move_as_few_subjects_as_possible() -> None:
     before = ways_of({"a": 45, "b": 45, "holdout": 10, "off": 0})
     share = {name: list(before.values()).count(name) / 2000 for name in ("a", "b", "holdout")}
     assert sum(share.values()) == 1
@@ -971,7 +971,7 @@ def test_names_with_slashes_are_distinguished() -> None:
     assert effect_key("a%2Fb", "c") != effect_key("a/b", "c")
 
 
-def test_one_that_fails_on_and_on_by_its_other_way_is_a_loop() -> None:
+def test_repeated_failures_by_alt_next_are_a_loop() -> None:
     effect = replace(EFFECT, on_error="altNext")
     definitions = sequence(step("mail", "Email", otherwise="mail", effect=effect))
     here = at("mail", attempt=3, leased_by="host:1")
@@ -980,7 +980,7 @@ def test_one_that_fails_on_and_on_by_its_other_way_is_a_loop() -> None:
     assert decision.failure == "loop"
 
 
-def test_loops_that_wait_go_on() -> None:
+def test_cycles_with_a_wait_continue() -> None:
     daily = sequence(
         step("wait", "WaitForDuration", {"amount": 1, "unit": "days"}, "mail"),
         step("mail", "Email", then="sms"),
@@ -1216,7 +1216,7 @@ def test_items_are_moved_when_their_time_is_over(
         assert advanced.decision == Wait(until)
 
 
-def test_what_is_beyond_the_limit_is_counted() -> None:
+def test_items_beyond_the_limit_are_counted() -> None:
     data = items(20, 19, 18, count=9)
     advanced = advance(collecting({**BOTH, "at_most": 2}), at("collect", data=data), NOW)
     moved = json.loads(advanced.enrollment.data)
@@ -1234,7 +1234,7 @@ def test_items_of_the_send_are_the_next_round_and_no_loop() -> None:
     assert advance(definitions, at("mail"), NOW, Answer()).decision == End()
 
 
-def test_a_goal_ends_it_whatever_was_collected() -> None:
+def test_a_goal_ends_a_collection() -> None:
     goal = step("out", "Goal", PAID)
     definitions = sequence(step("collect", "Collect", BOTH), goal)
     data = json.dumps({**json.loads(items(1)), "paid": True})
@@ -1320,7 +1320,7 @@ results = st.sampled_from(
 
 
 @given(worlds(), enrollments, results)
-def test_it_always_ends_in_a_decision_that_can_be_kept(
+def test_advance_always_returns_a_decision_that_can_be_written(
     definitions: dict[str, Sequence], enrollment: Enrollment, result: Result | None
 ) -> None:
     advanced = advance(definitions, enrollment, NOW, result, 0.5)
@@ -1356,7 +1356,7 @@ def test_enrollments_in_the_same_state_share_the_outcome(
 
 
 @given(worlds(), enrollments, st.floats(0, 1, exclude_max=True))
-def test_woken_early_it_changes_nothing(
+def test_an_early_wake_changes_nothing(
     definitions: dict[str, Sequence], enrollment: Enrollment, part: float
 ) -> None:
     first = advance(definitions, enrollment, NOW)
@@ -1372,7 +1372,7 @@ def test_woken_early_it_changes_nothing(
 
 @settings(deadline=None)  # it makes many moves
 @given(worlds(), enrollments, st.sampled_from([Answer(), Answer(Action.ALT_NEXT)]))
-def test_between_two_executions_of_a_step_it_waits(
+def test_two_executions_of_a_step_have_a_wait_between_them(
     definitions: dict[str, Sequence], enrollment: Enrollment, answer: Answer
 ) -> None:
     here = enrollment._replace(attempt=0, leased_by=None, executed=())

@@ -26,7 +26,7 @@ def test_pauses_grow_up_to_the_longest() -> None:
     assert PAUSES.after(1000, 1.0) == 675
 
 
-def test_an_open_gate_lets_through_whatever_there_is_room_for() -> None:
+def test_an_open_gate_admits_as_many_as_there_are_slots() -> None:
     assert OPEN_GATE.allowed(0.0, 20) == 20
 
 
@@ -42,7 +42,7 @@ def test_after_a_failure_one_is_tried_and_then_twice_as_many_each_time() -> None
     assert limits == [2, 4, 8, 16, 20]
 
 
-def test_what_the_server_asks_for_is_a_minimum() -> None:
+def test_the_requested_pause_is_a_minimum() -> None:
     assert OPEN_GATE.failed("slow down", 0.0, 0.0, 4.0, 0.0).next_at == 4.0
     assert OPEN_GATE.failed("slow down", 0.0, 0.0, 4.0, 60.0).next_at == 60.0
 
@@ -64,7 +64,7 @@ def test_calls_that_ran_at_the_same_time_count_once() -> None:
         max_size=60,
     )
 )
-def test_it_is_never_a_hot_loop_and_never_stuck(story: list[tuple[str, float, float]]) -> None:
+def test_back_off_never_spins_and_never_ends(story: list[tuple[str, float, float]]) -> None:
     gate, now, row = OPEN_GATE, 0.0, 0
     for what, later, asked in story:
         now = max(now + later, gate.next_at)
@@ -109,7 +109,7 @@ class Runner:
         return verdict
 
 
-def test_one_that_is_poisoned_spends_its_attempts_while_others_go_through() -> None:
+def test_a_bad_enrollment_spends_its_attempts_while_others_succeed() -> None:
     runner = Runner({7})
     runner.call(1)
     faults = []
@@ -128,7 +128,7 @@ def test_one_alone_that_fails_at_a_server_that_has_never_worked_spends_nothing()
     assert [runner.call(7, works=False) for _ in range(50)] == [Verdict("server")] * 50
 
 
-def test_what_was_spent_when_an_outage_began_is_given_back() -> None:
+def test_attempts_spent_at_the_start_of_an_outage_are_refunded() -> None:
     runner = Runner()
     runner.call(1)
     assert runner.call(7, works=False) == Verdict("unclear")

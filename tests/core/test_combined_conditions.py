@@ -124,7 +124,7 @@ def test_an_outcome_is_shared_unless_own_values_were_read() -> None:
         assert [answer for _, answer in advanced.answers] == answers
 
 
-def test_what_is_nested_too_deep_is_refused() -> None:
+def test_conditions_that_are_nested_too_deep_are_refused() -> None:
     config: dict[str, Any] = truth("a")
     for _ in range(51):
         config = {"not": config}
@@ -213,7 +213,7 @@ def test_without_a_date_a_comparison_is_false(missing: dict[str, None]) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["soon", 1767225600, "1767225600", ["2026-01-01"], True, ""])
-def test_what_is_no_date_fails_the_enrollment(wrong: object) -> None:
+def test_an_invalid_date_fails_the_enrollment(wrong: object) -> None:
     condition = {
         "momentCommand": "isBetween",
         "value": {"type": "now"},

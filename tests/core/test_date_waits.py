@@ -88,9 +88,7 @@ WORKDAYS = {"unit": "business days", "holidays": "DE"}
         ),
     ],
 )
-def test_it_waits_for_a_time_of_the_data(
-    config: dict[str, Any], due: object, decision: str
-) -> None:
+def test_a_wait_for_a_time_in_the_data(config: dict[str, Any], due: object, decision: str) -> None:
     assert decided({**DUE, **config}, {"due": due}) == until(decision)
 
 
@@ -121,13 +119,11 @@ LATE = NOW + timedelta(hours=3)
         ({"missing": "altNext", "every": "year"}, " ", OVER),
     ],
 )
-def test_where_it_goes_without_a_time_ahead(
-    config: dict[str, Any], due: object, decision: object
-) -> None:
+def test_exits_without_a_future_time(config: dict[str, Any], due: object, decision: object) -> None:
     assert decided({**DUE, **config}, {"due": due}, now=LATE) == decision
 
 
-def test_what_was_missed_by_more_than_a_day_is_past() -> None:
+def test_dates_missed_by_more_than_a_day_are_past() -> None:
     """A date that is changed to one of last month is none to send for."""
     entered = NOW - timedelta(days=60)
     config = {**DUE, "past": "altNext"}
@@ -270,7 +266,7 @@ def test_a_step_waits_for_a_window() -> None:
         ("WaitForWindow", {"days": ["mon"]}, "waits for the window (mon)"),
     ],
 )
-def test_what_it_waits_for_in_words(type_: str, config: dict[str, Any], words: str) -> None:
+def test_descriptions_of_waits_for_dates(type_: str, config: dict[str, Any], words: str) -> None:
     assert what_next(row(type_, config)).startswith(f"{words}, until")
 
 
@@ -279,7 +275,7 @@ clocks = st.times().map(lambda time: time.replace(microsecond=0))
 
 
 @given(instants, st.integers(-400, 400), st.sampled_from(["days", "business days"]), clocks, zones)
-def test_it_is_over_at_that_time_and_not_before(
+def test_the_wait_ends_exactly_at_the_date(
     due: datetime, amount: int, unit: str, clock: Any, zone: str
 ) -> None:
     config = {

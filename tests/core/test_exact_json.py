@@ -27,7 +27,7 @@ def test_a_number_keeps_its_value(number: Decimal) -> None:
 
 
 @given(VALUES)
-def test_what_is_written_is_read_again(value: object) -> None:
+def test_written_json_is_read_again(value: object) -> None:
     assert exact_json.loads(exact_json.dumps(value)) == value
 
 
@@ -39,7 +39,7 @@ def test_a_number_that_a_float_holds_is_a_float(number: float) -> None:
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), Decimal("NaN"), Decimal("-Infinity"), Decimal("sNaN")]
 )
-def test_what_is_no_number_is_refused(value: object) -> None:
+def test_non_numbers_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"JSON"):
         exact_json.dumps({"a": value})
     with pytest.raises(TypeError):

@@ -20,7 +20,7 @@ def test_depth_first_a_path_is_followed_to_its_end() -> None:
     assert found == ["a", "b", "d", "c", "e"]
 
 
-def test_what_leads_to_no_cycle_is_left_out() -> None:
+def test_steps_that_lead_to_no_cycle_are_omitted() -> None:
     assert graph.without_ends(GRAPH) == {"a", "c", "e"}
 
 

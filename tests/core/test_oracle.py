@@ -13,7 +13,7 @@ WRONG = GOOD.replace("false", "true")
 
 
 @pytest.mark.parametrize("content", ["", WRONG, "{", GOOD + "\n" + GOOD, '{"else": 1}\n'])
-def test_what_is_empty_wrong_or_unreadable_fails(tmp_path: Path, content: str) -> None:
+def test_invalid_records_of_the_oracle_fail(tmp_path: Path, content: str) -> None:
     (tmp_path / "cases.jsonl").write_text(content)
     assert main([str(tmp_path)]) == 1
 

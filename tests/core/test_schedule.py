@@ -71,7 +71,7 @@ def test_a_schedule_without_a_second_run_is_an_error_of_its_own() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(keys: dict[str, Any], words: str) -> None:
+def test_invalid_schedules_are_refused_with_their_key(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(DefinitionError) as refused:
         config(**keys)
     assert words in str(refused.value)

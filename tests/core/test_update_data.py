@@ -88,7 +88,7 @@ def test_strict_a_missing_value_is_bad_data(change: object, message: str) -> Non
     assert decision.message.startswith(f"step 'set': {message}")
 
 
-def test_strict_what_is_there_or_has_a_default_is_written() -> None:
+def test_strict_values_that_exist_or_have_a_default_are_written() -> None:
     changes = {"a": '{{default data.nmae ""}}', "b": {"get": "data.points"}, "c": {"remove": True}}
     config = {"data": changes, "strict": True}
     definitions = sequence(step("set", "UpdateData", config))
@@ -115,7 +115,7 @@ def test_a_key_that_is_there_becomes(key: str, change: object, value: object) ->
     assert updated({key: change})[key] == value
 
 
-def test_removed_is_gone_and_changes_see_the_data_from_before() -> None:
+def test_changes_read_the_data_before_the_step() -> None:
     after = updated({"note": {"remove": True}, "copy": {"get": "data.note"}, "x": {"remove": True}})
     assert "note" not in after
     assert after["copy"] == "n"
@@ -159,7 +159,7 @@ def test_an_operation_that_cannot_be_is_refused(change: dict[str, Any], message:
     assert message in str(error.value)
 
 
-def test_what_it_reads_of_a_lookup_is_known() -> None:
+def test_paths_of_the_lookup_that_are_read_are_known() -> None:
     assert "external" in (roots("UpdateData", {"data": {"a": [{"get": "external.plan"}]}}) or ())
     assert "external" not in (roots("UpdateData", {"data": {"a": {"get": "data.x"}}}) or ())
 
@@ -175,7 +175,7 @@ def test_add_is_exact_to_the_digit(present: float, amount: float) -> None:
     assert abs(after - (present + amount)) <= 1e-12 * max(abs(present), abs(amount), 1)
 
 
-def test_a_key_that_is_set_after_it_was_removed_is_there() -> None:
+def test_a_key_that_is_set_after_its_removal_exists() -> None:
     definitions = sequence(
         step("one", "UpdateData", {"data": {"a": {"remove": True}}}, then="two"),
         step("two", "UpdateData", {"data": {"a": {"add": 1}}}),

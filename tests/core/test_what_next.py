@@ -106,5 +106,5 @@ LATER = datetime(2030, 1, 2, tzinfo=UTC)
         (row(None, wake_at=NEVER), "waits for a change, then b"),
     ],
 )
-def test_what_it_waits_for(enrollment: dict[str, Any], words: str) -> None:
+def test_descriptions_of_waits(enrollment: dict[str, Any], words: str) -> None:
     assert what_next(enrollment) == words

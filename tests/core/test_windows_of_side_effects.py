@@ -45,7 +45,7 @@ def waiting(**values: Any) -> Any:
     return at("mail", entered_at=BEFORE, **values)
 
 
-def test_it_begins_in_the_window_and_until_it_closes() -> None:
+def test_a_side_effect_begins_within_its_window() -> None:
     decision = advance(office(), waiting(), BEFORE).decision
     assert isinstance(decision, Execute)
     assert decision.closes_at == CLOSES
@@ -61,7 +61,7 @@ def test_it_begins_in_the_window_and_until_it_closes() -> None:
         (Answer(Action.NOOP, retry_after=timedelta(hours=2)), 0),
     ],
 )
-def test_it_is_checked_before_every_attempt(result: Result, attempt: int) -> None:
+def test_the_window_is_checked_before_every_attempt(result: Result, attempt: int) -> None:
     effect = replace(EFFECT, retry=replace(EFFECT.retry, first_delay=7200, longest_delay=7200))
     leased = waiting(attempt=2, leases=2, leased_by="me")
     now = CLOSES if isinstance(result, NotStarted) else BEFORE
@@ -74,7 +74,7 @@ def test_it_is_checked_before_every_attempt(result: Result, attempt: int) -> Non
     assert isinstance(advance(office(effect), advanced.enrollment, OPENS).decision, Execute)
 
 
-def test_it_is_checked_after_a_pause_and_after_a_crash() -> None:
+def test_the_window_is_checked_after_a_pause_and_after_a_crash() -> None:
     paused = {"s": replace(office()["s"], paused=True)}
     assert advance(paused, waiting(), BEFORE).decision == Wait(BEFORE)
     assert advance(office(), waiting(), CLOSES).decision == Wait(OPENS)
@@ -90,12 +90,12 @@ def test_a_window_of_its_own_comes_first_and_null_exempts() -> None:
     assert advance(office(evening), waiting(), BEFORE).decision == Wait(CLOSES)
 
 
-def test_it_is_open_in_the_enrollments_own_zone() -> None:
+def test_a_window_is_open_in_the_time_zone_of_the_enrollment() -> None:
     tokyo = waiting(timezone="Asia/Tokyo")  # 23:30
     assert advance(office(), tokyo, BEFORE).decision == Wait(datetime(2026, 4, 7, 0, 0, tzinfo=UTC))
 
 
-def test_what_expires_before_it_opens_wakes_then() -> None:
+def test_an_expiry_before_the_window_opens_wakes_the_enrollment() -> None:
     hour = compile_expiry(DurationConfig(amount=2, unit="hours"))
     effect = replace(EFFECT, expires=hour, on_expired="end")
     expiry = BEFORE + timedelta(hours=2)
@@ -127,7 +127,7 @@ def test_subjects_are_spread_over_the_opening_and_share_no_outcome() -> None:
     assert advance(office(), waiting(), CLOSES).is_shared
 
 
-def test_a_calendar_without_holidays_stops_it() -> None:
+def test_a_calendar_without_holidays_stops_the_step() -> None:
     empty = {"s": replace(office()["s"], holidays={})}
     decision = advance(empty, waiting(), BEFORE).decision
     assert isinstance(decision, Fail)
@@ -167,5 +167,5 @@ def test_a_window_that_cannot_be_is_refused(config: dict[str, Any], message: str
         ({"from": 9}, ""),
     ],
 )
-def test_it_is_described(config: dict[str, Any], words: str) -> None:
+def test_windows_are_described(config: dict[str, Any], words: str) -> None:
     assert describe_window(config) == words

@@ -32,7 +32,7 @@ def test_the_next_one_comes_after(first: str, after: str, found: str) -> None:
     assert next_anniversary(at(first), at(after), BERLIN) == at(found)
 
 
-def test_what_is_moved_counts() -> None:
+def test_the_moved_date_is_compared() -> None:
     def week_before(instant: datetime) -> datetime:
         return dates.add(instant, -7, "days", BERLIN)
 
@@ -50,7 +50,7 @@ def test_the_end_of_the_calendar_is_bad_data() -> None:
 
 
 @given(instants, instants, st.integers(-800, 800), st.sampled_from(ZONES))
-def test_it_is_after_and_the_first_and_on_its_day(
+def test_the_anniversary_is_the_first_one_after_the_date(
     first: datetime, after: datetime, days: int, name: str
 ) -> None:
     tz = dates.zone(name)

@@ -47,7 +47,7 @@ def test_the_end_of_the_calendar_is_bad_data() -> None:
 
 
 @given(instants, amounts, st.sampled_from(ZONES), holidays)
-def test_it_ends_on_a_business_day_with_as_many_between(
+def test_a_sum_of_business_days_ends_on_a_business_day(
     start: datetime, amount: int, name: str, off: frozenset[date]
 ) -> None:
     tz = dates.zone(name)

@@ -34,7 +34,7 @@ def at(text: str) -> datetime:
         ("2024-03-30T12:00:00Z", 24, "hours", "2024-03-31T12:00:00.000Z"),
     ],
 )
-def test_days_move_the_wall_clock_and_hours_elapse(
+def test_days_are_calendar_time_and_hours_are_elapsed_time(
     start: str, amount: float, unit: str, end: str
 ) -> None:
     assert dates.format_iso(dates.add(at(start), amount, unit, BERLIN)) == end

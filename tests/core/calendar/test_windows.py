@@ -53,7 +53,7 @@ offs = st.sets(st.dates(date(2026, 3, 1), date(2026, 11, 30)), max_size=10).map(
         (Window(frozenset({0})), "2026-04-12T12:00:00Z", "2026-04-12T22:00:00Z"),
     ],
 )
-def test_it_opens(window: Window, now: str, opens: str) -> None:
+def test_a_window_opens(window: Window, now: str, opens: str) -> None:
     assert opening(window, at(now), BERLIN, EASTER) == at(opens)
 
 
@@ -72,7 +72,7 @@ def test_it_opens(window: Window, now: str, opens: str) -> None:
         (Window(frozenset({0, 1})), "2026-04-12T22:00:00Z", "2026-04-14T22:00:00Z"),  # two days
     ],
 )
-def test_it_closes(window: Window, now: str, closes: str) -> None:
+def test_a_window_closes(window: Window, now: str, closes: str) -> None:
     assert closing(window, at(now), BERLIN, EASTER) == at(closes)
 
 
@@ -98,7 +98,7 @@ def _is_open(window: Window, instant: datetime, tz: object, off: frozenset[date]
 
 
 @given(windows, st.one_of(changes, instants), zones, offs)
-def test_it_opens_first_and_never_outside(
+def test_a_window_opens_at_the_first_instant_within_it(
     window: Window, now: datetime, tz: object, off: frozenset[date]
 ) -> None:
     opens = opening(window, now, tz, off)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_it_opens_first_and_never_outside(
 
 
 @given(windows, changes, zones, offs)
-def test_it_is_open_until_it_closes(
+def test_a_window_is_open_until_it_closes(
     window: Window, now: datetime, tz: object, off: frozenset[date]
 ) -> None:
     opens = opening(window, now, tz, off)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_it_is_open_until_it_closes(
 
 
 @given(windows, changes, st.timedeltas(timedelta(0), timedelta(days=3)), zones, offs)
-def test_it_is_monotone(
+def test_the_opening_is_monotone(
     window: Window, now: datetime, ahead: timedelta, tz: object, off: frozenset[date]
 ) -> None:
     later = opening(window, now + ahead, tz, off)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def test_those_that_wait_for_an_opening_are_spread(since: str, now: str, begins:
     zones,
     st.floats(0, 1, exclude_max=True),
 )
-def test_what_is_spread_begins_in_the_window_and_then_stays_begun(  # noqa: PLR0917 - drawn
+def test_spread_starts_lie_within_the_window(  # noqa: PLR0917 - drawn
     window: Window, spread: timedelta, since: datetime, ahead: timedelta, tz: object, share: float
 ) -> None:
     spreading = Window(window.days, window.start, window.end, None, spread)

@@ -169,7 +169,7 @@ def test_the_commands_are_those_of_lodash() -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(ALWAYS_TRUE)), json_values, json_values)
-def test_what_is_always_true(command: str, value: object, other: object) -> None:
+def test_conditions_that_are_always_true(command: str, value: object, other: object) -> None:
     with suppress(EvaluationError):
         assert holds(command, raw(value), raw(other)) is True
 
@@ -195,13 +195,15 @@ def test_inherited_names_are_read_as_in_javascript() -> None:
 
 @settings(deadline=None)  # a limit is reached later
 @given(st.sampled_from(sorted(COMMANDS)), json_values, json_values | st.text("ab.[]01"))
-def test_every_command_answers_or_says_why_not(command: str, value: object, other: object) -> None:
+def test_every_command_returns_a_result_or_an_error(
+    command: str, value: object, other: object
+) -> None:
     with suppress(EvaluationError):
         assert holds(command, at("value"), at("other"), {"value": value, "other": other}) in (0, 1)
 
 
 @pytest.mark.parametrize("command", ["debounce", "template", "sample", "mixin", "now"])
-def test_what_is_omitted_is_reported_with_the_reason(command: str) -> None:
+def test_omitted_commands_are_reported_with_the_reason(command: str) -> None:
     with pytest.raises(DefinitionError, match="not available, because"):
         compile_predicate(command, raw(1), raw(1))
 
@@ -213,7 +215,7 @@ def test_what_is_omitted_is_reported_with_the_reason(command: str) -> None:
         ("toNumber", {"toString": 1}, None, "toNumber"),
     ],
 )
-def test_where_lodash_throws_its_own_words_are_reported(
+def test_errors_of_lodash_are_reported(
     command: str, value: object, other: object, words: str
 ) -> None:
     with pytest.raises(EvaluationError, match=words) as caught:

@@ -87,7 +87,7 @@ def test_a_layout_that_is_missing_is_its_block() -> None:
     assert not missing_layouts("{{#> layout}}{{/layout}}", PARTIALS)
 
 
-def test_what_fails_in_a_partial_names_it() -> None:
+def test_errors_in_a_partial_name_the_partial() -> None:
     with pytest.raises(EvaluationError, match=r"^partial 'strict': data\.missing: the value"):
         rendered("x\ny {{> strict}}", strict=True)
     with pytest.raises(EvaluationError, match="could not be found"):

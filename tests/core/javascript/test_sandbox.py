@@ -195,7 +195,7 @@ def test_keys_of_data_change_no_prototype(data: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["constructor", "__proto__", "list.__proto__", "text.constructor"])
-def test_what_data_inherit_cannot_be_changed(path: str) -> None:
+def test_prototypes_cannot_be_changed(path: str) -> None:
     view = {"list": [], "text": "", "change": {"polluted": 1, "map": 0}}
     for command in ("assign", "merge", "defaults", "assignIn", "defaultsDeep"):
         with suppress(EvaluationError):
@@ -222,7 +222,7 @@ def test_nothing_is_random_and_no_clock_is_read() -> None:
         assert holds("isNil", at(path), None) is True
 
 
-def test_what_others_left_in_memory_fails_no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_of_other_evaluations_does_not_fail_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # lodash remembers the last paths: these fill the memory of the context
     monkeypatch.setattr(sandbox, "MEMORY_LIMIT", 6 * 1024 * 1024)
     monkeypatch.setattr(sandbox, "_THREAD", sandbox._Thread())
@@ -231,7 +231,7 @@ def test_what_others_left_in_memory_fails_no_evaluation(monkeypatch: pytest.Monk
         assert holds("get", at("data"), at("data.path"), {"data": {"path": path}}) is False
 
 
-def test_each_thread_has_its_own() -> None:
+def test_each_thread_has_its_own_sandbox() -> None:
     predicate = compile_predicate("gte", at("data.n"), Operand(type="raw", value=5))
     template = compile_template("{{#each data.l}}{{this}}{{/each}}", escape=True)
 

@@ -141,7 +141,7 @@ def test_strict_a_missing_value_is_an_error(source: str, tag: str) -> None:
         ("{{data.zero}} {{data.nope}} {{data.empty}}", "0 false "),
     ],
 )
-def test_strict_what_a_condition_tests_may_be_missing(source: str, expected: str) -> None:
+def test_strict_templates_may_test_missing_values(source: str, expected: str) -> None:
     view: dict[str, object] = {"data": {"zero": 0, "nope": False, "empty": ""}}
     assert compile_template(source, escape=False, strict=True).render(view) == expected
 
@@ -364,7 +364,7 @@ def test_a_number_reads_back(value: float, decimals: int, locale: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "x", [1], {}, True])
-def test_what_is_no_number_fails_with_its_tag(value: object) -> None:
+def test_values_that_are_not_numbers_fail_with_their_tag(value: object) -> None:
     with pytest.raises(EvaluationError, match=r"\{\{number data\.sum\}\}: the value is"):
         render("{{number data.sum}}", {"data": {"sum": value}})
 
@@ -390,7 +390,7 @@ def test_a_date_without_a_zone_is_in_utc() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "soon", "June 8, 2018", 5, ["2024-01-01"], {}])
-def test_what_is_no_date_fails_with_its_path(value: object) -> None:
+def test_values_that_are_not_dates_fail_with_their_path(value: object) -> None:
     with pytest.raises(EvaluationError, match=r"data\.due") as caught:
         render('{{date data.due format="D"}}', {"data": {"due": value}})
     assert caught.value.failure == "bad_data"
