@@ -57,7 +57,7 @@ def test_everything_is_reported_at_once_and_at_its_line(name: str) -> None:
     assert found == [], "told, and not expected"
 
 
-def test_what_is_known_of_an_enrollment_is_what_paths_may_begin_with() -> None:
+def test_paths_begin_with_the_fields_of_an_enrollment() -> None:
     now = datetime.now(UTC)
     enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, "s", "a", None, now)
     assert set(view(enrollment, "UTC", now, {})) == set(ROOT_KEYS)
@@ -335,7 +335,9 @@ def test_encodings(tmp_path: Path, content: bytes) -> None:
         ),
     ],
 )
-def test_what_cannot_be_read(tmp_path: Path, content: str | bytes, line: int, words: str) -> None:
+def test_unreadable_files_are_errors(
+    tmp_path: Path, content: str | bytes, line: int, words: str
+) -> None:
     with pytest.raises(DocumentError) as wrong:
         documents(tmp_path, content)
     assert words in str(wrong.value)
@@ -353,7 +355,7 @@ def test_a_billion_laughs_are_few(tmp_path: Path, form: str) -> None:
     assert time.process_time() - began < 60
 
 
-def test_what_is_read_before_a_syntax_error_is_checked(tmp_path: Path) -> None:
+def test_sequences_before_a_syntax_error_are_checked(tmp_path: Path) -> None:
     text = "name: s\nsteps: [{name: a, type: Nope}]\n---\nname: ["
     found = check(tmp_path / "f.yaml", text)
     assert [finding.line for finding in found] == [2, 4]
@@ -670,7 +672,7 @@ def test_errors_are_worded_for_a_file(tmp_path: Path, text: str, words: str) -> 
         ("onExpired: altNext", False),
     ],
 )
-def test_the_ways_of_a_message_that_is_not_sent(tmp_path: Path, keys: str, is_taken: bool) -> None:
+def test_exits_of_a_message_that_is_not_sent(tmp_path: Path, keys: str, is_taken: bool) -> None:
     found = check(
         tmp_path / "s.yaml",
         "name: s\nsteps:\n"

@@ -56,7 +56,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert (hello.retry.attempts, hello.on_error) == (2, "altNext")
 
 
-def test_what_a_step_does_not_say_of_retries_its_runner_does() -> None:
+def test_omitted_retries_are_those_of_the_runner() -> None:
     runner = Recorder()
     runner.retry = RetryPolicy(attempts=3, first_delay=1.0, longest_delay=2.0)
     config = {"retry": {"firstDelay": 0.5}}
@@ -65,7 +65,7 @@ def test_what_a_step_does_not_say_of_retries_its_runner_does() -> None:
     assert behaviour.retry == RetryPolicy(attempts=3, first_delay=0.5, longest_delay=2.0)
 
 
-def test_the_settings_of_a_runner_say_how_often_it_is_tried_again() -> None:
+def test_the_settings_of_a_runner_limit_its_retries() -> None:
     runners = make_runners(settings.load({"SEQUENCERD_EMAIL_ATTEMPTS": "3"}))
     assert runners["Email"].retry.attempts == 3
     assert runners["SMS"].retry.attempts == 8
@@ -151,7 +151,7 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     assert len(str(wrong.value).splitlines()) == 3
 
 
-def test_a_cycle_with_a_way_out_is_fine(tmp_path: Path) -> None:
+def test_a_cycle_with_an_exit_is_valid(tmp_path: Path) -> None:
     condition = "{lodashCommand: eq, value: {type: get, value: data.x}}"
     (definition,) = read(
         tmp_path,

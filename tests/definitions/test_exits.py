@@ -146,7 +146,7 @@ def test_the_record_knows_each_step_that_an_exit_finds_in_the_config(
 
 
 @pytest.mark.parametrize(("type_", "config"), CASES)
-def test_a_step_that_may_wait_says_so(type_: str, config: dict[str, Any]) -> None:
+def test_steps_that_may_wait_declare_it(type_: str, config: dict[str, Any]) -> None:
     """In its exits, for the search for cycles that never wait, and in words for operators."""
     sequence = sequence_of(type_, config)
     step = sequence.steps["it"]

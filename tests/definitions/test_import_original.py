@@ -74,7 +74,7 @@ async def original(connection: asyncpg.Connection) -> asyncpg.Connection:
     return connection
 
 
-async def test_a_trial_says_all_and_does_nothing(
+async def test_a_dry_run_reports_everything_and_changes_nothing(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     lines = sequencerd("import-original").splitlines()
@@ -133,9 +133,7 @@ async def test_the_page_can_be_followed(
     assert done.splitlines()[1] == "Onboarding: is created; enrollments: 3 active"
 
 
-async def test_nothing_is_brought_over_twice(
-    sequencerd: Command, original: asyncpg.Connection
-) -> None:
+async def test_nothing_is_imported_twice(sequencerd: Command, original: asyncpg.Connection) -> None:
     sequencerd("import-original", "--apply")
     # what was changed here since stays so, and subjects that have begun there since follow
     await original.execute(
@@ -176,7 +174,7 @@ async def test_nothing_is_brought_over_twice(
         ),
     ],
 )
-async def test_what_cannot_be_a_sequence_is_reported_and_the_others_imported(
+async def test_invalid_sequences_are_reported_and_the_others_imported(
     sequencerd: Command, original: asyncpg.Connection, statement: str, words: str
 ) -> None:
     await original.execute(statement)
@@ -411,7 +409,7 @@ async def test_the_day_of_a_date_is_not_over_before_midnight(
 # --- again
 
 
-async def test_another_import_follows_what_was_renamed_here(
+async def test_another_import_follows_renames(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     sequencerd("import-original", "--apply")
@@ -629,7 +627,7 @@ async def test_settings_of_ours_in_a_custom_config_are_reported(
     assert await original.fetchval("SELECT array_agg(name) FROM sequencer.sequences") == ["Trial"]
 
 
-async def test_ids_mean_what_they_meant(letters: Any) -> None:
+async def test_ids_keep_their_meaning(letters: Any) -> None:
     sms = {
         "from": "+4915112345678",
         "to": "{{external.phone}}",

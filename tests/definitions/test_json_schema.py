@@ -30,7 +30,7 @@ def is_valid(document: object) -> bool:
     return bool(VALIDATOR.is_valid(document))
 
 
-def test_it_is_a_schema_that_knows_every_type() -> None:
+def test_the_schema_has_every_step_type() -> None:
     Draft202012Validator.check_schema(SCHEMA)
     assert {step["type"] for step in STEPS} == {*BUILT_IN, "Note"}
     for type_ in BUILT_IN:
@@ -353,7 +353,7 @@ def test_attachments() -> None:
     assert not is_valid(sequence({"name": "a", "type": "Email", "config": config}))
 
 
-def test_the_ways_of_what_is_not_sent() -> None:
+def test_exits_of_messages_that_are_not_sent() -> None:
     for keys in (
         {"expires": "{{data.begins}}", "onExpired": "altNext", "onSuppressed": "end"},
         {"expires": {"amount": 2, "unit": "hours"}, "onExpired": "next"},

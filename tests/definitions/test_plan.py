@@ -65,7 +65,7 @@ def interval(text: str) -> timedelta:
     return timedelta(**{unit: int(amount)})
 
 
-async def test_apply_makes_it_so_and_does_nothing_twice(
+async def test_apply_changes_sequences_and_a_repetition_changes_nothing(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     assert (await apply(GOOD)).sequences[0].changes.is_new
@@ -290,7 +290,7 @@ async def test_limits_are_planned_with_counts(
     )
 
 
-async def test_what_waits_for_a_limit_is_planned(
+async def test_a_plan_counts_waits_for_limits(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     text = (
@@ -511,7 +511,7 @@ async def test_a_pause_by_hand_outlives_an_apply(
     assert await apply.lines(GOOD) == ["s:", "status: archived → active"]
 
 
-async def test_prune_archives_what_the_files_no_longer_have(
+async def test_prune_archives_sequences_that_no_file_has(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
@@ -532,7 +532,7 @@ async def test_prune_archives_what_the_files_no_longer_have(
     assert await apply.lines(GOOD) == ["s:", "status: archived → active"]
 
 
-async def test_two_that_apply_do_it_one_after_the_other(
+async def test_concurrent_applies_run_one_after_the_other(
     apply: Applying, database: str, tmp_path: Path
 ) -> None:
     others = [await asyncpg.connect(database) for _ in range(3)]
@@ -545,7 +545,7 @@ async def test_two_that_apply_do_it_one_after_the_other(
 
 
 @pytest.mark.parametrize("config", [{"x": "\0"}, {"x": "\ud800"}])
-async def test_what_postgresql_cannot_hold_is_explained(
+async def test_values_that_postgresql_cannot_store_are_explained(
     apply: Applying, connection: asyncpg.Connection, config: Mapping[str, Any]
 ) -> None:
     apply.file.write_text(GOOD)
@@ -556,9 +556,7 @@ async def test_what_postgresql_cannot_hold_is_explained(
             await plan.apply(connection, [definition], RUNNERS)
 
 
-async def test_what_is_the_same_to_postgresql_is_no_change(
-    apply: Applying, connection: asyncpg.Connection
-) -> None:
+async def test_equal_jsonb_is_no_change(apply: Applying, connection: asyncpg.Connection) -> None:
     await apply(GOOD)
     assert not await apply(GOOD.replace("amount: 3", "amount: 3.0"))
     await apply(GOOD.replace("text: Hello", "text: 1"))
@@ -812,7 +810,7 @@ async def test_a_step_that_a_config_names_cannot_be_deleted(
     await connection.execute("DELETE FROM sequencer.sequences")
 
 
-async def test_the_database_finds_the_names_that_the_records_tell(
+async def test_the_database_finds_the_step_names_of_the_records(
     connection: asyncpg.Connection,
 ) -> None:
     wrong = [1, None, {"step": 1}, {"step": "b", "sequence": 1}, {"cases": 1}, {"ways": [1, {}]}]
@@ -834,7 +832,7 @@ async def test_the_database_finds_the_names_that_the_records_tell(
             }, (type_, config)
 
 
-async def test_the_history_and_the_overview_tell_the_branches(
+async def test_the_history_and_the_overview_show_branches(
     apply: Applying, database: str, connection: asyncpg.Connection
 ) -> None:
     await apply(NAMING)

@@ -63,7 +63,7 @@ def test_messages_are_shown_as_they_would_be_sent(tmp_path: Path) -> None:
     assert (sms.details["to"], sms.details["message"]) == ("+4915112345678", "Hi Ädä & <Co>")
 
 
-def test_what_cannot_be_sent_fails_as_it_would(tmp_path: Path) -> None:
+def test_invalid_messages_fail_as_in_the_daemon(tmp_path: Path) -> None:
     sequences = loaded(
         tmp_path,
         "  - {name: mail, type: Email, config: {from: a@x.org, to: '{{data.to}}', subject: x,"
@@ -75,7 +75,7 @@ def test_what_cannot_be_sent_fails_as_it_would(tmp_path: Path) -> None:
     assert actions(simulation) == ["mail enrolled", "mail execute", "mail failed"]
 
 
-def test_branches_say_why_by_the_data_of_their_moment(tmp_path: Path) -> None:
+def test_branches_are_explained_by_the_data_at_that_time(tmp_path: Path) -> None:
     condition = "lodashCommand: gte, value: {type: get, value: data.score}, "
     condition += "compareTo: {type: raw, value: 50}"
     sequences = loaded(
@@ -192,7 +192,7 @@ def test_a_year_of_daily_steps_takes_no_time(tmp_path: Path) -> None:
     jumps=st.lists(st.integers(0, 5), min_size=6, max_size=6),
     changes=st.dictionaries(st.integers(0, 800), st.booleans(), max_size=4),
 )
-def test_it_always_ends_and_time_goes_on(
+def test_a_simulation_always_ends_and_time_never_goes_back(
     tmp_path_factory: pytest.TempPathFactory,
     amounts: list[int],
     jumps: list[int],
@@ -258,7 +258,7 @@ async def test_the_engine_does_the_same(database: str, connection: asyncpg.Conne
         ({"sequence": "t"}, "does not exist"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
+def test_errors_are_reported(tmp_path: Path, wrong: dict[str, Any], words: str) -> None:
     sequences = loaded(tmp_path, "  - {name: a, type: GoTo}\n")
     with pytest.raises(UsageError, match=words):
         sequences.simulate(**({"start": START} | wrong))
@@ -477,7 +477,7 @@ def test_a_refused_jump_is_shown(tmp_path: Path) -> None:
     assert "archived" in load(file).simulate("s", start=START).end
 
 
-async def test_of_an_enrollment_it_is_known_what_refuses_it(
+async def test_a_simulated_enrollment_respects_reentry(
     connection: asyncpg.Connection, sequencerd: Command
 ) -> None:
     days = '{"amount": 3, "unit": "days"}'
@@ -496,7 +496,7 @@ async def test_of_an_enrollment_it_is_known_what_refuses_it(
         ("end", ["mail expired", "mail completed"]),
     ],
 )
-def test_what_has_expired_is_not_sent(tmp_path: Path, goes: str, leads: list[str]) -> None:
+def test_expired_messages_are_not_sent(tmp_path: Path, goes: str, leads: list[str]) -> None:
     sequences = loaded(
         tmp_path,
         "  - {name: mail, type: Email, altNext: other, next: good, config: {from: a@x.org,"

@@ -128,7 +128,7 @@ def test_any_text_is_read_back(path: KeyPath, value: str) -> None:
         ("", ("a",), "there must be one sequence"),
     ],
 )
-def test_what_cannot_be_changed(text: str, path: KeyPath, words: str) -> None:
+def test_texts_that_cannot_be_edited(text: str, path: KeyPath, words: str) -> None:
     with pytest.raises(EditError, match=words):
         set_values(text, {path: 2})
 
@@ -161,7 +161,7 @@ def test_the_fields_of_a_step() -> None:
     assert fields("GoTo", {}) == fields("Email", None) == []
 
 
-def test_what_is_written_in_a_field() -> None:
+def test_values_of_fields() -> None:
     amount, unit = fields("WaitForDuration", {"amount": 1, "unit": "days"})
     assert [amount.read(text) for text in ("3", "-3", "1.5", "{{data.n}}", "x", "")] == [
         *(3, -3, 1.5, "{{data.n}}", "x", "")
