@@ -73,7 +73,7 @@ async def test_each_hour_is_counted_once_by_all_daemons(
     }
 
 
-async def test_what_is_committed_late_is_counted_later(
+async def test_late_commits_are_counted_later(
     connection: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     at, now = hours_ago(3), datetime.now(UTC)
@@ -160,7 +160,7 @@ async def test_late_claims_are_counted_once_and_on_time_ones_not(
     assert summed["at"] == hour(summed["at"])
 
 
-async def test_how_late_is_told_in_classes(
+async def test_lateness_is_counted_in_classes(
     connection: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     now = datetime.now(UTC)

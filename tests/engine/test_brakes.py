@@ -98,7 +98,7 @@ async def test_as_many_as_allowed_do_not_pause(
     assert len(note.views) == 20
 
 
-async def test_what_other_steps_bring_is_counted_with_full_slots(
+async def test_side_effects_of_other_steps_are_counted_with_full_slots(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """Of a batch that comes to the step at once there are fewer slots than allowed."""
@@ -294,7 +294,7 @@ async def test_an_apply_that_removes_brakes_waits_for_a_daemon(
     assert await connection.fetchval("SELECT count(*) FROM sequencer.brakes") == 0
 
 
-async def test_without_a_brake_nothing_more_is_asked(
+async def test_without_a_brake_there_is_no_extra_query(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from sequencerd.engine.clock import Clock
 
 
-def test_it_takes_over_what_was_measured_and_carries_it_on() -> None:
+def test_the_clock_continues_from_the_measured_time() -> None:
     seconds = 1000.0
     clock = Clock(monotonic=lambda: seconds)
     server = datetime(2031, 5, 5, 12, 0, tzinfo=UTC)
@@ -20,7 +20,7 @@ def test_it_takes_over_what_was_measured_and_carries_it_on() -> None:
     assert clock.measured(server + timedelta(seconds=90)) == timedelta(0)
 
 
-def test_small_corrections_do_not_turn_it_back() -> None:
+def test_small_corrections_do_not_move_the_clock_back() -> None:
     seconds = 1000.0
     clock = Clock(monotonic=lambda: seconds)
     server = datetime(2031, 5, 5, 12, 0, tzinfo=UTC)

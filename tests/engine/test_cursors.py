@@ -218,7 +218,7 @@ def test_a_claim_begins_shortly_before_the_last_check() -> None:
     assert cursors.known == {HERE: START + SECOND - OVERLAP}
 
 
-def test_what_is_no_longer_excluded_is_looked_for_from_the_beginning() -> None:
+def test_readmitted_enrollments_are_searched_from_the_beginning() -> None:
     cursors = Cursors()
     claimed(cursors, START, frozenset({1, 2}))
     assert claimed(cursors, START, frozenset({1, 2, 3})).start == START - OVERLAP

@@ -77,7 +77,7 @@ async def daemon(url: str, seconds: float = 30.0) -> AsyncIterator[Daemon]:
         await pool.close()
 
 
-async def test_what_a_view_returns_is_enrolled_once_for_each_time(
+async def test_rows_of_a_view_are_enrolled_once_per_run(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await enroll(defined, "dunning", "invoice-2")
@@ -271,7 +271,9 @@ async def test_the_policies_after_and_always_decide_what_a_run_enrolls(
     assert await defined.fetchval(SUBJECTS) == ["invoice-1", "invoice-1", "invoice-2", "invoice-3"]
 
 
-async def test_what_is_enrolled_starts_at_once(defined: asyncpg.Connection, database: str) -> None:
+async def test_scheduled_enrollments_start_at_once(
+    defined: asyncpg.Connection, database: str
+) -> None:
     await defined.execute("UPDATE sequencer.steps SET type = 'GoTo', config = '{}'")
     async with running_engine(database, sweep=3600), daemon(database) as one:
         await one.turn()

@@ -15,7 +15,7 @@ moves = st.lists(st.tuples(keys | st.none(), st.integers(0, 20)), max_size=200)
 
 
 @given(moves)
-def test_it_is_a_dictionary_of_earliest_times(
+def test_the_heap_is_a_dictionary_of_earliest_times(
     moves: list[tuple[tuple[str, str] | None, int]],
 ) -> None:
     heap: Heap[tuple[str, str]] = Heap()
@@ -38,7 +38,7 @@ def test_it_is_a_dictionary_of_earliest_times(
         assert len(heap._heap) <= 2 * len(heap) + MAX_STALE
 
 
-def test_its_size_follows_its_keys_and_not_the_pushes() -> None:
+def test_the_size_of_the_heap_follows_its_keys() -> None:
     heap: Heap[tuple[str, str]] = Heap()
     heap.push(("s", "other"), START + timedelta(days=30))
     for n in range(10_000):

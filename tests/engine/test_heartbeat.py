@@ -51,7 +51,7 @@ async def test_no_lock_on_enrollments_holds_the_heartbeat_up(
     await other.close()
 
 
-async def test_what_is_reported_is_shown_until_it_is_over_or_the_daemon_is_dead(
+async def test_problems_are_shown_until_they_end_or_the_daemon_is_dead(
     database: str, connection: asyncpg.Connection, sequencerd: Command
 ) -> None:
     now = Clock().now()

@@ -117,7 +117,7 @@ async def test_many_that_share_an_outcome_enroll_each_its_own_subject(
         ),
     ],
 )
-async def test_what_cannot_be_enrolled_is_the_enrollment_s_own_failure(
+async def test_an_invalid_enroll_step_fails_its_own_enrollment(
     connection: asyncpg.Connection, database: str, spoil: str, failure: str, words: str
 ) -> None:
     await define(connection, "b", DAYS)
@@ -190,7 +190,7 @@ async def test_a_subject_in_the_sequence_already_continues_or_takes_altnext(
     assert (await rows(connection)).count(("ada", "b", "active")) == 1
 
 
-async def test_two_that_enroll_the_same_subject_at_once_enroll_it_once(
+async def test_concurrent_enroll_steps_enroll_a_subject_once(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """In a batch, and against other sessions."""
@@ -312,7 +312,7 @@ async def test_every_item_is_in_one_batch(connection: asyncpg.Connection, databa
     )
 
 
-async def test_what_arrives_during_the_send_is_sent_next(
+async def test_items_that_arrive_during_the_send_are_sent_next(
     connection: asyncpg.Connection, database: str
 ) -> None:
     await define(
@@ -339,7 +339,7 @@ async def test_what_arrives_during_the_send_is_sent_next(
     assert [view["data"]["batch"] for view in runner.views] == [["first"], ["second"]]
 
 
-async def test_a_changed_limit_or_time_applies_to_what_waits(
+async def test_a_changed_limit_or_time_applies_to_waiting_collections(
     connection: asyncpg.Connection, database: str
 ) -> None:
     await define(

@@ -81,7 +81,7 @@ async def test_two_daemons_and_sequences_in_one_instant_send_as_often_as_the_lim
         ("wait", ["send enrolled", "send noop"]),
     ],
 )
-async def test_what_follows_a_limit_without_room(
+async def test_exits_of_a_reached_limit(
     connection: asyncpg.Connection, database: str, then: str, went: list[str]
 ) -> None:
     await define(
@@ -119,7 +119,7 @@ async def test_what_follows_a_limit_without_room(
     ]
 
 
-async def test_it_goes_on_when_the_oldest_falls_out_of_the_period(
+async def test_a_limit_frees_a_place_when_the_period_ends(
     connection: asyncpg.Connection, database: str
 ) -> None:
     config = limit(per={"amount": 1, "unit": "seconds"})
@@ -143,7 +143,7 @@ async def test_it_goes_on_when_the_oldest_falls_out_of_the_period(
         (Suppressed("ada@example.com"), False),
     ],
 )
-async def test_what_was_not_sent_gives_its_place_back(
+async def test_an_unsent_message_frees_its_place(
     connection: asyncpg.Connection, database: str, result: Result, *, keeps: bool
 ) -> None:
     await define(connection, "s", ("send", "Note", limit(), None))
@@ -393,7 +393,7 @@ async def test_the_types_without_a_side_effect_are_those_of_the_database(
     assert sorted(known) == sorted(filter(is_instant, BUILT_IN))
 
 
-async def test_a_step_without_a_limit_asks_nothing(
+async def test_a_step_without_a_limit_needs_no_query(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def never(*_: object) -> None:
@@ -456,7 +456,7 @@ async def test_places_of_one_side_effect_are_reserved_together_or_not_at_all(
     ) == [5]
 
 
-async def test_what_no_limit_counts_any_more_is_pruned(connection: asyncpg.Connection) -> None:
+async def test_uses_that_no_limit_counts_are_pruned(connection: asyncpg.Connection) -> None:
     wanted = [Reserved(1, 1, (place("a"),)), Reserved(2, 1, (place("b", per=9 * HOUR),))]
     await reserve(connection, wanted, [], NOW)
     await prune(connection, NOW + 2 * HOUR)

@@ -98,7 +98,7 @@ async def test_a_wait_made_shorter_or_longer_counts_from_entering(
     assert note.visits == [f"{over}:3"]
 
 
-async def test_a_replaced_wait_is_evaluated_as_if_it_had_been_there(
+async def test_a_replaced_wait_is_evaluated_from_the_arrival(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     over, within = [await at_pause(connection, f"u{n}", n * DAY) for n in (2, 1)]
@@ -171,7 +171,7 @@ async def test_a_later_attempt_has_the_new_config(
 # --- the graph
 
 
-async def test_a_step_behind_is_not_executed_and_one_ahead_is(
+async def test_steps_added_before_an_enrollment_are_not_executed(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     id_ = await at_pause(connection, "ada", DAY)
@@ -239,7 +239,7 @@ async def test_a_renamed_step_keeps_its_enrollments(
     assert held.visits == [f"{flying}:1"]
 
 
-async def test_a_removed_step_needs_a_place_to_go(
+async def test_a_removed_step_needs_a_target_for_its_enrollments(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     id_ = await at_pause(connection, "ada", DAY)
@@ -324,7 +324,7 @@ async def test_an_archived_sequence_admits_none_and_existing_enrollments_continu
 
 
 @pytest.mark.slow
-async def test_what_is_interrupted_goes_on_from_there(
+async def test_an_interrupted_reschedule_continues(
     apply: Applying, connection: asyncpg.Connection, database: str
 ) -> None:
     ids = [await at_pause(connection, f"u{n}", DAY) for n in range(20)]
@@ -384,7 +384,7 @@ async def test_no_transaction_in_progress_is_missed(
 
 
 @pytest.mark.slow
-async def test_an_export_brings_back_what_was(sequencerd: Command, tmp_path: Path) -> None:
+async def test_an_export_restores_a_revision(sequencerd: Command, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     text = SEQUENCE.replace("Note", "GoTo").replace(", config: {text: Hello}", "")
     file.write_text(text.replace(", config: {text: Bye}", ""))

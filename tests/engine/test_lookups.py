@@ -110,7 +110,7 @@ async def test_a_goal_in_external_data_is_evaluated_repeatedly(
 
 
 @pytest.mark.slow
-async def test_a_request_for_all_asks_once_about_each(
+async def test_a_request_for_all_looks_up_each_subject_once(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where more wait than a lookup takes on at a time."""

@@ -234,7 +234,7 @@ async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
 
 
 @pytest.mark.slow
-async def test_beside_a_held_snapshot_a_claim_does_not_read_what_is_done(
+async def test_a_claim_beside_a_held_snapshot_skips_finished_rows(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """Nor do they when a notification claims anything about the past or the future."""
@@ -456,7 +456,7 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
 
 
 @pytest.mark.parametrize("step", ["Note", "Conditional"])
-async def test_what_changes_between_reading_and_writing_counts(
+async def test_changes_between_reading_and_writing_are_respected(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     peek, other = locking.peek, await asyncpg.connect(database)
@@ -717,7 +717,7 @@ async def test_a_problem_is_reported_and_cleared_when_it_is_fixed(
     assert "work resumed" in await way(connection, id_)
 
 
-async def test_paused_nothing_is_executed_resumed_all_go_on(
+async def test_a_paused_sequence_executes_nothing_until_it_is_resumed(
     database: str, connection: asyncpg.Connection
 ) -> None:
     recorder = Recorder()
@@ -786,7 +786,7 @@ async def test_numbers_come_back_from_a_runner_to_the_last_digit(
     assert view.text.count("12345678901234567890.123456789") == 2
 
 
-async def test_a_stop_gives_back_what_is_not_done_and_spends_no_attempt(
+async def test_a_stop_releases_unfinished_leases_without_an_attempt(
     database: str, connection: asyncpg.Connection
 ) -> None:
     started = asyncio.Event()
@@ -840,7 +840,7 @@ async def test_several_daemons_share_the_work(
 
 
 @pytest.mark.slow
-async def test_a_lease_is_extended_while_the_work_goes_on(
+async def test_a_lease_is_extended_during_the_side_effect(
     database: str, connection: asyncpg.Connection
 ) -> None:
     go_on = asyncio.Event()

@@ -217,7 +217,7 @@ async def now(connection: asyncpg.Connection) -> object:
 
 
 @pytest.mark.parametrize("code", ["23514", "P0001"])
-async def test_a_result_is_recorded_before_what_follows_is_refused(
+async def test_a_result_is_recorded_although_the_next_step_is_refused(
     database: str, connection: asyncpg.Connection, code: str
 ) -> None:
     """The result alone is written where the whole evaluation is not."""
@@ -279,7 +279,7 @@ async def test_a_row_that_refuses_keeps_no_lease_of_another_from_being_extended(
     ],
 )
 @pytest.mark.slow
-async def test_what_is_locked_for_longer_than_its_lease_is_not_started_again(
+async def test_rows_locked_beyond_their_lease_are_not_started_again(
     database: str, connection: asyncpg.Connection, gate: Gate, lock: str
 ) -> None:
     """By no daemon: neither by the one that executes it, nor by another."""
@@ -513,7 +513,7 @@ async def test_an_answer_with_data_beyond_the_limit_fails_its_own_enrollment(
 # --- what is not known
 
 
-async def test_sequences_that_do_not_exist_are_looked_for_once(
+async def test_unknown_sequences_are_searched_once(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await connection.execute(
@@ -561,7 +561,7 @@ async def test_tables_that_are_emptied_meanwhile_leave_no_leases(
         await eventually(lambda: not engine.in_flight)
 
 
-async def test_what_a_daemon_has_leased_and_does_not_know_is_found_by_the_sweep(
+async def test_the_sweep_finds_leases_that_the_daemon_does_not_know(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("note", "Note", "{}", None))

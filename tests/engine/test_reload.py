@@ -36,7 +36,7 @@ class Strict(Recorder):
         return await super().run(program, tasks)
 
 
-async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
+async def test_side_effects_in_flight_end_with_their_runner(
     database: str, connection: asyncpg.Connection
 ) -> None:
     finish = asyncio.Event()
@@ -80,7 +80,7 @@ async def test_what_is_in_flight_ends_with_the_runner_that_began_it(
     assert len({*old.keys, *new.keys}) == len(old.keys) + len(new.keys) == 10
 
 
-async def test_a_stop_while_the_old_one_still_works_gives_back_what_is_not_done(
+async def test_a_stop_during_a_reload_releases_unfinished_leases(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async def hang(_: Task) -> Result:
@@ -100,7 +100,7 @@ async def test_a_stop_while_the_old_one_still_works_gives_back_what_is_not_done(
     assert await connection.fetchval("SELECT attempt FROM sequencer.enrollments") == 0
 
 
-async def test_a_type_that_goes_is_a_problem_until_it_comes_back(
+async def test_a_removed_type_is_a_problem_until_it_returns(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with running_engine(database, {"Work": Strict()}) as engine:
@@ -119,7 +119,7 @@ async def test_a_type_that_goes_is_a_problem_until_it_comes_back(
         )
 
 
-async def test_only_what_the_settings_change_is_made_anew() -> None:
+async def test_only_changed_settings_replace_runners() -> None:
     suppressions = Suppressions(lambda _: asyncio.sleep(0, frozenset()))
     pool = cast("asyncpg.Pool", None)
     url = "http://127.0.0.1:9/"
@@ -158,7 +158,7 @@ async def test_only_what_the_settings_change_is_made_anew() -> None:
 
 
 @pytest.mark.slow
-async def test_only_what_has_changed_is_compiled_and_the_loop_turns_meanwhile(
+async def test_only_changed_steps_are_compiled_without_blocking_the_loop(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """A sequence of many steps delays no other while it is read."""

@@ -184,7 +184,7 @@ async def test_one_daemon_at_a_time(defined: asyncpg.Connection, pool: asyncpg.P
     assert old not in await partitions(defined)
 
 
-async def test_what_goes_wrong_is_tried_again(
+async def test_errors_of_retention_are_retried(
     defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "MAX_INTERVAL", 0.01)

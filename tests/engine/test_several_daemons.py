@@ -31,7 +31,7 @@ class NotSetUp(Recorder):
         raise DefinitionError("it lacks settings")
 
 
-async def test_each_daemon_leaves_to_the_others_what_they_alone_execute(
+async def test_daemons_leave_steps_that_only_others_serve(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """One goes from a step that the other does not serve to one that itself does not, and back."""

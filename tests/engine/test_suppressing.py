@@ -13,7 +13,7 @@ GONE = Undeliverable("email", "Ada@X.org", "550 5.1.1 User unknown")
 ENTRIES = "SELECT channel, address, topic, reason, source FROM sequencer.suppressions ORDER BY 2"
 
 
-async def test_they_are_written_in_the_transaction_of_the_result(
+async def test_suppressions_are_written_with_the_result(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async def answer(task: Task) -> Result:

@@ -34,7 +34,7 @@ async def set_window(connection: asyncpg.Connection, window: dict[str, Any] | No
 
 
 @pytest.mark.slow
-async def test_what_is_queued_when_the_window_closes_waits_without_an_attempt(
+async def test_queued_side_effects_wait_when_the_window_closes(
     database: str, connection: asyncpg.Connection
 ) -> None:
     begun, released = asyncio.Event(), asyncio.Event()
@@ -67,7 +67,7 @@ async def test_what_is_queued_when_the_window_closes_waits_without_an_attempt(
 
 
 @pytest.mark.slow
-async def test_what_a_rate_limit_holds_back_when_the_window_closes_waits(
+async def test_rate_limited_side_effects_wait_when_the_window_closes(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with smtp_server() as box:
