@@ -240,7 +240,7 @@ def test_settings_that_cannot_work(tmp_path: Path, table: str, words: str) -> No
         registry.make_runners(load({}, tmp_path / "x.toml"))
 
 
-def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "botocore.session", None)
     settings = Settings.model_validate({"runners": {"Score": {"lambda": ARN}}})
     with pytest.raises(SettingsError, match=r"pip install 'sequencerd\[aws\]'"):

@@ -43,14 +43,14 @@ async def test_a_function_without_descriptors_spends_no_attempt() -> None:
     "number",
     [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL],
 )
-def test_what_is_exhausted(number: int) -> None:
+def test_exhausted_resources(number: int) -> None:
     error = OSError(number, "...")
     assert is_exhausted(error)
     assert is_exhausted(RuntimeError(ExceptionGroup("several", [ValueError(), error])))
     assert not is_exhausted(OSError(errno.ECONNREFUSED, "..."))
 
 
-def test_causes_that_go_in_a_circle() -> None:
+def test_circular_causes() -> None:
     first, second = ValueError(), ValueError()
     first.args, second.args = (second,), (first,)
     assert list(causes(first)) == [first, second]

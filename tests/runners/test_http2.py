@@ -79,7 +79,7 @@ async def test_a_connection_is_given_up_before_the_server_does(
     assert server.connections == 3
 
 
-async def test_it_can_be_turned_off(tls: ssl.SSLContext) -> None:
+async def test_http2_can_be_disabled(tls: ssl.SSLContext) -> None:
     async def respond(request: Request) -> servers.Answer:
         return answer(request)
 

@@ -87,7 +87,7 @@ async def test_one_that_is_too_large_alone_fails_alone() -> None:
     assert (bad.permanent, bad.fault) == (True, "enrollment")
 
 
-async def test_what_one_call_has_no_time_for_is_given_back() -> None:
+async def test_a_call_returns_enrollments_that_do_not_fit_its_time() -> None:
     async def respond(request: Request) -> servers.Answer:
         return answer_all(request)
 
@@ -199,7 +199,9 @@ async def test_compressed_answers_are_unpacked(encoding: str, pack: Any) -> None
         ("br", b"whatever", "encoded as 'br'"),
     ],
 )
-async def test_what_cannot_be_unpacked_is_a_failure(encoding: str, body: bytes, says: str) -> None:
+async def test_an_answer_that_cannot_be_decompressed_is_a_failure(
+    encoding: str, body: bytes, says: str
+) -> None:
     async def respond(_: Request) -> servers.Answer:
         return servers.Answer(body=body, headers={"Content-Encoding": encoding})
 

@@ -64,7 +64,7 @@ async def test_copies_to_others_are_omitted_and_reported() -> None:
     assert skipped == Suppressed("not sent to ada@other.org, bcc@other.org: not in email.only_to")
 
 
-async def test_a_journey_goes_on_without_the_message(
+async def test_a_journey_continues_without_the_message(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("mail", "Email", json.dumps(CONFIG), None))

@@ -13,7 +13,7 @@ from sequencerd.runners import pace
 from sequencerd.runners.pace import Pace
 
 
-async def test_without_a_rate_it_asks_nobody() -> None:
+async def test_without_a_rate_there_are_no_permits() -> None:
     async def never(*_: object) -> tuple[float, float]:
         raise AssertionError
 

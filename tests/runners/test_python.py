@@ -80,7 +80,7 @@ async def test_an_object_that_is_called() -> None:
         ),
     ],
 )
-async def test_what_it_may_answer(answered: Any, result: Result) -> None:
+async def test_valid_answers_of_functions(answered: Any, result: Result) -> None:
     assert await run(lambda config, runner: answered) == [result]
 
 
@@ -95,7 +95,7 @@ async def test_what_it_may_answer(answered: Any, result: Result) -> None:
         ({"wakeAt": datetime(2030, 1, 1)}, "wakeAt: write the offset"),  # noqa: DTZ001 - the point
     ],
 )
-async def test_what_it_may_not_answer(answered: Any, says: str) -> None:
+async def test_invalid_answers_of_functions(answered: Any, says: str) -> None:
     bad = failed((await run(lambda config, runner: answered))[0])
     assert not bad.permanent
     assert says in bad.message
@@ -104,7 +104,7 @@ async def test_what_it_may_not_answer(answered: Any, says: str) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("no\nway"), SystemExit(1), KeyError("x")])
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_what_it_raises_is_tried_again(error: BaseException, is_async: bool) -> None:
+async def test_exceptions_of_functions_are_retried(error: BaseException, is_async: bool) -> None:
     def coupon(config: Any, runner: Any) -> None:
         raise error
 
@@ -190,7 +190,7 @@ async def test_a_config_by_its_model() -> None:
         PythonRunner(coupon, name="Coupon").compile({"percent": "much"})
 
 
-async def test_a_thread_that_hangs_takes_no_more_than_its_own_place() -> None:
+async def test_a_hanging_thread_occupies_only_its_own_slot() -> None:
     release = threading.Event()
     started = asyncio.Event()
     loop = asyncio.get_running_loop()

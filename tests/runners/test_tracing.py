@@ -90,7 +90,9 @@ async def test_an_http_runner_gets_the_context(
     assert called.context.trace_id == int(trace_id, 16)
 
 
-async def test_without_it_nothing_is_sent(database: str, connection: asyncpg.Connection) -> None:
+async def test_without_the_setting_nothing_is_sent(
+    database: str, connection: asyncpg.Connection
+) -> None:
     await define(connection, "s", ("call", "Crm", "{}", None))
     await enroll(connection, "s", "ada")
     async with http_server(respond) as server:
@@ -102,7 +104,7 @@ async def test_without_it_nothing_is_sent(database: str, connection: asyncpg.Con
 
 
 @pytest.mark.slow
-async def test_the_daemon_sends_them_where_the_environment_says(
+async def test_the_daemon_exports_spans_to_the_configured_endpoint(
     database: str, connection: asyncpg.Connection, mailbox: tuple[test_daemon.Mailbox, str]
 ) -> None:
     async def collect(_: Request) -> servers.Answer:

@@ -91,7 +91,7 @@ def test_a_message_without_a_topic_ends_all() -> None:
     assert LINKS.read(link) == Subscription("email", "ada@x.org", "*")
 
 
-def test_of_several_recipients_nobody_can_unsubscribe_another() -> None:
+def test_a_recipient_cannot_unsubscribe_another() -> None:
     found = headers({**MAIL, "to": ["{{data.email}}", "bob@x.org"]}, task(email="ada@x.org"))
     link = token(found["List-Unsubscribe"].strip("<>"))
     assert LINKS.read(link) == Subscription("email", "user-7", "news")

@@ -107,7 +107,7 @@ def test_a_name_becomes_one_line() -> None:
         ("Ada <a@x.org>, b@x.org", [("Ada", "a@x.org"), ("", "b@x.org")]),
     ],
 )
-def test_the_template_says_where_a_mailbox_ends(
+def test_mailboxes_end_where_the_template_ends_them(
     source: str, expected: list[tuple[str, str]]
 ) -> None:
     team = [{"name": "L, A", "email": "a@x.org"}, {"name": "B", "email": "b@x.org"}]
@@ -135,7 +135,7 @@ def test_a_value_never_becomes_two(source: str, value: object) -> None:
         boxes(source, v=value)
 
 
-def test_a_value_may_be_several_where_the_step_says_so() -> None:
+def test_values_with_several_addresses_need_many() -> None:
     expected = [("", "a@x.org"), ("B, C", "b@x.org")]
     assert boxes("{{data.v}}", many=True, v='a@x.org, "B, C" <b@x.org>') == expected
     assert boxes("{{data.v}}", many=True, v=["a@x.org", "b@x.org"])[1] == ("", "b@x.org")
@@ -145,7 +145,7 @@ def test_a_value_may_be_several_where_the_step_says_so() -> None:
     ]
 
 
-async def test_many_is_said_by_the_step() -> None:
+async def test_many_is_a_key_of_the_step() -> None:
     config = {"from": "hi@example.com", "to": "{{data.v}}", "subject": "x", "text": "x"}
     async with smtp_server() as server:
         made = EmailRunner(f"smtp://{HOST}:{server.port}")
@@ -177,7 +177,7 @@ def test_whatever_a_name_is_there_is_one_recipient(name: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["{{data.email", "a@", "Ada <a@x.org", '"Ada <a@x.org>'])
-def test_what_is_wrong_is_said_of_the_source(source: str) -> None:
+def test_errors_of_addresses_quote_the_template(source: str) -> None:
     with pytest.raises(DefinitionError) as raised:
         compile_addresses("to", source)
     assert "\ue000" not in str(raised.value)

@@ -208,7 +208,7 @@ async def test_redirects_are_followed_where_they_are_allowed() -> None:
         assert len(files.requests) == 3
 
 
-async def test_what_is_too_large_or_is_no_base64_fails_for_good(
+async def test_too_large_or_invalid_attachments_fail_permanently(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attachments, "MAX_BYTES", 15_000)
@@ -224,7 +224,7 @@ async def test_what_is_too_large_or_is_no_base64_fails_for_good(
         assert not mail.messages
 
 
-async def test_nothing_is_fetched_for_what_is_not_sent() -> None:
+async def test_suppressed_messages_fetch_no_attachments() -> None:
     async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:
         return {key for key in keys if key[1] == "ada@example.com"}
 
@@ -271,7 +271,7 @@ async def test_a_file_is_fetched_once_in_an_attempt_and_few_at_a_time() -> None:
         "https://[2001:db8::1]/x",
     ],
 )
-def test_what_is_allowed(url: str) -> None:
+def test_allowed_hosts(url: str) -> None:
     sources = ["files.example.com", "https://*.cdn.example.com/pub/*", "http://localhost:8000"]
     made = Attachments([*sources, "https://[2001:db8::1]"])
     assert made._allowed("a", url)
@@ -305,7 +305,7 @@ def test_what_is_allowed(url: str) -> None:
         "x",
     ],
 )
-def test_what_is_not(url: str) -> None:
+def test_forbidden_hosts(url: str) -> None:
     made = Attachments(
         ["files.example.com", "https://*.cdn.example.com/pub/*", "http://localhost:8000"]
     )
@@ -371,7 +371,7 @@ async def test_names_arrive_in_any_script_and_length() -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_what_is_wrong_is_told_by_its_place() -> None:
+def test_errors_of_attachments_name_their_key() -> None:
     runner = EmailRunner("smtp://127.0.0.1:9")
     for wrong, says in (
         ({}, "attachments.0: write url or base64, one of them"),

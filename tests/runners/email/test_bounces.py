@@ -90,7 +90,7 @@ def test_an_address_that_does_not_exist(recipient: str) -> None:
         "",
     ],
 )
-def test_what_says_nothing_of_the_address(recipient: str) -> None:
+def test_reports_that_do_not_concern_the_address(recipient: str) -> None:
     assert read_report(dsn(recipient)).dead == ()
 
 

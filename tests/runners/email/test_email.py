@@ -222,7 +222,7 @@ async def test_a_local_part_beyond_ascii_needs_a_server_for_it() -> None:
         ({"name": "x" * 20_000}, "subject: 20006 characters"),
     ],
 )
-async def test_what_cannot_be_sent_is_refused_for_good(data: dict[str, Any], names: str) -> None:
+async def test_invalid_messages_fail_permanently(data: dict[str, Any], names: str) -> None:
     if isinstance(data.get("email"), list):
         data = {"email": ", ".join(f"a{n}@x.org" for n in range(101))}
     async with smtp_server() as server:
@@ -304,7 +304,7 @@ async def test_an_addressee_refused_for_now_holds_the_message_back_for_all() -> 
     assert server.messages == []
 
 
-async def test_a_copy_refused_for_now_does_not_hold_it_back() -> None:
+async def test_a_temporarily_refused_copy_does_not_delay_the_message() -> None:
     async with smtp_server() as server:
         server.refused = {"bob@example.com": "452 4.2.2 mailbox full"}
         result = await send(server, {"bcc": "bob@example.com"})
@@ -359,7 +359,7 @@ async def test_all_recipients_refused_is_permanent_only_if_all_are() -> None:
 # --- connections
 
 
-async def test_many_messages_go_over_few_connections() -> None:
+async def test_many_messages_use_few_connections() -> None:
     async with smtp_server() as server, runner(server, limits=Limits(2)) as made:
         program = made.compile(BASIC)
         tasks = [task(n, email=f"a{n}@example.com") for n in range(40)]

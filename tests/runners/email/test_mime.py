@@ -109,7 +109,7 @@ def test_lists_of_addresses(text: str, boxes: list[tuple[str, str]]) -> None:
         "Lovelace, Ada <a@x.org>",
     ],
 )
-def test_what_is_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     with pytest.raises(RenderError, match=r"^to: "):
         mime.parse_mailboxes("to", text)
 

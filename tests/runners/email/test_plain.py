@@ -22,7 +22,7 @@ HTML = """<html><head><title>T</title><style>a{b:c}</style></head><body>
 <table><tr><td>Sum</td><td>12</td></tr></table><script>x()</script></body></html>"""
 
 
-def test_what_a_reader_sees() -> None:
+def test_the_text_of_html() -> None:
     assert plain_text(HTML) == (
         "Hello Ada & Co\n\n"
         "See [your order](https://example.com/a?b=c), or https://example.com, a@example.com.\n\n"

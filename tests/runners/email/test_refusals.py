@@ -38,7 +38,9 @@ def texts() -> Iterator[tuple[RefusalMeaning, Stage, int, str]]:
 
 
 @pytest.mark.parametrize(("meaning", "stage", "code", "text"), list(texts()))
-def test_what_a_refusal_means(meaning: RefusalMeaning, stage: Stage, code: int, text: str) -> None:
+def test_refusals_are_classified(
+    meaning: RefusalMeaning, stage: Stage, code: int, text: str
+) -> None:
     assert read_refusal(code, text, stage).meaning is meaning
 
 
@@ -78,7 +80,7 @@ def test_an_address_that_does_not_exist(text: str) -> None:
         "5.1.1 Sender address rejected",
     ],
 )
-def test_what_says_nothing_of_the_address(text: str) -> None:
+def test_replies_that_do_not_concern_the_address(text: str) -> None:
     assert not says_unknown(text)
 
 

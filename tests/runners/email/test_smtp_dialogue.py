@@ -110,7 +110,7 @@ async def test_without_the_extension_each_command_waits_for_its_answer() -> None
         assert isinstance(await deliver(port), Answer)
 
 
-async def test_both_sides_may_have_much_to_say() -> None:
+async def test_large_commands_and_replies_cannot_deadlock() -> None:
     """A server that stops reading until its answers are read, as all do when buffers are full."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -106,7 +106,7 @@ def named(host: str) -> Any:
     return find
 
 
-async def test_ehlo_says_a_name_with_a_dot_or_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ehlo_has_a_name_with_a_dot_or_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     for host in ("mailer", "localhost", "localhost.localdomain", "mail.example.com"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
@@ -159,7 +159,7 @@ async def test_blank_lines_before_a_reply_are_skipped() -> None:
     assert "250 it is queued" in str(result.message)
 
 
-async def test_what_is_said_before_tls_is_refused(tmp_path: Path) -> None:
+async def test_replies_before_tls_are_refused(tmp_path: Path) -> None:
     context, cafile = certificate(tmp_path)
     heard: list[bytes] = []
 
@@ -237,7 +237,7 @@ def again(result: Result, first: Task) -> Task:
     return Task(first.key, {**first.view, "data": data})
 
 
-async def test_a_greylisted_copy_is_sent_later_to_it_alone() -> None:
+async def test_a_greylisted_copy_is_sent_later_to_its_recipient_alone() -> None:
     config = CONFIG | {"cc": "bob@x.org", "bcc": ["eve@x.org", "gone@x.org"]}
     retry = RetryPolicy(first_delay=60, longest_delay=3600)
     async with scripted() as server, runner(server, retry=retry) as made:
@@ -279,7 +279,7 @@ async def test_a_copy_never_keeps_an_enrollment_for_good(refusal: str) -> None:
     assert server.messages == []
 
 
-async def test_data_cannot_add_a_recipient_to_what_is_left() -> None:
+async def test_data_cannot_add_a_recipient_to_a_pending_message() -> None:
     now = datetime.now(UTC).isoformat()
     left = {"key": task().key, "to": ["evil@x.test", "bob@x.org"], "since": now, "tries": 0}
     async with scripted() as server, runner(server) as made:
@@ -305,7 +305,7 @@ async def test_too_many_recipients_are_sent_to_in_several_transactions() -> None
     assert server.connections == 1
 
 
-async def test_what_breaks_in_between_leaves_only_the_rest() -> None:
+async def test_a_broken_connection_leaves_only_the_remaining_recipients() -> None:
     full = "452 4.5.3 Error: too many recipients"
     answers = {"RCPT": ["250 ok", full], ".": ["250 queued", None]}
     async with scripted(answers=answers) as server, runner(server) as made:
