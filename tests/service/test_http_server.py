@@ -96,7 +96,7 @@ def samples(text: str) -> dict[tuple[str, str], float]:
     }
 
 
-async def test_it_is_ready_and_measures_what_it_does(
+async def test_a_ready_daemon_serves_its_metrics(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(
@@ -183,7 +183,7 @@ async def test_due_enrollments_are_counted_by_step(
         server.close()
 
 
-async def test_without_the_database_it_is_alive_and_not_ready(
+async def test_a_daemon_without_its_database_is_alive_and_not_ready(
     server: str, database: str, connection: asyncpg.Connection
 ) -> None:
     async with daemon(database) as client:
@@ -221,7 +221,7 @@ async def test_a_loop_that_is_blocked_is_reported(
         await until(connection, ALL_ENDED)
 
 
-async def test_without_its_address_a_daemon_goes_on_and_says_so_once(database: str) -> None:
+async def test_a_daemon_without_its_address_continues_and_logs_it_once(database: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = await start_sequencerd(
@@ -328,7 +328,7 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
-def test_the_dashboard_tells_shards_apart() -> None:
+def test_the_dashboard_distinguishes_shards() -> None:
     """Figures of a whole database are those of one shard: the greatest of its daemons counts."""
     board = json.loads((DOCS / "grafana.json").read_text())
     assert "shard" in {variable["name"] for variable in board["templating"]["list"]}
@@ -340,7 +340,7 @@ def test_the_dashboard_tells_shards_apart() -> None:
             assert "shard" in labels.split(", "), query
 
 
-def test_the_alerts_tell_shards_apart() -> None:
+def test_the_alerts_distinguish_shards() -> None:
     (group,) = yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
     for rule in group["rules"]:
         for labels in re.findall(r" by \((.*?)\)", rule["expr"]):

@@ -66,7 +66,7 @@ async def test_json_without_a_terminal() -> None:
     assert lines[3]["logger"] == "asyncio"
 
 
-async def test_a_secret_is_hidden_however_it_comes_to_a_line() -> None:
+async def test_secrets_are_hidden_in_every_part_of_a_line() -> None:
     lines = await said(
         "-c",
         LINES + "log.error(os.environ['SAID'], parts=['whole', os.environ['SEQUENCERD_DATABASE']])",
@@ -78,7 +78,7 @@ async def test_a_secret_is_hidden_however_it_comes_to_a_line() -> None:
     assert (last["event"], last["parts"]) == ("*** and *** and ***", ["whole", "***"])
 
 
-async def test_what_passes_is_a_line_of_a_library_too() -> None:
+async def test_transient_errors_of_libraries_are_one_line() -> None:
     code = LINES + (
         "for error in (ConnectionError('away'), KeyError('bug')):\n"
         "    try:\n"
@@ -93,9 +93,7 @@ async def test_what_passes_is_a_line_of_a_library_too() -> None:
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
-async def test_a_log_that_cannot_be_written_takes_nothing_with_it(
-    tmp_path: Path, is_closed: bool
-) -> None:
+async def test_a_failing_log_stops_nothing(tmp_path: Path, is_closed: bool) -> None:
     done = tmp_path / "done"
     code = LINES + f"open({str(done)!r}, 'w').close()"
     if is_closed:  # journald was restarted, say

@@ -175,7 +175,7 @@ def test_a_cancelled_query_continues_for_the_others(resolver: Resolver) -> None:
 
 
 @pytest.mark.parametrize("host", ["", "a..example", "x" * 70 + ".example", "\ud800"])
-def test_what_is_no_name(host: str) -> None:
+def test_invalid_host_names_fail(host: str) -> None:
     async def work() -> None:
         with pytest.raises(OSError):  # noqa: PT011 - each says it its own way
             await asyncio.get_running_loop().create_connection(asyncio.Protocol, host, 1)

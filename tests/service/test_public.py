@@ -144,7 +144,7 @@ async def test_a_token_is_for_its_channel_and_topic_alone(
     ]
 
 
-async def test_what_is_not_valid_changes_nothing(
+async def test_invalid_requests_change_nothing(
     web: httpx.AsyncClient, connection: asyncpg.Connection
 ) -> None:
     good = path(ADA)
@@ -196,7 +196,7 @@ def test_every_language_has_all_texts(language: str) -> None:
         assert set(re.findall(r"{\w*}", text)) == set(re.findall(r"{\w*}", english)), name
 
 
-async def test_while_the_database_is_away_it_is_tried_again(database: str) -> None:
+async def test_requests_are_retried_while_the_database_is_away(database: str) -> None:
     form = urlencode({"From": "+49151123456", "Body": "STOP"})
     async with client(AWAY) as web:
         signed = {"X-Twilio-Signature": sign({"From": "+49151123456", "Body": "STOP"})}
@@ -219,7 +219,7 @@ async def test_nothing_else_is_reachable(database: str) -> None:
         assert (await web.post("/hooks/twilio")).status_code == 404
 
 
-async def test_without_a_listener_of_its_own_it_is_beside_the_health_checks(database: str) -> None:
+async def test_public_pages_without_an_own_listener(database: str) -> None:
     made = Settings.model_validate(SETTINGS)
     public = PublicPages([shard(database)], lambda: made, structlog.get_logger())
     app = make_app(list, list, CollectorRegistry(), None, public.routes)
@@ -330,7 +330,7 @@ async def test_a_hook_that_twilio_did_not_sign(
         ({"Body": "STOP", "From": ""}, None),
     ],
 )
-def test_what_a_hook_says(form: dict[str, str], source: str | None) -> None:
+def test_hooks_report_their_changes(form: dict[str, str], source: str | None) -> None:
     read = partial(read_hook, {"From": "+491", "To": "+492", **form})
     found = read(SmsSettings())
     assert not isinstance(found, ResumedNumber)

@@ -263,7 +263,7 @@ def test_the_unit_is_right_and_hardened(unit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_every_directive_says_why(unit: Path) -> None:
+def test_every_directive_has_a_comment(unit: Path) -> None:
     lines = unit.read_text().splitlines()
     commented = [
         line
@@ -301,7 +301,7 @@ def test_the_service_is_installed_with_the_right_paths(
     assert subprocess.run([*start, "--version"], check=True, capture_output=True).stdout
 
 
-def test_where_the_service_can_be_installed_is_said(
+def test_unreachable_installations_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(install_service, "program", lambda: "/home/ada/bin/sequencerd")
@@ -329,7 +329,7 @@ def analyze(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_start_that_fails_says_why_with_its_priority(
+def test_a_failed_start_is_logged_with_its_priority(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a service without a database: one line, and the status that systemd does not restart."""
@@ -362,7 +362,7 @@ def test_a_reload_checks_the_settings_first(
         assert "\nRestartPreventExitStatus=2\n" in unit.read_text()
 
 
-async def test_on_a_standby_it_waits_for_the_promotion(
+async def test_a_daemon_on_a_standby_waits_for_the_promotion(
     manager: socket.socket,
     database: str,
     settings: Path,
