@@ -49,7 +49,7 @@ async def test_an_owner_without_superuser_grants_all_that_it_may(server: str, ow
         await execute(server, "GRANT sequencer_enroller TO sequencer_editor")
 
 
-async def test_what_a_copy_without_privileges_lacks_is_granted(
+async def test_missing_privileges_of_a_restored_dump_are_granted(
     connection: asyncpg.Connection,
 ) -> None:
     """As after `pg_restore --no-acl`, or where the roles did not exist."""

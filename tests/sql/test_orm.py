@@ -113,7 +113,7 @@ async def test_an_upsert_finds_the_existing_enrollment(
     assert (third["id"] > first["id"], third["data"]) == (True, '{"c": 3}')
 
 
-async def test_many_go_in_by_one_statement(session: asyncpg.Connection) -> None:
+async def test_bulk_inserts_enroll(session: asyncpg.Connection) -> None:
     async with session.transaction():
         rows = await session.fetch(
             f'INSERT INTO {QUOTED}."enrollments" ("id", "sequence", "subject", "data", "wake_at")'

@@ -36,7 +36,7 @@ async def other(connection: asyncpg.Connection, database: str) -> AsyncIterator[
     await opened.close()
 
 
-async def test_it_is_the_same_there(other: asyncpg.Connection) -> None:
+async def test_the_schema_is_the_same_under_another_name(other: asyncpg.Connection) -> None:
     text = await describe(other)
     assert text.replace(QUOTED, SCHEMA) == in_schema(
         GOLDEN.read_text(encoding="utf-8"), NAME
@@ -76,7 +76,7 @@ async def test_a_rejection_names_the_schema(other: asyncpg.Connection) -> None:
     assert raised.value.hint == f"SELECT name FROM {QUOTED}.sequences lists all sequences."
 
 
-async def test_a_database_without_it_is_recognised(server: str, template: str) -> None:
+async def test_a_database_without_the_schema_is_recognised(server: str, template: str) -> None:
     connection = await connections.connect(Shard(with_database(server, template), "nowhere"))
     with pytest.raises(MigrationError, match="no schema nowhere yet"):
         await migrate.check(connection)

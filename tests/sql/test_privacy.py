@@ -339,7 +339,7 @@ async def test_removed_suppressions_are_exported_and_redacted(held: asyncpg.Conn
 # --- the commands
 
 
-async def test_the_commands_ask_tell_and_export(
+async def test_the_commands_forget_and_export(
     sequencerd: Command, held: asyncpg.Connection
 ) -> None:
     invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
@@ -357,7 +357,9 @@ async def test_the_commands_ask_tell_and_export(
     assert sequencerd("forget", "nobody") == "there is no data about nobody\n"
 
 
-async def test_the_command_says_what_runs(sequencerd: Command, held: asyncpg.Connection) -> None:
+async def test_forget_reports_a_side_effect_in_progress(
+    sequencerd: Command, held: asyncpg.Connection
+) -> None:
     await held.execute(
         "UPDATE sequencer.enrollments SET leased_by = 'd', wake_at = now() + interval '1 h'"
         " WHERE status = 'active'"

@@ -49,7 +49,7 @@ def test_a_release_has_recorded_its_files(repository: Path) -> None:
     assert release in (None, sequencerd.__version__)
 
 
-def test_what_must_not_happen_to_released_files_is_found() -> None:
+def test_changes_of_released_files_are_found() -> None:
     first, second = available()[0], next_migration()
     released = [Record("1.0.0", one.name, one.checksum) for one in (first, second)]
     assert list(wrong_files(released, [first, second])) == []
@@ -64,7 +64,7 @@ def test_what_must_not_happen_to_released_files_is_found() -> None:
         assert said in wrong
 
 
-def test_what_a_release_records() -> None:
+def test_the_record_of_a_release() -> None:
     first, second = available()[0], next_migration()
     old = Record("1.0.0", first.name, first.checksum)
     assert newest_release("# Changelog\n\n## Unreleased\n\n## 1.0.0 (2027-01-01)\n") is None

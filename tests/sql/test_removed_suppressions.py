@@ -69,7 +69,9 @@ async def test_an_update_that_frees_an_address(connection: asyncpg.Connection, c
     assert await recorded(connection) == [("email", hashed(ADA), "news", "by postgres")]
 
 
-async def test_what_stays_suppressed_is_not_recorded(connection: asyncpg.Connection) -> None:
+async def test_entries_that_stay_suppressed_are_not_recorded(
+    connection: asyncpg.Connection,
+) -> None:
     await connection.execute(
         "UPDATE sequencer.suppressions SET reason = 'x', address = upper(address)"
         " WHERE channel = 'email'"

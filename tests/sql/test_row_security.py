@@ -80,7 +80,7 @@ async def test_the_policy_applies_to_no_other_role(
     ],
 )
 @pytest.mark.slow
-async def test_what_is_hidden_is_reported(
+async def test_rows_hidden_by_row_security_are_reported(
     connection: asyncpg.Connection, login: str, sequencerd: Command, policy: str, words: str
 ) -> None:
     await connection.execute(policy)

@@ -66,7 +66,7 @@ def test_every_case_has_conditions() -> None:
 @pytest.mark.parametrize(
     "name", ["claim", "claim_some", "claim_bare", "lock_waiting", "enrollments_at", "simulated"]
 )
-async def test_what_reads_enrollments_has_the_columns_of_the_model(
+async def test_statements_have_the_columns_of_the_model(
     connection: asyncpg.Connection, name: str
 ) -> None:
     columns = [c.name for c in (await connection.prepare(QUERIES[name])).get_attributes()]
@@ -86,7 +86,7 @@ def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path
     )
 
 
-async def test_what_an_insert_leaves_out_is_filled_in(defined: asyncpg.Connection) -> None:
+async def test_omitted_values_of_an_insert_are_filled_in(defined: asyncpg.Connection) -> None:
     row = await defined.fetchrow(
         "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada') RETURNING *"
     )
@@ -272,7 +272,7 @@ async def test_an_archived_sequence_admits_none(defined: asyncpg.Connection) -> 
         )
 
 
-async def test_what_is_set_by_hand_is_made_whole_and_recorded(
+async def test_manual_updates_are_completed_and_recorded(
     defined: asyncpg.Connection,
 ) -> None:
     await enroll(defined, "s", "ada")
@@ -295,7 +295,7 @@ async def test_what_is_set_by_hand_is_made_whole_and_recorded(
     ]
 
 
-async def test_changed_data_make_it_due_but_not_before_its_start_nor_under_a_lease(
+async def test_changed_data_wake_an_enrollment_unless_it_is_leased_or_not_started(
     defined: asyncpg.Connection,
 ) -> None:
     later = datetime.now(UTC) + timedelta(days=3)
@@ -549,7 +549,7 @@ async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, e
     assert await heard(ear, defined, cancel) == []
 
 
-async def test_after_a_silent_load_reevaluate_says_now(
+async def test_reevaluate_wakes_enrollments_after_a_silent_load(
     defined: asyncpg.Connection, ear: Ear
 ) -> None:
     """Of those that are due; one that starts later keeps its time."""
@@ -616,7 +616,7 @@ async def test_a_notification_says_if_some_start_later(
     assert not due.later
 
 
-async def test_what_is_due_after_the_next_sweep_is_not_notified(
+async def test_wakes_after_the_next_sweep_are_not_notified(
     defined: asyncpg.Connection, ear: Ear
 ) -> None:
     later = (

@@ -85,7 +85,7 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
 
 
 @pytest.mark.slow
-async def test_no_trigger_fails_of_what_a_session_has_set(
+async def test_no_setting_of_a_session_fails_a_trigger(
     editor: str, connection: asyncpg.Connection
 ) -> None:
     assert await daemons.acquire_notify_lock(connection)  # as a daemon, to be notified
@@ -139,7 +139,7 @@ async def test_a_prepared_transaction_enrolls_without_notifying(
     assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 2
 
 
-async def test_one_that_was_prepared_while_no_daemon_ran_is_found_when_it_ends(
+async def test_a_transaction_prepared_without_a_daemon_is_found(
     database: str, defined: asyncpg.Connection
 ) -> None:
     await prepare(defined, "early")

@@ -87,7 +87,7 @@ def test_node_as_in_the_docs(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("go"), reason="there is no go")
-def test_go_as_in_the_docs(repository: Path, tmp_path: Path) -> None:
+def test_the_go_example_of_the_docs(repository: Path, tmp_path: Path) -> None:
     written = example(repository, "go").replace("import (\n", GO_IMPORTS, 1)
     (tmp_path / "main.go").write_text(f"package main\n\n{written}{GO}")
     assert run("go", "run", "main.go", folder=tmp_path) == NUMBERS
@@ -109,7 +109,9 @@ async def test_inserting_a_reevaluation_wakes(connection: asyncpg.Connection) ->
     assert sorted(id_ for (id_,) in await connection.fetch(awake)) == ids
 
 
-async def test_who_may_not_enroll_may_not_reevaluate(connection: asyncpg.Connection) -> None:
+async def test_a_role_that_may_not_enroll_may_not_reevaluate(
+    connection: asyncpg.Connection,
+) -> None:
     insert = "INSERT INTO sequencer.reevaluations (subject) VALUES ('ada')"
     await connection.execute("SET ROLE sequencer_enroller")
     assert await connection.execute(insert) == "INSERT 0 1"
