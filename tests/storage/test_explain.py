@@ -111,7 +111,7 @@ def nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from nodes(below)
 
 
-async def test_what_counts_is_not_compiled(connection: asyncpg.Connection) -> None:
+async def test_counting_does_not_use_jit(connection: asyncpg.Connection) -> None:
     """A view over a million rows costs enough for it, and takes less time than the compiler."""
     async with counting(connection):
         assert await connection.fetchval("SHOW jit") == "off"

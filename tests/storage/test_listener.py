@@ -65,7 +65,7 @@ def test_nonsense_is_refused_with_a_hint(payload: str) -> None:
 
 
 @given(st.text())
-def test_whatever_comes_it_is_a_message_or_refused(payload: str) -> None:
+def test_every_payload_is_a_message_or_rejected(payload: str) -> None:
     with suppress(ValueError):
         parse(payload)
 
@@ -185,7 +185,7 @@ async def test_too_many_requests_become_one_for_all(
     assert max(evaluated.values()) <= 3
 
 
-async def test_another_daemon_does_what_the_first_leaves(
+async def test_another_daemon_serves_the_remaining_requests(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
     await wait_in(connection, "s", 20)
@@ -290,7 +290,7 @@ async def test_a_flood_of_notifications_delays_no_enrollment_and_costs_little(
     assert reads["read_revisions"] < 1500, reads
 
 
-async def test_a_name_that_does_not_exist_is_looked_for_once(
+async def test_an_unknown_name_is_searched_once(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None))

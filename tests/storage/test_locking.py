@@ -73,7 +73,7 @@ async def test_only_what_has_changed_since_the_lease_is_read_again(
     assert revisions == {"s": await connection.fetchval("SELECT revision FROM sequencer.sequences")}
 
 
-async def test_all_is_read_again_where_triggers_of_others_may_have_changed_it(
+async def test_rows_are_read_again_if_other_triggers_may_have_changed_them(
     connection: asyncpg.Connection,
 ) -> None:
     await connection.execute(

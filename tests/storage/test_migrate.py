@@ -25,7 +25,7 @@ async def test_applied_once(connection: asyncpg.Connection) -> None:
     await migrate.check(connection)
 
 
-async def test_two_at_the_same_time_apply_it_once(server: str) -> None:
+async def test_concurrent_migrations_apply_once(server: str) -> None:
     name = "migrate_race"
     await execute(server, f"CREATE DATABASE {name}")
     connections = [await asyncpg.connect(with_database(server, name)) for _ in range(3)]
@@ -80,7 +80,7 @@ SLOW = replace(MORE, sql=f"{MORE.sql};\nSELECT pg_sleep(1)")
 HAS_MORE = "SELECT to_regclass('sequencer.more') IS NOT NULL"
 
 
-async def test_the_time_limits_of_a_login_do_not_end_it(
+async def test_the_time_limits_of_a_login_do_not_end_a_migration(
     connection: asyncpg.Connection, database: str
 ) -> None:
     limits = dict.fromkeys(("statement_timeout", "lock_timeout"), "100ms")
@@ -97,7 +97,7 @@ async def test_the_time_limits_of_a_login_do_not_end_it(
     await limited.close()
 
 
-async def test_a_table_in_use_is_not_waited_for_while_others_wait_behind(
+async def test_a_migration_gives_up_a_locked_table_soon(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(QUERIES, "limit_locks", "SET LOCAL lock_timeout = '50ms'")
@@ -193,7 +193,7 @@ async def test_all_tables_have_the_same_owner_whoever_migrates(
     assert await connection.fetchval("SELECT current_user") != "login_owner"
 
 
-async def test_a_login_that_may_not_create_the_schema_is_told_what_to_grant(
+async def test_a_login_that_may_not_create_the_schema_gets_the_grant(
     logins: dict[str, str], database: str
 ) -> None:
     other = await connect(Shard(logins["login_none"], "new"))

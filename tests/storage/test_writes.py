@@ -136,7 +136,7 @@ COMPLETED = """SELECT count(*) FROM sequencer.enrollments AS e
     WHERE e.status = 'completed' AND v.action = 'completed'"""
 
 
-async def test_what_is_unchanged_is_written_by_a_known_transaction(
+async def test_unchanged_rows_are_written_by_a_known_transaction(
     connection: asyncpg.Connection,
 ) -> None:
     number = await complete_two(connection, await two(connection))
