@@ -63,7 +63,7 @@ def test_a_known_vulnerability_fails(osv: str) -> None:
     assert "packages compared" in done.stdout
 
 
-def test_where_no_list_can_be_reached_it_says_so() -> None:
+def test_an_unreachable_list_of_vulnerabilities_is_reported() -> None:
     done = audit(f"http://127.0.0.1:{free_port()}/v1/query")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was compared" in done.stderr

@@ -22,13 +22,13 @@ def render(values: dict[str, Any], name: str = "sequencerd") -> list[dict[str, A
     return [yaml.safe_load(text) for _, text in sorted(files.items())]
 
 
-def test_its_defaults_are_the_manifest() -> None:
+def test_the_defaults_of_the_chart_are_the_manifest() -> None:
     text = (REPOSITORY / "packaging/kubernetes.yaml").read_text()
     assert render({}) == list(yaml.safe_load_all(text))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_it_renders_has_the_schema(version: str) -> None:
+def test_rendered_manifests_match_the_schema(version: str) -> None:
     schemas = pytest.importorskip("kubernetes_validate")
     smtp = {"name": "SEQUENCERD_SMTP_URL_FILE", "value": "/run/secrets/sequencerd/smtp"}
     values = {"replicas": 3, "secret": "other", "env": [smtp], "image": {"tag": "2"}}
@@ -44,7 +44,7 @@ def test_a_field_that_does_not_exist_is_found() -> None:
         schemas.validate(deployment, VERSIONS[0], strict=True)
 
 
-def test_its_values_are_used() -> None:
+def test_the_values_of_the_chart_are_used() -> None:
     smtp = {"name": "SEQUENCERD_SMTP_URL", "value": "smtp://mail"}
     values = {"replicas": 1, "secret": "other", "env": [smtp], "image": {"tag": "2"}}
     deployment, budget = render(values, name="trial")

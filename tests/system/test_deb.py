@@ -32,7 +32,7 @@ def installed(machine: Machine) -> Machine:
     return machine
 
 
-def test_it_installs_what_a_package_has_and_starts_nothing(installed: Machine) -> None:
+def test_the_package_installs_its_files_and_starts_nothing(installed: Machine) -> None:
     version = installed("sequencerd --version").strip()
     assert re.fullmatch(rf"{re.escape(sequencerd.__version__)}, schema \d{{4}}_\w+", version)
     installed(f"ls {' '.join(FILES)}")
@@ -43,7 +43,7 @@ def test_it_installs_what_a_package_has_and_starts_nothing(installed: Machine) -
     assert found == {"ActiveState": "inactive", "UnitFileState": "disabled"}
 
 
-def test_without_a_database_it_says_what_to_set(installed: Machine) -> None:
+def test_a_service_without_a_database_names_the_setting(installed: Machine) -> None:
     installed("systemctl start sequencerd", code=1)
     reason = installed.journal("sequencerd", "-p warning")
     assert "database" in reason
@@ -51,7 +51,7 @@ def test_without_a_database_it_says_what_to_set(installed: Machine) -> None:
     assert installed.show("sequencerd", "ExecMainStatus")["ExecMainStatus"] == "2"
 
 
-def test_it_runs_as_its_dynamic_user_with_peer_authentication(installed: Machine) -> None:
+def test_the_service_runs_as_a_dynamic_user_with_peer_authentication(installed: Machine) -> None:
     (definition,) = blocks("README.md", "Getting started", "yaml")
     owner = "--database postgresql://app@localhost/app"
     installed(f"sequencerd {owner} migrate")

@@ -73,7 +73,7 @@ def running(image: Podman, url: str) -> Iterator[str]:
         image("rm", "--force", "--time=0", name)
 
 
-def test_it_has_only_what_runs(image: Podman) -> None:
+def test_the_image_has_only_what_runs(image: Podman) -> None:
     program = "from importlib.metadata import *; print(*(d.name for d in distributions()))"
     entry = ("--entrypoint=/opt/sequencerd/bin/python", "sequencerd", "-I", "-c", program)
     names = {name.lower().replace("_", "-") for name in image(*ONCE, *entry).split()}
@@ -82,7 +82,7 @@ def test_it_has_only_what_runs(image: Podman) -> None:
     assert version.startswith(f"{sequencerd.__version__}, schema ")
 
 
-async def test_it_runs_read_only_as_a_user_and_ends_at_sigterm(
+async def test_the_image_runs_read_only_as_a_user_and_ends_at_sigterm(
     image: Podman, database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("only", "GoTo", "{}", None))
@@ -102,7 +102,7 @@ async def test_it_runs_read_only_as_a_user_and_ends_at_sigterm(
     assert "SIGKILL" not in log
 
 
-def test_wrong_settings_end_it_with_the_reason(image: Podman) -> None:
+def test_wrong_settings_end_the_container_with_the_reason(image: Podman) -> None:
     wrong = "--env=SEQUENCERD_LOG_LEVEL=loud"
     output = image(*ONCE, *RESTRICTED, wrong, "sequencerd", code=2)
     assert "log.level" in output

@@ -53,7 +53,7 @@ def test_the_readme_leads_to_a_service_that_sends_mail(service: Machine) -> None
     assert service.journal("sequencerd", "-p warning") in ("", "-- No entries --\n")
 
 
-def test_after_sigkill_it_is_started_again(service: Machine) -> None:
+def test_the_service_restarts_after_sigkill(service: Machine) -> None:
     _, process, restarts = state(service)
     service("systemctl kill --signal=KILL --kill-who=main sequencerd")
     started_again(service, process, restarts)
@@ -95,7 +95,7 @@ def test_wrong_settings_fail_the_reload_and_the_old_ones_stay(service: Machine) 
     service.enroll("Gwen")
 
 
-def test_wrong_settings_fail_the_start_once_and_say_why(service: Machine) -> None:
+def test_wrong_settings_fail_the_start_once_with_the_reason(service: Machine) -> None:
     service("systemctl stop sequencerd")
     since = service("date '+--since=\"%Y-%m-%d %H:%M:%S.%6N\"'").strip()
     service("systemctl start sequencerd", code=1)
@@ -113,7 +113,7 @@ def test_wrong_settings_fail_the_start_once_and_say_why(service: Machine) -> Non
     service.enroll("Hana")
 
 
-def test_stop_ends_it_cleanly(service: Machine) -> None:
+def test_stop_ends_the_service_cleanly(service: Machine) -> None:
     service("systemctl stop sequencerd")
     found = service.show("sequencerd", "ActiveState", "Result", "ExecMainStatus")
     assert found == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
