@@ -155,7 +155,7 @@ def test_the_daemon_imports_what_is_installed_with_it() -> None:
                     assert found & allowed, f"{file} imports {name}"
 
 
-def test_it_runs_without_rights_and_without_a_shell() -> None:
+def test_the_image_runs_without_privileges_and_without_a_shell() -> None:
     user = one("USER").partition(":")[0]
     assert int(user) > 0
     for text in (one("ENTRYPOINT"), one("CMD"), one("HEALTHCHECK").partition(" CMD ")[2]):

@@ -178,7 +178,7 @@ async def test_a_kill_in_the_middle_loses_nothing(
         assert any(message_id.startswith(visit) for visit in visits), message_id
 
 
-async def test_at_most_once_a_kill_repeats_nothing_and_says_what_is_unknown(
+async def test_a_kill_repeats_nothing_with_at_most_once(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     box, smtp = mailbox
@@ -201,7 +201,7 @@ async def test_at_most_once_a_kill_repeats_nothing_and_says_what_is_unknown(
     assert 2 * completed <= len(box.received) <= 2 * 300
 
 
-async def test_the_suppressed_get_nothing_and_go_on(
+async def test_suppressed_recipients_get_nothing_and_continue(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     box, smtp = mailbox
@@ -299,7 +299,7 @@ async def kill_in_the_middle(
     await process.wait()
 
 
-async def test_a_database_that_goes_away_and_comes_back(
+async def test_a_daemon_survives_a_restart_of_the_database(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     box, smtp = mailbox
@@ -322,7 +322,7 @@ async def test_a_database_that_goes_away_and_comes_back(
     assert set(box.received.values()) == {1}
 
 
-async def test_asleep_it_asks_nothing_but_the_probe(
+async def test_an_idle_daemon_sends_only_the_probe(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     await define(
@@ -361,7 +361,7 @@ async def test_asleep_it_asks_nothing_but_the_probe(
         ("SEQUENCERD_NOTHING", "x", 2, "SEQUENCERD_NOTHING is not a setting"),
     ],
 )
-def test_what_it_cannot_begin_with_is_one_clear_line(
+def test_a_failed_start_prints_one_line(
     variable: str, value: str, code: int, words: str, tmp_path: Path
 ) -> None:
     command = Command("postgresql://127.0.0.1:1/x", tmp_path)

@@ -111,7 +111,7 @@ def test_the_licenses_are_listed() -> None:
         assert page == right, "renew it: RENEW=1 make test T=tests/test_licenses.py"
 
 
-def test_what_is_installed_with_it_is_compatible() -> None:
+def test_the_licenses_of_dependencies_are_compatible() -> None:
     for name, user in users().items():
         if user != "development":
             assert is_compatible(license_of(name)), f"{name}: {license_of(name)}"

@@ -37,7 +37,7 @@ reveal_type(load("a.yaml").simulate(start="2026-03-02T09:00:00Z").status)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_what_is_exported_is_there(name: str) -> None:
+def test_exported_names_exist(name: str) -> None:
     module = import_module(name)
     assert all(hasattr(module, export) for export in module.__all__)
 

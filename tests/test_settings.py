@@ -170,7 +170,7 @@ def test_limits_with_which_nothing_could_be_done(name: str, value: float) -> Non
         Limits(**{name: value})  # type: ignore[arg-type]
 
 
-def test_how_long_what_is_over_is_kept() -> None:
+def test_the_retention_settings() -> None:
     kept = load({"SEQUENCERD_RETENTION_EVENTS": "90 days", "SEQUENCERD_RETENTION_ENDED": "P1Y"})
     assert (kept.retention.events, kept.retention.ended) == (timedelta(90), timedelta(365))
     for wrong in ("1 year", "1 hour", "PT1H", "P999Y", "90"):
@@ -258,7 +258,7 @@ def test_only_the_secrets_that_are_needed_are_read(
         (b"\xff\xfep\x00", "secret is not text in UTF-8"),
     ],
 )
-def test_what_a_secret_file_may_hold(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_the_contents_of_secret_files(tmp_path: Path, content: bytes, expected: str) -> None:
     """A byte order mark of an editor; nothing, which would mean a local server, is an error."""
     (tmp_path / "secret").write_bytes(content)
     variables = {"SEQUENCERD_DATABASE_URL_FILE": str(tmp_path / "secret")}

@@ -313,7 +313,7 @@ async def until_ready(web: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("by", ["argument", "instance"])
-async def test_a_daemon_serves_the_shard_that_it_is_told(
+async def test_a_daemon_serves_the_shard_of_its_option(
     shards: dict[str, asyncpg.Connection], sequencerd: Command, by: str
 ) -> None:
     sequencerd("migrate")
