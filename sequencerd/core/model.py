@@ -458,13 +458,18 @@ class Enrollment(NamedTuple):
 
     @property
     def state(self) -> tuple[object, ...]:
+        """Return all values that are not its own."""
+        return self[_OWN:]
+
+    @property
+    def hashable_state(self) -> tuple[object, ...]:
         """Return all values that are not its own, hashable."""
         lists = tuple(self.goals_met), tuple(self.executed)
         return self[_OWN:_LISTS], self.goals_elsewhere, lists  # flat, it would take twice as long
 
     def in_state_of(self, other: Enrollment) -> Enrollment:
         """Return the same enrollment in the state of another."""
-        return Enrollment._make(self[:_OWN] + other[_OWN:])
+        return tuple.__new__(Enrollment, self[:_OWN] + other[_OWN:])  # `_make` takes twice as long
 
     # What most moves do is written out: `_replace` takes twice as long.
 
@@ -643,34 +648,60 @@ _STATE = {"sequence", "step", "timezone", "visit", "attempt", "startStep"}
 """The values that all enrollments in one state share."""
 
 
-def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: External) -> View:
-    """Return what runners receive. Raises EvaluationError for data that cannot be read."""
-    values = _about(enrollment, timezone, entered_at, external)
-    values["data"] = parse_data(enrollment.data)
-    return View.of(values, enrollment.data)
-
-
-def _about(
+def state_view(
     enrollment: Enrollment, timezone: str, entered_at: datetime, external: External
-) -> dict[str, Any]:
-    """Return the values that `get` paths, templates and custom runners read, without the data; the
-    names are the original's.
+) -> Mapping[str, Any]:
+    """Return the values of a view that all enrollments in one state share, and None for the
+    others; the names are the original's.
     """
-    original_id = enrollment.original_id
     return {
-        "id": enrollment.id,
-        "originalId": enrollment.id if original_id is None else _original_id(original_id),
-        "subject": enrollment.subject,
-        "dataLookup": enrollment.subject,
+        "id": None,
+        "originalId": None,
+        "subject": None,
+        "dataLookup": None,
         "sequence": enrollment.sequence,
         "step": enrollment.step,
         "external": external,
         "timezone": timezone,
         "visit": enrollment.visit,
         "attempt": enrollment.attempt,
-        "startSequence": iso(enrollment.created_at),
+        "startSequence": None,
         "startStep": iso(entered_at),
     }
+
+
+def view(enrollment: Enrollment, timezone: str, entered_at: datetime, external: External) -> View:
+    """Return what runners receive. Raises EvaluationError for data that cannot be read."""
+    return view_in_state(enrollment, state_view(enrollment, timezone, entered_at, external))
+
+
+def view_in_state(enrollment: Enrollment, of_state: Mapping[str, Any]) -> View:
+    """Return what runners receive, given the values of its state. Raises EvaluationError for data
+    that cannot be read.
+    """
+    made = View(of_state)
+    _add_own(made, enrollment)
+    made["data"] = parse_data(enrollment.data)
+    made.data = enrollment.data
+    return made
+
+
+def _about(
+    enrollment: Enrollment, timezone: str, entered_at: datetime, external: External
+) -> dict[str, Any]:
+    """Return the values that `get` paths, templates and custom runners read, without the data."""
+    values = {**state_view(enrollment, timezone, entered_at, external)}
+    _add_own(values, enrollment)
+    return values
+
+
+def _add_own(values: dict[str, Any], enrollment: Enrollment) -> None:
+    """Set the values that a view of the enrollment's state leaves open."""
+    original_id = enrollment.original_id
+    values["id"] = enrollment.id
+    values["originalId"] = enrollment.id if original_id is None else _original_id(original_id)
+    values["subject"] = values["dataLookup"] = enrollment.subject
+    values["startSequence"] = iso(enrollment.created_at)
 
 
 def _original_id(id_: str) -> int | str:

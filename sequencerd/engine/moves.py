@@ -39,7 +39,7 @@ from sequencerd.engine.breaker import TIMER_TOLERANCE
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import PendingJump, decide
-from sequencerd.engine.shared_outcome import SharedOutcome
+from sequencerd.engine.shared_outcome import SharedOutcome, Start
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
 MAX_INVALID = 10_000  # steps that are remembered
@@ -187,7 +187,7 @@ class Moves:
         at, decision, events = advanced.enrollment, advanced.decision, advanced.events
         wake_at = now
         is_shared = advanced.is_shared and at.goals == before.goals
-        execute: Execute | None = None
+        start: Start | None = None
         match decision:
             case Wait(wake_at, elsewhere):
                 if elsewhere:
@@ -198,8 +198,9 @@ class Moves:
                 try:
                     if is_open and executor is not None:
                         leased = at.leased_to(self._daemon, batch.lease_number)
-                        self._lease(batch, executor, leased, decision)
-                        at, execute = leased, decision
+                        started = self._start(leased, executor, decision)
+                        _lease(batch, leased, started)
+                        at, start = leased, started
                         wake_at = now + self._lease_time
                     else:  # there may be a slot for the next enrollment
                         is_shared, wake_at = False, held_until or _due_since(before, at, now)
@@ -224,37 +225,32 @@ class Moves:
             is_shared = False  # each failure is logged
             self._log_failure(at, decision)
         ids = batch.add(before, at, decision, wake_at, events, data=advanced.data)
-        return SharedOutcome(ids, at, execute) if is_shared else None
+        return SharedOutcome(ids, at, start) if is_shared else None
 
     def _share(self, batch: Batch, enrollment: Enrollment, shared: SharedOutcome) -> bool:
         """Add an enrollment to a shared outcome. Return False if it must be advanced by itself."""
-        if shared.execute is not None:
-            at = shared.at
-            executor = self._executors.free(shared.execute.step.type, (at.sequence, at.step))
-            if executor is None:
+        if shared.start is not None:
+            if shared.start.executor.free_slots <= 0:
                 return False
             try:
-                self._lease(batch, executor, enrollment.in_state_of(at), shared.execute)
+                _lease(batch, enrollment.in_state_of(shared.at), shared.start)
             except EvaluationError:
                 return False
         for ids in shared.ids:
             ids.append(enrollment.id)
         return True
 
-    def _lease(
-        self, batch: Batch, executor: Executor, leased: Enrollment, execute: Execute
-    ) -> None:
-        """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
+    def _start(self, leased: Enrollment, executor: Executor, execute: Execute) -> Start:
+        """Return how the side effect of an enrollment that is leased is started."""
         step, effect, timezone, external, revision, expires_at, closes_at, topic, places = execute
         assert leased.entered_at is not None
-        view = model.view(leased, timezone, leased.entered_at, external)
+        view = model.state_view(leased, timezone, leased.entered_at, external)
         expires = None
         if expires_at or closes_at:
             end = min(filter(None, (expires_at, closes_at)))
             seconds = self._clock.seconds_until(end) + TIMER_TOLERANCE
             expires = asyncio.get_running_loop().time() + seconds
-        task = Task(leased.key, view, expires, topic)
-        batch.lease(Leased(leased, step, executor, effect.program, task, revision, places))
+        return Start(executor, step, effect.program, view, expires, topic, revision, places)
 
     def _log_failure(self, at: Enrollment, failure: Fail) -> None:
         log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
@@ -315,6 +311,13 @@ class Moves:
         counted = {name: (begun[name], name in over) for name in rooms}
         if any(count or is_over for count, is_over in counted.values()):
             await brakes.count(connection, counted, now)
+
+
+def _lease(batch: Batch, leased: Enrollment, start: Start) -> None:
+    """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
+    executor, step, program, state_view, expires, topic, revision, places = start
+    task = Task(leased.key, model.view_in_state(leased, state_view), expires, topic)
+    batch.lease(Leased(leased, step, executor, program, task, revision, places))
 
 
 def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:

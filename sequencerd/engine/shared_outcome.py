@@ -8,7 +8,7 @@ same answers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sequencerd.core.model import (
@@ -16,15 +16,30 @@ from sequencerd.core.model import (
     Condition,
     Enrollment,
     EvaluationError,
-    Execute,
     NotStarted,
+    Reservation,
     Result,
+    Step,
     Suppressed,
     data_view,
 )
+from sequencerd.engine.executors import Executor
 
 OutcomeKey = tuple[Hashable, ...]
 """Everything that a shared outcome depends on."""
+
+
+class Start(NamedTuple):
+    """How a side effect is started: the same for all enrollments in a state."""
+
+    executor: Executor
+    step: Step
+    program: object
+    view: Mapping[str, Any]  # of the state
+    expires: float | None  # a time of the event loop's clock
+    topic: str | None
+    revision: int
+    reservations: tuple[Reservation, ...]
 
 
 class SharedOutcome(NamedTuple):
@@ -32,7 +47,7 @@ class SharedOutcome(NamedTuple):
 
     ids: Sequence[list[int]]  # lists of ids, of its row and events, to which others are added
     at: Enrollment  # the state that the others get
-    execute: Execute | None  # the side effect, which each executes with its own data
+    start: Start | None  # of the side effect, which each executes with its own data
 
 
 class _Question(NamedTuple):
@@ -49,12 +64,18 @@ class SharedOutcomes:
     the outcomes of a key form a tree of conditions.
     """
 
-    __slots__ = ("_by_key", "_result", "_result_key")
+    __slots__ = ("_by_key", "_found", "_key", "_key_found", "_result", "_result_key", "_state")
 
     def __init__(self) -> None:
         self._by_key: dict[OutcomeKey, _Question | SharedOutcome] = {}
+        # the latest of each, as most enrollments of a batch are like the one before: to compare
+        # two states takes much less time than to look one up, which hashes its dates
         self._result: Result | None = None
         self._result_key: Hashable = None
+        self._state: tuple[object, ...] = ()
+        self._key: OutcomeKey | None = None
+        self._key_found: OutcomeKey | None = None
+        self._found: _Question | SharedOutcome | None = None
 
     def key(
         self,
@@ -64,15 +85,21 @@ class SharedOutcomes:
         expired_leases: int,
     ) -> OutcomeKey | None:
         """Return the key of an outcome, unless it depends on values that cannot be shared."""
-        if result is not self._result:  # most results of a batch are the same object
+        if result is not self._result:
             self._result, self._result_key = result, _result_key(result)
         if self._result_key is _UNSHARED:
             return None
-        return enrollment.state, self._result_key, started_revision, expired_leases
+        others = self._result_key, started_revision, expired_leases
+        state = enrollment.state
+        if self._key is None or state != self._state or others != self._key[1:]:
+            self._key, self._state = (enrollment.hashable_state, *others), state
+        return self._key
 
     def get(self, key: OutcomeKey, enrollment: Enrollment) -> SharedOutcome | None:
         """Return the outcome of an earlier enrollment with this key and the same answers."""
-        found = self._by_key.get(key)
+        if key is not self._key_found:
+            self._key_found, self._found = key, self._by_key.get(key)
+        found = self._found
         if isinstance(found, _Question):
             view = data_view(enrollment)
             try:
@@ -86,6 +113,7 @@ class SharedOutcomes:
         self, key: OutcomeKey, answers: Iterable[tuple[Condition, bool]], outcome: SharedOutcome
     ) -> None:
         """Share an outcome with later enrollments that have this key and these answers."""
+        self._key_found = None
         place: dict[Any, _Question | SharedOutcome] = self._by_key
         at: Hashable = key
         for condition, answer in answers:

@@ -133,12 +133,22 @@ def _states(written: EnrollmentWrites) -> Rows[Any]:
 
 def _happened(events: Mapping[Event, Rows[int]]) -> Rows[Any]:
     """Return the ids of all events, the number of what happened to each, and that by column."""
-    numbers = (number for number, ids in enumerate(events.values(), 1) for _ in ids)
+    numbers = (f",{number}" * len(ids) for number, ids in enumerate(events.values(), 1))
     return (
-        id_array(id_ for ids in events.values() for id_ in ids),
-        id_array(numbers),
+        _joined(events.values()),
+        f"{{{''.join(numbers)[1:]}}}",
         *(zip(*events, strict=True) if events else NO_EVENTS),
     )
+
+
+def _joined(lists: Iterable[Rows[int]]) -> str:
+    """Return lists of ids as one array. Most are equal: each such text is made once."""
+    texts: list[str] = []
+    before: Rows[int] = ()
+    for ids in lists:
+        texts.append(texts[-1] if ids == before else ",".join(map(str, ids)))
+        before = ids
+    return f"{{{','.join(texts)}}}"
 
 
 def id_array(numbers: Iterable[int]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from sequencerd.core.model import Enrollment, EvaluationError
+from sequencerd.core.model import Answer, Enrollment, EvaluationError
 from sequencerd.engine.shared_outcome import SharedOutcome, SharedOutcomes
 from tests.core.test_advance import at
 
@@ -48,3 +48,25 @@ def test_data_that_a_condition_cannot_read_share_nothing(answer: bool) -> None:
     outcomes, key = SharedOutcomes(), ("state",)
     outcomes.add(key, [(paid, answer)], outcome(1))
     assert outcomes.get(key, having(broken=True)) is None
+
+
+def test_only_the_same_state_and_result_have_the_same_key() -> None:
+    outcomes = SharedOutcomes()
+    here, there, done = at("a"), at("b"), Answer()
+    keys = [
+        outcomes.key(enrollment, result, revision, expired)
+        for enrollment, result, revision, expired in (
+            (here, None, None, 0),
+            (there, None, None, 0),
+            (here, done, None, 0),
+            (here, done, 7, 0),
+            (here, done, 7, 1),
+            (here._replace(goals_met=["g"]), done, 7, 1),
+            (here._replace(executed=["s/a"]), done, 7, 1),
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+    again = here._replace(id=8, subject="another", goals_met=[])
+    assert outcomes.key(again, None, None, 0) == keys[0]
+    assert outcomes.key(again, Answer(data={"own": 1}), None, 0) is None
+    assert outcomes.key(again, done, 7, 0) == keys[3]
