@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 import httpx
 import pytest
+import pytest_asyncio
 import structlog
 from prometheus_client import CollectorRegistry
 from starlette.routing import Route
@@ -28,10 +32,69 @@ from sequencerd.settings import ConsoleSettings, Settings
 from sequencerd.storage.connections import Shard
 from tests.helpers.databases import shard
 from tests.helpers.engines import Recorder, define, enroll, running_engine
+from tests.helpers.shards import connections_to_shards
 from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
 
+if TYPE_CHECKING:
+    from playwright.async_api import Browser
+
 DAY = '{"amount": 1, "unit": "day"}'
+
+# --- one event loop for all tests of the console, as they share a browser
+
+FOLDER = Path(__file__).parent
+fixture = partial(pytest_asyncio.fixture, loop_scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FOLDER in item.path.parents and pytest_asyncio.is_async_test(item):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+
+
+@fixture
+async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(database)
+    yield connection
+    await connection.close()
+
+
+@fixture
+async def shards(shards_url: str) -> AsyncIterator[dict[str, asyncpg.Connection]]:
+    async with connections_to_shards(shards_url) as made:
+        yield made
+
+
+# without what a browser does on its own
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    """Chromium, as the shell without a window if there is one: pages cost it a third."""
+    playwright = pytest.importorskip(
+        "playwright.async_api", reason="playwright is missing: run bin/browser"
+    )
+    path = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    if path is None:
+        pytest.skip("there is no chromium: run bin/browser")
+    async with playwright.async_playwright() as started:
+        found = await started.chromium.launch(executable_path=path, args=OPTIONS)
+        yield found
+        await found.close()
+
+
+# --- the console
 
 
 @pytest.fixture(autouse=True)

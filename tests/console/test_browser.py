@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -38,39 +37,14 @@ if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
     from playwright.async_api import Route as Handled
 
-CHROMIUM = shutil.which("chromium")
 REPOSITORY = Path(__file__).parent.parent.parent
 AXE = (Path(__file__).parent / "vendor/axe.js").read_text()
 LAYOUT = (Path(__file__).parent / "layout.js").read_text()
-OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-if CHROMIUM is None:
-    pytest.skip("there is no chromium: run bin/browser", allow_module_level=True)
-playwright = pytest.importorskip(
-    "playwright.async_api", reason="playwright is missing: run bin/browser"
-)
 
 
 @pytest.fixture(autouse=True)
 def _in_short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "POLL_INTERVAL", 0.1)
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    async with playwright.async_playwright() as started:
-        found = await started.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-        yield found
-        await found.close()
 
 
 @asynccontextmanager
@@ -103,12 +77,15 @@ def is_complaint(text: str) -> bool:
 
 async def check_accessible(page: Page) -> None:
     """Asks axe for what WCAG 2.2 AA demands. It is put in from outside, past the page's policy."""
+    if not await page.evaluate("'axe' in window"):
+        await page.evaluate(AXE)
+        await page.add_init_script(AXE)  # sent once for all that is opened from now on
     found = await page.evaluate(
-        f"""async () => {{ {AXE};
+        """async () => {
             const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
-            const {{ violations }} = await axe.run({{ runOnly: tags }});
-            return violations.map((v) => `${{v.id}}: ${{v.nodes.map((n) => n.html).join(" | ")}}`);
-        }}"""
+            const { violations } = await axe.run({ runOnly: tags });
+            return violations.map((v) => `${v.id}: ${v.nodes.map((n) => n.html).join(" | ")}`);
+        }"""
     )
     assert found == [], page.url
 

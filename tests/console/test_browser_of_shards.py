@@ -16,7 +16,6 @@ from sequencerd.settings import ConsoleSettings, Role
 from tests.console.conftest import counted, token
 from tests.console.test_access import HASH, log_in
 from tests.console.test_browser import NO_PAGES, check_accessible, shows, window
-from tests.console.test_browser import browser as browser_
 from tests.console.test_roles import NEEDED
 from tests.console.test_shards import console
 from tests.helpers.command_line import Command
@@ -24,8 +23,6 @@ from tests.helpers.shards import NAMES, place
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
-
-browser = browser_
 
 PAGES = (
     "/console/",

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import asyncpg
 import httpx
-import pytest
 
 from sequencerd.core.routing import shard_of
 from tests.cli.test_shards import COMMITTING, KILL, MESSAGE, commits_wait
-from tests.console.conftest import Line, counted, page_with, token
+from tests.console.conftest import Line, counted, fixture, page_with, token
 from tests.console.test_editing import text_of
 from tests.console.test_shards import console
 from tests.helpers.command_line import Command
@@ -40,20 +39,20 @@ async def of_each(shards: Shards, query: str) -> list[object]:
     return [await connection.fetchval(query) for connection in shards.values()]
 
 
-@pytest.fixture(autouse=True)
+@fixture(autouse=True)
 async def editable(filled: Command, shards: Shards) -> None:
     """Let the console edit the sequence, which no file manages."""
     for connection in shards.values():
         await connection.execute("UPDATE sequencer.sequences SET from_file = false")
 
 
-@pytest.fixture
+@fixture
 async def client(filled: Command) -> AsyncIterator[httpx.AsyncClient]:
     async with console(filled, "console", **WRITE) as client:
         yield client
 
 
-@pytest.fixture
+@fixture
 async def line(filled: Command, shards_url: str) -> AsyncIterator[Line]:
     """The way to the shard b."""
     line = Line(shards_url)

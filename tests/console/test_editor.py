@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from tests.console.conftest import BEGUN, Mended, console, people
-from tests.console.test_browser import browser as browser_
 from tests.console.test_browser import check_accessible, check_page, shows, text_of, window
 from tests.helpers.engines import until
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
-
-browser = browser_
 
 CONTENT = ".cm-content"
 

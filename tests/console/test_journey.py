@@ -22,7 +22,6 @@ from tests.console.test_browser import (
     SCHEMES,
     WIDTHS,
     _in_short_intervals,
-    browser,
     check_accessible,
     shows,
     window,
@@ -33,7 +32,7 @@ from tests.helpers.engines import Recorder, until
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 
-__all__ = ["_in_short_intervals", "arms", "browser"]  # fixtures
+__all__ = ["_in_short_intervals", "arms"]  # fixtures
 
 SEQUENCE = "/console/sequence?sequence=onboarding"
 PAGES = (

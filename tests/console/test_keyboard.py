@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from tests.console.conftest import BEGUN, DAY, Mended, console, people
-from tests.console.test_browser import browser as browser_
 from tests.console.test_browser import check_accessible, shows, window
 from tests.helpers.engines import define, enroll, until
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
-
-browser = browser_
 
 FOCUSED = """() => {
     const one = document.activeElement;

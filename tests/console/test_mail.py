@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import asyncpg
-import pytest
 
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.sms.runner import TwilioRunner
-from tests.console.conftest import console, token
+from tests.console.conftest import console, fixture, token
 from tests.console.test_enrollment_form import hidden
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
@@ -38,7 +37,7 @@ def _runners(port: int = 9) -> Mapping[str, Runner]:
     return {"Email": EmailRunner(f"smtp://{HOST}:{port}"), "Note": Recorder()}
 
 
-@pytest.fixture
+@fixture
 async def letter(connection: asyncpg.Connection) -> int:
     """An enrollment that waits before a letter. Its id."""
     day = '{"amount": 1, "unit": "day"}'

@@ -7,9 +7,8 @@ import re
 
 import asyncpg
 import httpx
-import pytest
 
-from tests.console.conftest import console, page_with
+from tests.console.conftest import console, fixture, page_with
 from tests.console.test_pages import check
 from tests.helpers.engines import define
 
@@ -27,7 +26,7 @@ ARMS = {
 }
 
 
-@pytest.fixture
+@fixture
 async def arms(connection: asyncpg.Connection) -> None:
     """A Split with three arms and a Switch with a case, and what happened there."""
     async with connection.transaction():

@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 import asyncpg
 import httpx
-import pytest
 
 from sequencerd.console.auth import ROLES
 from sequencerd.console.sessions import hash_of
 from sequencerd.passwords import make_hash
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from tests.console.conftest import DAY, console, routes, token
+from tests.console.conftest import DAY, console, fixture, routes, token
 from tests.helpers.engines import Recorder, define, enroll
 from tests.helpers.servers import HOST
 from tests.helpers.waiting import eventually
@@ -96,7 +95,7 @@ def as_role(role: Role | None) -> dict[str, str]:
     return {} if role is None else {"X-Forwarded-User": role, "X-Forwarded-Groups": role}
 
 
-@pytest.fixture
+@fixture
 async def forms(connection: asyncpg.Connection) -> dict[str, dict[str, str]]:
     """Of each route a form that would change something, if an editor sent it."""
     await define(

@@ -10,11 +10,10 @@ from typing import Any
 
 import asyncpg
 import httpx
-import pytest
 
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from tests.console.conftest import console
+from tests.console.conftest import console, fixture
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
 from tests.helpers.servers import HOST
@@ -40,7 +39,7 @@ def _runners() -> Mapping[str, Runner]:
     return {"Email": EmailRunner(f"smtp://{HOST}:9"), "Score": Recorder()}
 
 
-@pytest.fixture
+@fixture
 async def journey(connection: asyncpg.Connection) -> int:
     """A sequence that scores, waits, writes and ends early for those who paid; an enrollment."""
     async with connection.transaction():

@@ -19,7 +19,7 @@ from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from sequencerd.settings import load
-from tests.console.conftest import DAY, console, counted, page_with, routes, token
+from tests.console.conftest import DAY, console, counted, fixture, page_with, routes, token
 from tests.helpers.engines import Recorder, define, until
 from tests.helpers.servers import HOST
 
@@ -63,7 +63,7 @@ def _runners() -> Mapping[str, Runner]:
     return {"Email": EmailRunner(f"smtp://{HOST}:9", links=links), "Note": Recorder(_refuse)}
 
 
-@pytest.fixture
+@fixture
 async def journey(connection: asyncpg.Connection) -> tuple[int, int]:
     """An enrollment that waits, and one that has failed."""
     await define(

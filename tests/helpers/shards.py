@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -56,7 +57,13 @@ def shards_url(server: str, administrator: Administrator, shards_template: str) 
 @pytest.fixture
 async def shards(shards_url: str) -> AsyncIterator[dict[str, asyncpg.Connection]]:
     """A connection to each of the two."""
-    made = {name: await connections.connect(place(shards_url, name)) for name in NAMES}
+    async with connections_to_shards(shards_url) as made:
+        yield made
+
+
+@asynccontextmanager
+async def connections_to_shards(url: str) -> AsyncIterator[dict[str, asyncpg.Connection]]:
+    made = {name: await connections.connect(place(url, name)) for name in NAMES}
     yield made
     for connection in made.values():
         await connection.close()
