@@ -370,7 +370,7 @@ async def test_another_number_or_order_of_shards_is_refused(
         sequencerd(*command.split(), code=2)
         assert f"shard {names[0][0]}: its schema {said}" in sequencerd.errors, command
     sequencerd("enroll", "s", "ada", code=2)
-    assert "restore it" in sequencerd.errors
+    assert "restore it, leave none out, and let no two lead to the same" in sequencerd.errors
     assert f"shard: its schema {said}" in sequencerd("doctor", "--shard", names[0][0], code=1)
     assert not await shards["a"].fetchval("SELECT to_regnamespace('shard-c') IS NOT NULL")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
 from sequencerd.cli.arguments import make_parser
 from sequencerd.errors import (
+    ArgumentError,
     FileError,
     PlanError,
     SequencerdError,
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _open_standard_streams()
     try:
         given = make_parser().parse_args(arguments)
+        _check_texts(given)
         from sequencerd.cli.commands import read_settings  # noqa: PLC0415
 
         module, _, function = given.run.rpartition(".")
@@ -42,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def _check_texts(given: Namespace) -> None:
+    """Raise ArgumentError for a text that cannot be stored. A value may be a secret, and paths are
+    left as they are.
+    """
+    for name, value in vars(given).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= one <= "\udfff" for one in text):
+                raise ArgumentError(f"the argument {name} is not valid UTF-8")
 
 
 def _open_standard_streams() -> None:

@@ -7,7 +7,6 @@ import asyncio
 import os
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -37,7 +36,7 @@ from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import READ_ONLY, TRANSIENT_ERRORS, with_hint
-from sequencerd.storage.every_shard import Explain, ShardAnswers, ask
+from sequencerd.storage.every_shard import Explain, ShardAnswers
 from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
@@ -148,18 +147,6 @@ def tell(answers: ShardAnswers[_T], *, refusals: bool = False) -> int:
     for line in lines:
         warn(f"sequencerd: {line}")
     return int(bool(lines))
-
-
-async def ask_any(
-    arguments: argparse.Namespace,
-    shards: Sequence[Shard],
-    work: Callable[[Shard], Awaitable[_T]],
-) -> _T:
-    """Do work on the first shard that can be reached, for values that are the same on all."""
-    for shard in shards[:-1]:
-        with suppress(DatabaseError):
-            return (await ask(explain(arguments), [shard], work)).found[shard]
-    return (await ask(explain(arguments), shards[-1:], work)).found[shards[-1]]
 
 
 def explain(arguments: argparse.Namespace) -> Explain:

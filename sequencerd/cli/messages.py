@@ -13,10 +13,10 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import ask_any, connect, on_shards, read_settings
+from sequencerd.cli.commands import connect, explain, on_shards, read_settings, tell
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
-from sequencerd.cli.preview import check_one_sequence, is_file
+from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     Enrollment,
@@ -36,6 +36,7 @@ from sequencerd.runners.email.page import page
 from sequencerd.runners.protocol import Runner
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.every_shard import ask
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import make_runners
 
@@ -113,9 +114,11 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
     async def read(arguments: argparse.Namespace, _: Settings, shards: Rows[Shard]) -> int:
         if arguments.enrollment is not None:
             shards = [shard_of_id(shards, arguments.enrollment)]
-        stored, rows = await ask_any(arguments, shards, read_one)
-        definitions.update(stored)
-        found.extend(rows)
+        answers = await ask(explain(arguments), shards, read_one)
+        definitions.update(merged_definitions(one[0] for one in answers.found.values()))
+        found.extend(row for one in answers.found.values() for row in one[1])
+        if not is_file(path) and arguments.target not in definitions:
+            tell(answers)
         return 0
 
     if not definitions or arguments.enrollment is not None:

@@ -59,7 +59,12 @@ async def enroll_command(
         finally:
             await connection.close()
 
-    id_ = (await ask(explain(arguments), [shard], work)).found[shard]
+    try:
+        id_ = (await ask(explain(arguments), [shard], work)).found[shard]
+    except UsageError as error:
+        if len(shards) == 1:
+            raise
+        raise UsageError(f"shard {shard.name}: {error}") from error
     if arguments.json:
         say_json(labelled(shard, {"id": id_}, as_json=True))
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import ask_any, connect, explain, on_shards, reading, tell
+from sequencerd.cli.commands import connect, explain, on_shards, reading, tell
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import describe, model
@@ -69,9 +69,19 @@ async def _simulate_present(
         finally:
             await connection.close()
 
-    definitions = await ask_any(arguments, shards, read)
+    answers = await ask(explain(arguments), shards, read)
+    definitions = merged_definitions(answers.found.values())
+    if str(arguments.file) not in definitions:
+        tell(answers)
     arguments.sequence = choose(definitions, str(arguments.file))
     return _simulate(arguments, Simulator(definitions, runners, outcomes))
+
+
+def merged_definitions(
+    of_shards: Iterable[Mapping[str, model.Sequence]],
+) -> dict[str, model.Sequence]:
+    """Return the definitions of all shards: if one differs, that of the first."""
+    return dict(ChainMap(*(dict(one) for one in of_shards)))
 
 
 def _simulate(arguments: argparse.Namespace, simulator: Simulator) -> int:

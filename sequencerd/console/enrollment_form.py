@@ -25,7 +25,6 @@ from sequencerd.storage.database_errors import brief
 from sequencerd.storage.statements import QUERIES
 
 FIELDS = ("sequence", "subject", "email", "data", "timezone", "step", "start", "reason")
-MAX_SUBJECT = 1000  # bytes
 
 
 async def ask(request: Request) -> Response:
@@ -107,9 +106,6 @@ def _read(query: Query) -> dict[str, Any]:
     for name in ("sequence", "subject"):
         if given[name] is None:
             raise UsageError(f"{name} is missing")
-    subject = given["subject"] or ""
-    if len(subject.encode()) > MAX_SUBJECT:
-        raise UsageError(f"the subject has more than {MAX_SUBJECT:,} bytes")
     text = given["data"] or "{}"
     read_object(text, "data")
     data = exact_json.loads(text)
@@ -128,7 +124,7 @@ def _read(query: Query) -> dict[str, Any]:
         raise UsageError(f"start {start!r} is not an ISO 8601 date")
     return {
         "sequence": given["sequence"],
-        "subject": subject,
+        "subject": given["subject"],
         "data": content,
         "timezone": given["timezone"],
         "step": given["step"],

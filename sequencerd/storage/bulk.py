@@ -27,6 +27,7 @@ from sequencerd.storage.statements import QUERIES
 BATCH_SIZE = 1000  # enrollments in a transaction
 FETCH_SIZE = 10_000
 LAST_BATCH_TIMEOUT = 10.0  # seconds in which an interrupted batch may end
+MAX_SUBJECT = 1000  # bytes, as in the schema
 
 STATUSES = {
     "retry": ("failed",),
@@ -116,6 +117,9 @@ async def enroll(
     """Enroll a subject and return the id. `data` is a JSON object. Raises UsageError, and
     AlreadyEnrolledError where the reentry policy refuses.
     """
+    size = len(subject.encode())
+    if not 1 <= size <= MAX_SUBJECT:
+        raise UsageError(f"the subject has {size:,} bytes; it must have 1 to {MAX_SUBJECT:,}")
     try:
         id_: int | None = await connection.fetchval(
             QUERIES["enroll"], sequence, subject, data, timezone, step, at

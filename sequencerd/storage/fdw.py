@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from string import Template
 
@@ -31,11 +31,12 @@ def front(shards: Mapping[str, Shard]) -> str:
     text = (files("sequencerd.storage") / "front.sql").read_text("utf-8")
     tables, shard_of_it = text.split("-- for each shard")
     made = [Template(tables).substitute(shards=len(shards))]
+    variables = password_variables(shards)
     for number, (name, shard) in enumerate(shards.items()):
         given = conninfo.parse(shard.url)
         login = {key: _literal(given[key]) for key in _OF_USER if key in given}
         if "password" in login:
-            login["password"] = f":'{password_variable(name)}'"
+            login["password"] = f":'{variables[name]}'"
         server = {
             key: _literal(value)
             for key, value in (given | SERVER_OPTIONS).items()
@@ -55,9 +56,15 @@ def front(shards: Mapping[str, Shard]) -> str:
     return "\n".join(made)
 
 
-def password_variable(shard: str) -> str:
-    """Return the psql variable for the password of a shard."""
-    return "password_" + re.sub(r"\W", "_", shard, flags=re.ASCII)
+def password_variables(shards: Iterable[str]) -> dict[str, str]:
+    """Return psql's variable for the password of each shard. Their names have fewer characters than
+    those of shards: of two that would be the same, the later one gets the number of its shard.
+    """
+    found: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        variable = "password_" + re.sub(r"\W", "_", shard, flags=re.ASCII)
+        found[shard] = f"{variable}_{number}" if variable in found.values() else variable
+    return found
 
 
 def _options(options: Mapping[str, str]) -> str:

@@ -159,8 +159,8 @@ def _has_number(found: ShardNumber | None, number: ShardNumber) -> bool:
     if found is not None and found != number:
         raise SettingsError(
             f"its schema says {found}, the settings say {number}; subjects are found by the order "
-            "of [shards]: restore it, and leave none out (names and URLs may change); to grow, "
-            "move whole shards to other servers"
+            "of [shards]: restore it, leave none out, and let no two lead to the same schema "
+            "(names and URLs may change); to grow, move whole shards to other servers"
         )
     return found is not None
 

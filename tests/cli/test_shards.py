@@ -15,6 +15,7 @@ import pytest
 from asyncpg.transaction import Transaction
 
 from sequencerd.cli.arguments import make_parser
+from sequencerd.core.routing import shard_of
 from sequencerd.storage import connections
 from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import cluster
@@ -147,8 +148,32 @@ def test_names_are_those_of_any_shard(filled: Command, tmp_path: Path) -> None:
     filled("pause", "t", code=1)
     assert "shard b: sequence 't' does not exist" in filled.errors
     assert json.loads(filled("status", "t", "--json"))[0]["shards"] == ["a"]
+    (tmp_path / "m.yaml").write_text(MESSAGE)
+    filled("apply", "m.yaml", "--shard", "b")
+    assert "hello" in filled("simulate", "m", "--runner", "Email=next")
+    assert "To: subject@" in filled("preview", "m", "hello")
+    filled("simulate", "u", code=1)
+    assert "sequence 'u' does not exist" in filled.errors
+    subject = next(f"x{n}" for n in range(20) if shard_of(f"x{n}", 2) == 0)
+    filled("enroll", "m", subject, code=1)
+    assert "shard a: sequence 'm' does not exist" in filled.errors
     filled("pause", "s", "--shard", "a")
     assert "a: paused; b: active" in filled("status", "s")
+
+
+def test_subjects_of_all_kinds(filled: Command) -> None:
+    for subject in ("zoë 王", "e\u0301", "😀" * 250, "a/7", "7", " ", "--help"):
+        printed = filled("enroll", "s", "--", subject).split()[-1]
+        name = "ab"[shard_of(subject, 2)]
+        assert printed.startswith(f"{name}/"), subject
+        (row,) = json.loads(filled("list", "--json", f"--subject={subject}"))
+        assert (row["shard"], row["subject"]) == (name, subject)
+    for subject, size in (("", "0"), ("é" * 501, "1,002")):
+        filled("enroll", "s", subject, code=1)
+        assert f"the subject has {size} bytes; it must have 1 to 1,000" in filled.errors
+    for command in ("enroll s", "forget --yes", "list --subject"):
+        filled(*command.split(), "caf\udce9", code=2)
+        assert "the argument subject is not valid UTF-8" in filled.errors
 
 
 async def test_forget_and_export_ask_all_shards(

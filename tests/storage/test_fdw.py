@@ -204,9 +204,10 @@ async def test_a_wrong_row_is_refused_by_its_shard(application: asyncpg.Connecti
 
 def test_no_password_is_printed_and_names_are_quoted() -> None:
     url = "postgresql://us'er:secret@db1,db2:6543/app?sslmode=require"
-    printed = front({"eu-1": Shard(url, 'a"b')})
+    printed = front({"eu-1": Shard(url, 'a"b'), "eu.1": Shard(url)})
     assert "secret" not in printed
-    assert "password :'password_eu_1'" in printed
+    assert "password :'password_eu_1')" in printed
+    assert "password :'password_eu_1_1')" in printed
     assert "user 'us''er'" in printed
     assert "host 'db1,db2'" in printed
     assert "sslmode 'require'" in printed
