@@ -2152,16 +2152,12 @@ DECLARE
 BEGIN
     RETURN QUERY
     WITH taken AS (
-        SELECT b.id >> 6 AS block, b.visit, b.arm, bit_or(1::bigint << (~b.id & 63)::integer) AS members
-          FROM (
-            SELECT v.enrollment_id AS id, v.visit, v.message AS arm FROM sequencer.events AS v
-             WHERE v.sequence = arms_taken.sequence AND v.step = arms_taken.split
-               AND v.at >= arms_taken.since AND v.action = 'branch'
-            UNION ALL
-            SELECT v.enrollment_id, v.visit, v.action FROM sequencer.events AS v
-             WHERE by_weights AND v.sequence = arms_taken.sequence AND v.step = arms_taken.split
-               AND v.at >= arms_taken.since AND v.action IN ('next', 'altNext')
-          ) AS b
+        SELECT v.enrollment_id >> 6 AS block, v.visit,
+               CASE WHEN by_weights AND v.action <> 'branch' THEN v.action ELSE v.message END AS arm,
+               bit_or(1::bigint << (~v.enrollment_id & 63)::integer) AS members
+          FROM sequencer.events AS v
+         WHERE v.sequence = arms_taken.sequence AND v.step = arms_taken.split AND v.at >= arms_taken.since
+           AND (v.action = 'branch' OR by_weights AND v.action IN ('next', 'altNext'))
          GROUP BY 1, 2, 3
     ), first_taken AS ( -- by an enrollment that comes back to the Split
         SELECT t.block, t.visit, t.arm, t.members & ~ coalesce(bit_or(t.members) OVER (
@@ -2242,81 +2238,87 @@ BEGIN
     is_dense := low IS NULL OR high - low < 1 << 26
         AND (last_visit - first_visit + 1)::bigint * cardinality(names) < 256;
     IF is_dense THEN
-        WITH bits AS (
-            SELECT a.block, a.members::bit(64)::text AS members,
-                   ((a.visit - first_visit) * cardinality(names) + a.arm)::bit(8)::text AS code
+        WITH bytes AS (
+            SELECT a.block, bit_or(('x' || replace(replace(replace(
+                       a.members::bit(64)::text, '1', 'x'), '0', '00'), 'x', c.code))::bit(512)) AS codes
               FROM unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
-        ), bytes AS (
-            SELECT b.block, bit_or(replace(replace(replace(b.members, '1', 'x'), '0', '00000000'),
-                                           'x', b.code)::bit(512)) AS codes
-              FROM bits AS b GROUP BY 1
+             CROSS JOIN LATERAL (
+                   SELECT lpad(to_hex((a.visit - first_visit) * cardinality(names) + a.arm), 2, '0') AS code) AS c
+             GROUP BY 1
         )
         SELECT string_agg(substr(bit_send(coalesce(b.codes, 0::bit(512))), 5), '' ORDER BY n) -- after a length
           INTO codes
           FROM generate_series(low >> 6, high >> 6) AS n LEFT JOIN bytes AS b ON b.block = n;
+        blocks := NULL; -- whose text would be in the plan
+        visits := NULL;
+        arms := NULL;
+        members := NULL;
     END IF;
 
     -- Each column to group by takes time, so the class of a time, the visit and the byte of the arm are one
     -- number. As a subquery, the codes are sent to workers once; otherwise they would be in each expression of
     -- the plan, as text.
     RETURN QUERY
-    WITH visits_left AS NOT MATERIALIZED (
+    WITH left_visits AS NOT MATERIALIZED (
         SELECT v.enrollment_id AS id, v.visit, v.step COLLATE "C" AS step, v.seconds_at_step AS seconds,
                CASE WHEN v.action = 'next' THEN v.action
                     WHEN v.action = 'branch' THEN 'branch ' || coalesce(v.message, '')
                     WHEN v.action = 'goal' THEN 'goal ' || coalesce(split_part(v.message, ' is met', 1), '')
                     ELSE v.action END COLLATE "C" AS way,
                CASE WHEN hashint8(v.enrollment_id) & not_sampled = 0
-                    THEN (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer
-                    ELSE not_timed END << 16 AS class
+                    THEN (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer << 16
+                    ELSE not_timed << 16 END AS class
           FROM sequencer.events AS v
-         WHERE v.sequence = of_sequence AND v.at >= start
+         WHERE v.sequence = of_sequence AND v.at >= start AND v.seconds_at_step IS NOT NULL
+           AND (v.message IS NOT NULL OR v.action <> 'completed') -- by hand alone
            AND (v.seconds_at_step < 86400 AND v.at >= a_day_later -- which needs no arithmetic
                 OR v.seconds_at_step < 864000 AND v.at >= ten_days_later
                 OR date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
-           AND (v.action <> 'completed' OR v.message IS NOT NULL) -- by hand alone
-    ), counted AS (
-        SELECT v.step, v.way, true AS is_byte, count(*) AS times, min(v.seconds) AS seconds,
-               v.class + CASE WHEN v.visit >= first_visit AND v.id BETWEEN low AND high
-                              THEN (least(v.visit, last_visit) - first_visit) << 8
-                                   | get_byte((SELECT codes), (v.id - low)::integer)
-                              ELSE 0 END AS code
-          FROM visits_left AS v
-         WHERE is_dense
-         GROUP BY 1, 2, 6
-        UNION ALL
-        SELECT v.step, v.way, false, count(*), min(v.seconds), v.class + coalesce(a.arm, 0)
-          FROM visits_left AS v
-          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
-            ON a.block = v.id >> 6 AND a.members >> (~v.id & 63)::integer & 1 = 1 AND a.visit <= v.visit
-         WHERE NOT is_dense
-         GROUP BY 1, 2, 6
-        UNION ALL
-        SELECT e.step, 'waiting', false, count(*), NULL, (not_timed << 16) + coalesce(a.arm, 0)
+    ), other_visits AS NOT MATERIALIZED ( -- still there, or to be subtracted
+        SELECT e.id, e.visit, e.step, NULL::real, 'waiting' AS way, not_timed << 16 AS class
           FROM sequencer.enrollments AS e
-          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
-            ON a.block = e.id >> 6 AND a.members >> (~e.id & 63)::integer & 1 = 1 AND a.visit <= e.visit
          WHERE e.sequence = of_sequence AND e.status = 'active' AND e.entered_at >= start
-         GROUP BY 1, 6
-    ), resumed AS ( -- or moved: visits that did not end in what they seemed to
-        SELECT v.step, v.action, a.arm, count(*) AS times
+        UNION ALL -- those that did not end in what they seemed to, as the enrollment was resumed or moved
+        SELECT v.enrollment_id, v.visit, v.step, NULL, v.action || ' resumed', not_timed << 16
           FROM sequencer.events AS v
-          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
-            ON a.block = v.enrollment_id >> 6 AND a.members >> (~v.enrollment_id & 63)::integer & 1 = 1
-               AND a.visit <= v.visit
          WHERE v.sequence = of_sequence AND v.at >= start AND v.action IN ('failed', 'cancelled')
            AND date_part('epoch', v.at) - v.seconds_at_step >= start_seconds
            AND EXISTS (SELECT FROM sequencer.events AS l
                         WHERE l.enrollment_id = v.enrollment_id AND l.at > v.at AND l.action = ANY (ends))
-         GROUP BY 1, 2, 3
+    ), counted AS (
+        SELECT v.step, v.way, count(*) AS times, min(v.seconds) AS seconds,
+               v.class + CASE WHEN v.visit >= first_visit AND v.id BETWEEN low AND high
+                              THEN CASE WHEN first_visit = last_visit THEN 0
+                                        ELSE (least(v.visit, last_visit) - first_visit) << 8 END
+                                   | get_byte((SELECT codes), (v.id - low)::integer)
+                              ELSE 0 END AS code
+          FROM left_visits AS v
+         WHERE is_dense
+         GROUP BY 1, 2, 5
+        UNION ALL
+        SELECT v.step, v.way, count(*), NULL,
+               v.class + CASE WHEN v.visit >= first_visit AND v.id BETWEEN low AND high
+                              THEN (least(v.visit, last_visit) - first_visit) << 8
+                                   | get_byte((SELECT codes), (v.id - low)::integer)
+                              ELSE 0 END
+          FROM other_visits AS v
+         WHERE is_dense
+         GROUP BY 1, 2, 5
+        UNION ALL
+        SELECT v.step, v.way, count(*), min(v.seconds), v.class + coalesce(a.arm, 0)
+          FROM (TABLE left_visits UNION ALL TABLE other_visits) AS v
+          LEFT JOIN unnest(blocks, visits, arms, members) AS a (block, visit, arm, members)
+            ON a.block = v.id >> 6 AND a.members >> (~v.id & 63)::integer & 1 = 1 AND a.visit <= v.visit
+         WHERE NOT is_dense
+         GROUP BY 1, 2, 5
     ), cells AS MATERIALIZED ( -- so that the conditions on it are not evaluated for each event
         SELECT c.step, split_part(c.way, ' ', 1) AS action, c.way, nullif(c.code >> 16, not_timed) AS class,
-               CASE WHEN NOT c.is_byte THEN nullif(c.code & 65535, 0)
+               CASE WHEN NOT is_dense THEN nullif(c.code & 65535, 0)
                     WHEN c.code & 255 > 0 AND c.code >> 8 & 255 >= ((c.code & 255) - 1) / cardinality(names)
-                    THEN ((c.code & 255) - 1) % cardinality(names) + 1 END AS arm, c.times, c.seconds
+                    THEN ((c.code & 255) - 1) % cardinality(names) + 1 END AS arm,
+               CASE WHEN c.way IN ('failed resumed', 'cancelled resumed') THEN -c.times ELSE c.times END AS times,
+               c.seconds
           FROM counted AS c
-        UNION ALL
-        SELECT r.step, r.action, r.action, NULL, r.arm, -r.times, NULL FROM resumed AS r
     ), ways AS (
         SELECT c.step, c.action, c.class, c.times, c.seconds,
                names[c.arm] AS arm,
