@@ -27,13 +27,14 @@ from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import activity, connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
+from sequencerd.storage.locking import DueEnrollments
 from sequencerd.storage.writes import NotWritten, Unchanged
 
 MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
 MAX_FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
 FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
-QUIET_AFTER = 0.02  # seconds without a claim, after which few enrollments are expected at a step
-LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
+MAX_FOUND_BEFORE = 1  # by the last claim of a step, if the next reads without a lock
+LOCKED_PAUSE = timedelta(seconds=0.2)  # until a row that another session has locked is tried again
 
 
 class Claims:
@@ -80,9 +81,6 @@ class Claims:
         self._metrics = metrics
         self._cursors = cursors
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
-        self._fruitless: dict[StepKey, int] = {}  # consecutive claims without a result
-        self._claimed_at: dict[StepKey, float] = {}  # when last, in the event loop's time
-        self._unsuited: dict[StepKey, int] = {}  # by revision: steps that write more than rows
 
     async def claim_all(self, step_key: StepKey) -> None:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
@@ -105,7 +103,7 @@ class Claims:
         """Return how long a notification of a step is delayed: longer after many claims without a
         result.
         """
-        times = self._fruitless.get(step_key, 0)
+        times = self._cursors.fruitless(step_key)
         seconds = 0.0 if times < MAX_FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
         return timedelta(seconds=seconds)
 
@@ -135,45 +133,35 @@ class Claims:
             count = await self._claim_batch(step_key, sequence.revision, limit)
         except Exception as error:
             count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
-        if count:
-            self._fruitless.pop(step_key, None)
-        if count == limit:
-            return True
         if count == 0:
-            self._fruitless[step_key] = self._fruitless.get(step_key, 0) + 1
             await self._reload()  # nothing is claimed with a definition that has changed
-        return False
+        return count == limit
 
     async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:
         """Claim and advance a batch. Return how many rows it has read to advance them."""
         now = self._clock.now()
         excluded = self.excluded(step_key)
         with self._cursors.claim(step_key, frozenset(excluded), now) as claim:
-            claimed = await self._move_few(step_key, revision, claim, limit, excluded)
-            if claimed is None:
+            due = DueEnrollments(
+                *step_key, now, self._daemon, excluded, revision, limit, claim.start
+            )
+            few = await self._move_few(step_key, due, claim)
+            if few is None:
                 batch = Batch()
                 async with self._leases.writing(batch) as connection:
-                    claimed, count = await locking.claim(
-                        connection,
-                        step_key,
-                        now,
-                        revision,
-                        limit,
-                        daemon=self._daemon,
-                        excluding=excluded,
-                        since=claim.start,
-                    )
+                    claimed, count = await locking.claim(connection, due)
                     self._metrics.claimed(step_key, self._due(step_key, claimed), now)
                     await self._move_all(connection, step_key, batch, claimed, now)
             else:
-                count = len(claimed)
+                claimed, count = few, len(few)
+            claim.found = count
             if claimed and len(claimed) == count:
                 claim.reached = claimed[-1].wake_at
-            self._claimed_at[step_key] = asyncio.get_running_loop().time()
             is_last = len(claimed) < limit
-            if is_last or claim.is_to_check:  # after the commit: side effects have started
+            if claim.left is None and (is_last or claim.is_to_check):
+                # after the commit: side effects have started
                 async with connections.borrow(self._pool) as connection:
-                    left = claim.left = await wakes.left(
+                    claim.left = await wakes.left(
                         connection,
                         step_key,
                         now,
@@ -182,65 +170,53 @@ class Claims:
                         since=claim.since,
                         with_ahead=is_last and claim.ahead is None,
                     )
-                if is_last:
-                    next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
-                    # the remaining due rows are locked; that may end without a notification
-                    is_locked = next_at <= now and len(claimed) == count
-                    soon = now + timedelta(seconds=LOCKED_PAUSE)
-                    self._push(step_key, soon if is_locked else next_at)
+            if is_last and (left := claim.left):
+                next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
+                # the remaining due rows are locked; that may end without a notification
+                is_locked = next_at <= now and len(claimed) == count
+                self._push(step_key, now + LOCKED_PAUSE if is_locked else next_at)
         return count
 
     async def _move_few(
-        self, step_key: StepKey, revision: int, claim: Claim, limit: int, excluded: list[int]
+        self, step_key: StepKey, wanted: DueEnrollments, claim: Claim
     ) -> list[Enrollment] | None:
         """Advance due enrollments without a lock between reading and writing them.
 
-        Return them, or None if they must be claimed: if there are many of them, one is late or has
-        changed since it was read, or more must be written than rows and events.
+        Return them, or None if they must be claimed: if there are many of them, one is late, leased
+        or has changed since it was read, or more must be written than rows and events. What is left
+        at the step is then known without another statement.
         """
-        if self._unsuited.get(step_key) == revision or not self._is_quiet(step_key):
+        few = min(MAX_UNLOCKED, wanted.limit - 1)
+        if claim.found > MAX_FOUND_BEFORE or claim.unsuited == wanted.revision or not few:
             return None
-        now = claim.now
-        async with connections.borrow(self._pool) as connection:
-            peeked = await locking.peek(
-                connection,
-                step_key,
-                now,
-                revision,
-                min(limit, MAX_UNLOCKED + 1),
-                daemon=self._daemon,
-                excluding=excluded,
-                since=claim.start,
-            )
-        if peeked is None:
-            self._unsuited[step_key] = revision
-            return None
-        due, versions = peeked
-        is_usual = all(one.leased_by is None for one in due) and not activity.delays(
-            self._due(step_key, due), now
-        )
-        if not due or len(due) > MAX_UNLOCKED or not is_usual:
-            return None if due else []
-        batch = Batch()
+        now, batch = wanted.now, Batch()
         with suppress(NotWritten):
-            async with self._leases.starting(batch):
+            async with self._leases.without_lock(batch) as connection:
+                peeked = await locking.peek(
+                    connection,
+                    wanted._replace(limit=few + 1, since=claim.since),
+                    with_ahead=claim.ahead is None,
+                )
+                if peeked is None:
+                    claim.unsuited = wanted.revision
+                    return None
+                due, versions, left = peeked
+                since = self._due(step_key, due)
+                if not due:
+                    return []
+                if len(due) > few or _is_leased(due) or activity.delays(since, now):
+                    return None
                 for enrollment in due:
                     self._moves.move(batch, enrollment, now)
                 if not batch.is_plain:
-                    self._unsuited[step_key] = revision
+                    claim.unsuited = wanted.revision
                     raise NotWritten
-                known = Unchanged(versions, step_key[0], revision)
-                await self._leases.write_unchanged(batch, now, known)
-                self._metrics.claimed(step_key, self._due(step_key, due), now)
+                known = Unchanged(versions, step_key[0], wanted.revision)
+                await self._leases.write_unchanged(connection, batch, now, known)
+            self._metrics.claimed(step_key, since, now)
+            claim.left = left
             return due
         return None
-
-    def _is_quiet(self, step_key: StepKey) -> bool:
-        """Return whether nothing has been claimed at a step for some time. Where enrollments keep
-        arriving, faster claims would each find fewer of them, and cost more for each.
-        """
-        at = self._claimed_at.get(step_key)
-        return at is None or asyncio.get_running_loop().time() - at >= QUIET_AFTER
 
     def excluded(self, step_key: StepKey) -> list[int]:
         """Return the ids that must not be claimed: quarantined enrollments, and those that another
@@ -364,3 +340,7 @@ class Claims:
         for step_key, ids in orphans.items():
             if sequence := self._catalog.sequences.get(step_key[0]):
                 await self.claim_some(step_key, sequence.revision, ids)
+
+
+def _is_leased(due: Sequence[Enrollment]) -> bool:
+    return any(one.leased_by is not None for one in due)

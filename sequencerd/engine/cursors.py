@@ -42,6 +42,8 @@ class Claim:
     start: datetime  # where the claim begins
     is_to_check: bool  # even if the claim returned as many as requested
     ahead: datetime | None  # the next wake time that is not due yet, if known
+    found: int  # how many were due: by the claim before, until this one knows
+    unsuited: int | None  # the revision of which enrollments must be locked to be written
     reached: datetime | None = None  # the last wake time that was claimed
     left: LeftAtStep | None = None  # the result of the check
     lowered: datetime = NEVER  # the earliest wake time that was reported in the meantime
@@ -55,6 +57,9 @@ class _Cursor:
     checked_at: datetime = EARLIEST_WAKE
     ahead: datetime = EARLIEST_WAKE  # the next wake time; unknown if it has passed
     excluded: Set[int] = frozenset()
+    found: int = 0
+    unsuited: int | None = None
+    fruitless: int = 0  # consecutive claims that have found nothing
     claims: list[Claim] = field(default_factory=list)
 
     def lower(self, at: datetime) -> None:
@@ -69,6 +74,8 @@ class _Cursor:
             claim.later = min(claim.later, at)
 
     def finish(self, claim: Claim) -> None:
+        self.found, self.unsuited = claim.found, claim.unsuited
+        self.fruitless = 0 if claim.found else self.fruitless + 1
         if claim.left is None:
             if claim.reached is not None:
                 self.next = min(claim.reached, claim.lowered)
@@ -87,6 +94,9 @@ class Cursors:
     def __init__(self) -> None:
         self._by_step: dict[StepKey, _Cursor] = {}
 
+    def __len__(self) -> int:
+        return len(self._by_step)
+
     @property
     def known(self) -> dict[StepKey, datetime]:
         """Return, for each step, the time before which nothing is due, as far as is known."""
@@ -96,6 +106,11 @@ class Cursors:
         """Return the time before which nothing is due at a step, as far as is known."""
         cursor = self._by_step.get(step_key)
         return EARLIEST_WAKE if cursor is None else cursor.since
+
+    def fruitless(self, step_key: StepKey) -> int:
+        """Return how many consecutive claims of a step have found nothing."""
+        cursor = self._by_step.get(step_key)
+        return 0 if cursor is None else cursor.fruitless
 
     def report(self, step_key: StepKey, at: datetime, now: datetime) -> None:
         """Report that an enrollment at a step is, or will be, due from a time on."""
@@ -128,7 +143,8 @@ class Cursors:
         cursor.excluded = excluded
         is_to_check = now - cursor.checked_at >= CHECK_INTERVAL
         ahead = cursor.ahead if cursor.ahead > now else None
-        claim = Claim(now, cursor.since, cursor.next, is_to_check, ahead)
+        found, unsuited = cursor.found, cursor.unsuited
+        claim = Claim(now, cursor.since, cursor.next, is_to_check, ahead, found, unsuited)
         cursor.claims.append(claim)
         try:
             yield claim

@@ -81,14 +81,24 @@ class Leases:
             if len(batch.leased) >= locking.MANY_LEASES and not batch.data:
                 self._note(batch, await evaluations.new_transaction(connection))
 
-    async def write_unchanged(self, batch: Batch, now: datetime, known: Unchanged) -> None:
-        """Write a plain batch whose rows are not locked, in a statement that is its transaction.
-        Raises NotWritten.
+    @asynccontextmanager
+    async def without_lock(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
+        """Borrow a connection, to write a batch by `write_unchanged`."""
+        async with self.starting(batch), connections.borrow(self._pool) as connection:
+            yield connection
+
+    async def write_unchanged(
+        self, connection: asyncpg.Connection, batch: Batch, now: datetime, known: Unchanged
+    ) -> None:
+        """Write a plain batch whose rows are not locked, in a statement that is its transaction,
+        and start its side effects. Raises NotWritten.
         """
-        async with connections.borrow(self._pool) as connection:
-            number = await writes.write_unchanged(connection, batch, now, known)
+        number = await writes.write_unchanged(connection, batch, now, known)
         if batch.leased:
             self._note(batch, number)
+            # they start while the connection is given back
+            leased, batch.leased = batch.leased, []
+            self._start(leased)
 
     def _note(self, batch: Batch, transaction: int | None) -> None:
         if transaction is not None:

@@ -217,14 +217,14 @@ class Results:
         versions = {one.enrollment.id: known[one.enrollment.leases] for one, _ in results}
         batch = Batch()
         with suppress(NotWritten):
-            async with self._leases.starting(batch):
+            async with self._leases.without_lock(batch) as connection:
                 for leased, result in results:
                     answer = _of_lookup(result) if leased.executor.is_lookup else result
                     self._moves.move(batch, leased.enrollment, now, answer, leased.revision)
                 if not batch.is_plain:
                     raise NotWritten
                 unchanged = Unchanged(versions, name, revision)
-                await self._leases.write_unchanged(batch, now, unchanged)
+                await self._leases.write_unchanged(connection, batch, now, unchanged)
             self._leases.forget(leased for leased, _ in results)
             return True
         return False

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment, Fence, StepKey
+from sequencerd.core.model import NEVER, Enrollment, Fence, StepKey
 from sequencerd.storage.statements import QUERIES, columns
+from sequencerd.storage.wakes import LeftAtStep
 from sequencerd.storage.writes import id_array
 
 MANY_LEASES = 50  # leases of one transaction, for which it pays to note its number
@@ -26,47 +27,56 @@ class Claimed(NamedTuple):
     locked: int
 
 
-async def claim(
-    connection: asyncpg.Connection,
-    step_key: StepKey,
-    now: datetime,
-    revision: int,
-    limit: int,
-    *,
-    daemon: str,
-    excluding: Rows[int],
-    since: datetime,
-) -> Claimed:
-    """Claim due enrollments of a step, from a time on: none that a living daemon has leased, and no
-    more than fit into MAX_BYTES. They stay locked until the end of the transaction.
+class DueEnrollments(NamedTuple):
+    """Which due enrollments of a step to read: none that a living daemon has leased. The parameters
+    of `claim` and `peek`, in their order.
     """
-    rows = await connection.fetch(
-        QUERIES["claim"], *step_key, now, daemon, excluding, revision, limit, since
-    )
+
+    sequence: str
+    step: str
+    now: datetime
+    daemon: str
+    excluding: Rows[int]
+    revision: int  # of the known definition: if it has changed, none are read
+    limit: int
+    since: datetime  # the first wake time
+
+
+async def claim(connection: asyncpg.Connection, due: DueEnrollments) -> Claimed:
+    """Claim due enrollments, no more than fit into MAX_BYTES. They stay locked until the end of the
+    transaction.
+    """
+    rows = await connection.fetch(QUERIES["claim"], *due)
     return Claimed(list(map(Enrollment._make, await _with_data(connection, rows))), len(rows))
 
 
-async def peek(
-    connection: asyncpg.Connection,
-    step_key: StepKey,
-    now: datetime,
-    revision: int,
-    limit: int,
-    *,
-    daemon: str,
-    excluding: Rows[int],
-    since: datetime,
-) -> tuple[list[Enrollment], dict[int, int]] | None:
-    """Read what a claim would claim, without a lock, and by id which transaction has last written
-    it. None if a claim must read it: if that is not known, or data are large.
+class Peeked(NamedTuple):
+    """What was read without a lock: enrollments, by id which transaction has last written each, and
+    what is left at the step if all of them are written.
     """
-    rows = await connection.fetch(
-        QUERIES["peek"], *step_key, now, daemon, excluding, revision, limit, since
-    )
+
+    enrollments: list[Enrollment]
+    versions: dict[int, int]
+    left: LeftAtStep | None
+
+
+async def peek(
+    connection: asyncpg.Connection, due: DueEnrollments, *, with_ahead: bool
+) -> Peeked | None:
+    """Read what a claim would claim, without a lock, and what any daemon but this one has leased.
+    None if a claim must read it: if its last writer is not known, or data are large.
+    """
+    rows = await connection.fetch(QUERIES["peek"], *due, with_ahead)
     if any(row["version"] is None or row["data"] is None for row in rows):
         return None
-    due = [Enrollment._make(row[1:]) for row in rows]
-    return due, {row["id"]: int(row["version"]) for row in rows}
+    left = None
+    for now, ahead, *_ in rows[:1]:
+        left = LeftAtStep(now, None, None, (ahead or NEVER) if with_ahead else None)
+    return Peeked(
+        [Enrollment._make(row[3:]) for row in rows],
+        {row["id"]: int(row["version"]) for row in rows},
+        left,
+    )
 
 
 async def due_ids(

@@ -103,18 +103,30 @@ async def write_unchanged(
     It is a transaction by itself. Return its number, or None if triggers of others may have changed
     what was written. Goals and data are not written.
     """
-    ids, *states = _states(written)
-    versions = id_array(known.versions[id_] for row in written.rows.values() for id_ in row)
-    row = await connection.fetchrow(
-        QUERIES["write_unchanged"],
-        ids,
-        *states,
-        now,
-        *_happened(written.events),
-        versions,
-        known.revision,
-        known.sequence,
-    )
+    rows = list(written.rows.items())
+    if len(rows) == len(rows[0][1]) == 1:
+        (state, (id_,)), *_ = rows
+        what = zip(*written.events, strict=True) if written.events else NO_EVENTS
+        row = await connection.fetchrow(
+            QUERIES["write_one_unchanged"],
+            id_,
+            *state,
+            now,
+            *what,
+            str(known.versions[id_]),
+            known.revision,
+            known.sequence,
+        )
+    else:
+        row = await connection.fetchrow(
+            QUERIES["write_unchanged"],
+            *_states(written),
+            now,
+            *_happened(written.events),
+            id_array(known.versions[id_] for _, ids in rows for id_ in ids),
+            known.revision,
+            known.sequence,
+        )
     if row is None:
         raise NotWritten
     number: int | None = row["number"]

@@ -129,6 +129,19 @@ class Model:
             if one.rows:
                 one.claim.reached = self.wakes[one.rows[-1]]
 
+    def peek(self, size: int) -> None:
+        """Read without a lock and check what is left at the same time, if all can be claimed."""
+        if waiting := [one for one in self.claims if not one.has_read]:
+            one = waiting[size % len(waiting)]
+            due = {id_: at for id_, at in self.wakes.items() if one.claim.since <= at <= one.now}
+            if len(due) < LIMIT and not self.locked & due.keys():
+                one.has_read, one.rows = True, list(due)
+                self.locked.update(due)
+                one.claim.reached = max(due.values(), default=None)
+                ahead = min((at for at in self.wakes.values() if at > one.now), default=NEVER)
+                looks = one.claim.ahead is None
+                one.claim.left = LeftAtStep(self.now, None, None, ahead if looks else None)
+
     def check(self, size: int) -> None:
         if reading := [one for one in self.claims if one.has_read and one.claim.left is None]:
             one = reading[size % len(reading)]
@@ -191,7 +204,7 @@ class Model:
 
 
 ACTIONS = st.sampled_from(
-    ["tick", "begin", "insert", "commit", "deliver", "lock", "unlock", "read", "check"]
+    ["tick", "begin", "insert", "commit", "deliver", "lock", "unlock", "read", "peek", "check"]
     + ["write", "claim", "end"] * 2
 )
 
@@ -234,10 +247,25 @@ def test_a_claim_that_fails_is_repeated_from_where_it_began() -> None:
     assert claimed(cursors, START + SECOND).start == START - OVERLAP
 
 
+def test_a_claim_knows_what_the_last_one_has_found() -> None:
+    cursors = Cursors()
+    for found, fruitless in ((0, 1), (0, 2), (7, 0), (1, 0), (0, 1)):
+        before = cursors.fruitless(HERE)
+        with cursors.claim(HERE, frozenset(), START) as claim:
+            assert cursors.fruitless(HERE) == before
+            claim.found, claim.unsuited = found, 3
+        assert cursors.fruitless(HERE) == fruitless
+        with suppress(AbortError), cursors.claim(HERE, frozenset(), START) as claim:
+            assert (claim.found, claim.unsuited) == (found, 3)
+            raise AbortError
+
+
 def test_the_cursors_of_unused_steps_are_forgotten() -> None:
     cursors = Cursors()
-    claimed(cursors, START)
+    for number in range(1000):
+        with cursors.claim(("s", f"{number}"), frozenset(), START) as claim:
+            claim.left = LeftAtStep(START, None, None, NEVER)
     cursors.forget_unused(START + KEPT_FOR / 2)
-    assert cursors.known
+    assert len(cursors) == len(cursors.known) == 1000
     cursors.forget_unused(START + KEPT_FOR)
-    assert cursors.known == {}
+    assert len(cursors) == 0

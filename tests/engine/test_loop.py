@@ -18,7 +18,7 @@ from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Res
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
-from sequencerd.storage import connections, locking, writes
+from sequencerd.storage import connections, locking, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import AdvisoryLock
 from tests.helpers import servers
@@ -440,19 +440,33 @@ async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
 async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lock, a transaction around it and the end of that would be round trips before its start."""
+    """A lock, a transaction around it and the end of that would be round trips before its start.
+    The next one, shortly afterwards, costs no more.
+    """
+    left, checks = wakes.left, 0
 
     async def refused(*_: object, **__: object) -> None:
         raise AssertionError
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal checks
+        checks += 1
+        return await left(*arguments, **options)
 
     recorder = Recorder()
     await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
     async with running_engine(database, {"Note": recorder}):
         monkeypatch.setattr(locking, "claim", refused)
         monkeypatch.setattr(locking, "lock", refused)
-        id_ = await enroll(connection, "s", "ada")
-        await until(connection, ENDED, id_)
-    assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
+        monkeypatch.setattr(wakes, "left", counted)
+        ids = []
+        for number in range(5):
+            ids.append(await enroll(connection, "s", f"u{number}"))
+            await until(connection, ENDED, ids[-1])
+    for id_ in ids:
+        passed = ["one enrolled", "one next", "two next", "two completed"]
+        assert await way(connection, id_) == passed
+    assert checks < len(ids)  # none but that of a poll, if one comes by
 
 
 @pytest.mark.parametrize("step", ["Note", "Conditional"])

@@ -446,10 +446,10 @@ async def test_a_claim_is_bounded_by_bytes(
         " SELECT 's', 'u' || n, jsonb_build_object('n', n, 'text', repeat('x', 300000))"
         " FROM generate_series(1, 30) AS n"
     )
-    place, at = ("s", "note"), Clock().now() + timedelta(hours=1)
+    at = Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
     claimed, locked = await locking.claim(
-        connection, place, at, revision, 100, daemon="me", excluding=[], since=EARLIEST_WAKE
+        connection, locking.DueEnrollments("s", "note", at, "me", [], revision, 100, EARLIEST_WAKE)
     )
     assert locked == 30
     assert 1 <= len(claimed) <= 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import asyncpg
 
 from sequencerd.core.model import DefinitionError
@@ -119,3 +121,55 @@ async def test_a_runner_that_lacks_settings_serves_nothing(
     await define(connection, "s", ("call", "Call", '{"bad": 1}', None))
     async with running_engine(database, {"Call": NotSetUp(), "Note": Recorder()}):
         await until(connection, "SELECT types = '{Note}' FROM sequencer.daemons")
+
+
+async def test_lone_enrollments_start_once_where_two_daemons_are_notified(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Both read each without a lock, and only one of them writes it."""
+    recorder = Recorder()
+    await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
+    async with (
+        running_engine(database, {"Note": recorder}),
+        running_engine(database, {"Note": recorder}),
+    ):
+        for number in range(20):
+            await enroll(connection, "s", f"u{number}")
+            await until(connection, ALL_ENDED)
+    assert set(Counter(recorder.keys).values()) == {1}
+    assert len(recorder.keys) == 40
+
+
+async def test_a_lone_enrollment_starts_beside_one_whose_lease_a_living_daemon_cannot_extend(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Then that daemon dies."""
+    await define(connection, "s", ("one", "Note", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, alive_until, types)"
+        " VALUES ('other', now() + interval '1 hour', '{Note}')"
+    )
+    await enroll(connection, "s", "theirs")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET leased_by = 'other', leases = 1, attempt = 1,"
+        " entered_at = now(), wake_at = now()"
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        id_ = await enroll(connection, "s", "ours")
+        done = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
+        await until(connection, done, id_)
+        assert (
+            await connection.fetchval(
+                "SELECT leased_by FROM sequencer.enrollments WHERE subject = 'theirs'"
+            )
+            == "other"
+        )
+        await connection.execute("DELETE FROM sequencer.daemons WHERE name = 'other'")
+        await enroll(connection, "s", "again")
+        await until(connection, ALL_ENDED)
+    assert (
+        await connection.fetchval(
+            "SELECT count(*) FROM sequencer.events WHERE action = 'lease_expired'"
+        )
+        == 1
+    )

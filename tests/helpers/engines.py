@@ -142,7 +142,7 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
         committing: list[bytes] = [b"COMMIT;"]
         while data := await reader.read(65536):
             # a Parse names the statement, and a Bind then executes it
-            if prepared := re.search(rb"^P.{4}(\w+\0)[^\0]*WITH free ", data, re.DOTALL):
+            if prepared := re.search(rb"^P.{4}(\w+\0)[^\0]*xmin = [^\0]*INSERT ", data, re.DOTALL):
                 committing.append(b"\0" + prepared[1])
                 is_lost = False
             else:

@@ -22,7 +22,7 @@ HERE = "'s', 'a'"
 
 HOT = {
     "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000, '-infinity'",
-    "peek": f"{HERE}, now(), 'me', '{{}}', 1, 21, '-infinity'",
+    "peek": f"{HERE}, now(), 'me', '{{}}', 1, 21, '-infinity', true",
     "claim_some": f"{HERE}, now(), 'me', {IDS}, 1",
     "claim_bare": f"{HERE}, now(), 'me', {IDS}, 1",
     "due_ids": f"{HERE}, now(), 'me', '{{}}', 1000, '-infinity'",
@@ -41,6 +41,8 @@ HOT = {
     " '{}', NULL, NULL, now()" + 10 * ", '{}'",
     "write_each": f"{IDS}" + 15 * ", '{}'" + ", now()",
     "write_unchanged": f"{IDS}" + 15 * ", '{}'" + ", now()" + 11 * ", '{}'" + ", 1, 's'",
+    "write_one_unchanged": f"1, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"
+    " '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '1', 1, 's'",
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",

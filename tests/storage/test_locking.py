@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import asyncpg
 
 from sequencerd.core.model import Enrollment
+from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import evaluations, locking, writes
 from sequencerd.storage.connections import transaction
 from tests.helpers.engines import define
@@ -27,13 +28,7 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
     async with transaction(connection):
         claimed, _ = await locking.claim(
             connection,
-            ("s", "call"),
-            now,
-            revision,
-            COUNT,
-            daemon="me",
-            excluding=[],
-            since=datetime(1900, 1, 1, tzinfo=UTC),
+            locking.DueEnrollments("s", "call", now, "me", [], revision, COUNT, EARLIEST_WAKE),
         )
         leased = [one._replace(entered_at=now).leased_to("me", NUMBER) for one in claimed]
         at = leased[0]

@@ -10,28 +10,29 @@ import pytest
 from sequencerd.core.model import Event
 from sequencerd.storage import writes
 from sequencerd.storage.connections import transaction
-from tests.helpers.engines import define
+from tests.helpers.engines import define, enroll
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 ODD = ("s/a", 'quo"te', "back\\slash", "{brace}", "a,b", "NULL", "", " blank ", "ü€", "new\nline")
 
 
 @pytest.mark.parametrize(
-    ("different", "is_locked"),
+    ("count", "different", "is_locked"),
     [
-        (1, True),
-        (writes.MAX_SEPARATE_STATEMENTS, True),
-        (writes.MAX_SEPARATE_STATEMENTS + 1, True),
-        (40, False),
+        (40, 1, True),
+        (40, writes.MAX_SEPARATE_STATEMENTS, True),
+        (40, writes.MAX_SEPARATE_STATEMENTS + 1, True),
+        (40, 40, False),
+        (1, 1, False),
     ],
 )
 async def test_each_enrollment_gets_its_own_state_and_events(
-    connection: asyncpg.Connection, different: int, *, is_locked: bool
+    connection: asyncpg.Connection, count: int, different: int, *, is_locked: bool
 ) -> None:
     await define(connection, "s", ("a", "Task", "{}", "b"), ("b", "Task", "{}", None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject)"
-        " SELECT 's', 'u' || n FROM generate_series(1, 40) AS n"
+        f" SELECT 's', 'u' || n FROM generate_series(1, {count}) AS n"
     )
     ids = [row["id"] for row in await connection.fetch("SELECT id FROM sequencer.enrollments")]
     written = writes.EnrollmentWrites()
@@ -115,7 +116,7 @@ async def known(connection: asyncpg.Connection) -> writes.Unchanged:
     return writes.Unchanged({row["id"]: int(row["xmin"]) for row in rows}, "s", revision)
 
 
-async def complete_two(connection: asyncpg.Connection, known: writes.Unchanged) -> int | None:
+async def complete(connection: asyncpg.Connection, known: writes.Unchanged) -> int | None:
     row = writes.EnrollmentState("s", "a", "completed", None, NOW, 1, 1, 0, None, None)
     ids = list(known.versions)
     event = Event(NOW, "s", "a", 1, "completed")
@@ -123,12 +124,14 @@ async def complete_two(connection: asyncpg.Connection, known: writes.Unchanged) 
     return await writes.write_unchanged(connection, written, NOW, known)
 
 
-async def two(connection: asyncpg.Connection) -> writes.Unchanged:
+async def enrolled(connection: asyncpg.Connection, *subjects: str) -> writes.Unchanged:
     await define(connection, "s", ("a", "Task", "{}", None))
-    await connection.execute(
-        "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada'), ('s', 'bob')"
-    )
+    for subject in subjects:
+        await enroll(connection, "s", subject)
     return await known(connection)
+
+
+ONE_OR_TWO = pytest.mark.parametrize("subjects", [["bob"], ["ada", "bob"]])
 
 
 COMPLETED = """SELECT count(*) FROM sequencer.enrollments AS e
@@ -136,14 +139,16 @@ COMPLETED = """SELECT count(*) FROM sequencer.enrollments AS e
     WHERE e.status = 'completed' AND v.action = 'completed'"""
 
 
-async def test_unchanged_rows_are_written_by_a_known_transaction(
-    connection: asyncpg.Connection,
+@ONE_OR_TWO
+async def test_what_is_unchanged_is_written_by_a_known_transaction(
+    connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
-    number = await complete_two(connection, await two(connection))
-    assert await connection.fetchval(COMPLETED) == 2
+    number = await complete(connection, await enrolled(connection, *subjects))
+    assert await connection.fetchval(COMPLETED) == len(subjects)
     assert set((await known(connection)).versions.values()) == {number}
 
 
+@ONE_OR_TWO
 @pytest.mark.parametrize(
     "change",
     [
@@ -155,32 +160,36 @@ async def test_unchanged_rows_are_written_by_a_known_transaction(
     ],
 )
 async def test_nothing_is_written_if_anything_has_changed(
-    connection: asyncpg.Connection, change: str
+    connection: asyncpg.Connection, change: str, subjects: list[str]
 ) -> None:
-    before = await two(connection)
+    before = await enrolled(connection, *subjects)
     await connection.execute(change)
     with pytest.raises(writes.NotWritten):
-        await complete_two(connection, before)
+        await complete(connection, before)
     assert await connection.fetchval(COMPLETED) == 0
 
 
+@ONE_OR_TWO
 async def test_nothing_is_written_and_waited_for_if_one_is_locked(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
-    before = await two(connection)
+    before = await enrolled(connection, *subjects)
     other = await asyncpg.connect(database)
     async with other.transaction():
-        await other.execute("UPDATE sequencer.enrollments SET timezone = 'UTC' WHERE id = 2")
+        await other.execute(
+            "UPDATE sequencer.enrollments SET timezone = 'UTC' WHERE subject = 'bob'"
+        )
         with pytest.raises(writes.NotWritten):
-            await complete_two(connection, before)
+            await complete(connection, before)
     await other.close()
     assert await connection.fetchval(COMPLETED) == 0
 
 
+@ONE_OR_TWO
 async def test_a_transaction_is_not_known_where_triggers_of_others_change_what_it_writes(
-    connection: asyncpg.Connection,
+    connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
-    before = await two(connection)
+    before = await enrolled(connection, *subjects)
     await connection.execute(
         """
         CREATE SCHEMA app;
@@ -190,5 +199,5 @@ async def test_a_transaction_is_not_known_where_triggers_of_others_change_what_i
             FOR EACH ROW EXECUTE FUNCTION app.touch();
         """
     )
-    assert await complete_two(connection, before) is None
-    assert await connection.fetchval(COMPLETED) == 2
+    assert await complete(connection, before) is None
+    assert await connection.fetchval(COMPLETED) == len(subjects)

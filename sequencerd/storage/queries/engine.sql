@@ -193,27 +193,37 @@ e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.
    AND {is_current}
    AND (e.leased_by = $4 OR {is_free})
 
--- part: due
--- The due enrollments of one step, the oldest first, from a time on: see engine/cursors.py. None if the
--- definition is not the known revision; none that a living daemon has leased, even if a lock kept that
--- daemon from extending the lease.
+-- part: due_since
+-- The due enrollments of one step from a time on: see engine/cursors.py. None if the definition is not the
+-- known revision.
 FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at BETWEEN $8 AND $3
-   AND {is_current} AND {is_free} AND e.id <> ALL ($5::bigint[])
- ORDER BY e.wake_at LIMIT $7
+   AND {is_current} AND e.id <> ALL ($5::bigint[])
+
+-- part: ahead
+-- When the next one wakes that is not due yet.
+(SELECT e.wake_at FROM sequencer.enrollments AS e
+      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
+        AND e.wake_at > $3 AND e.wake_at < 'infinity'
+      ORDER BY e.wake_at LIMIT 1)
 
 -- name: claim
--- Claim due enrollments of one step. Large data are read separately.
+-- Claim due enrollments of one step, the oldest first: none that a living daemon has leased, even if a lock
+-- kept that daemon from extending the lease. Large data are read separately.
 SELECT {enrollment}
-  {due}
+  {due_since} AND {is_free}
+ ORDER BY e.wake_at LIMIT $7
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: peek
--- Read what `claim` would claim, without a lock, and which transactions have written it: of Citus, whose
--- nodes have numbers of their own, none is known.
-SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN e.xmin::text END AS version,
+-- Read due enrollments without a lock, also those that other daemons have leased, and which transactions have
+-- written them: of Citus, whose nodes have numbers of their own, none is known. The clock, and if wanted, when
+-- the next one wakes, make a check of what is left unnecessary.
+SELECT now(), CASE WHEN $9::boolean THEN {ahead} END,
+       CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN e.xmin::text END AS version,
        {enrollment}
-  {due};
+  {due_since} AND e.leased_by IS DISTINCT FROM $4
+ ORDER BY e.wake_at LIMIT $7;
 
 -- name: refusals
 -- Check whether sequences admit subjects as they would an insert, and return their reentry policies, in
@@ -360,11 +370,7 @@ SELECT id, now(), sequence, step, visit, 'warning', NULL, NULL FROM nothing;
 -- wanted, when the next one wakes; and read the clock. Due rows that are left are locked by another
 -- session, and tried again soon, or leased by another daemon, and tried again when that may be dead.
 -- Enrollments that this daemon has leased or quarantined are not counted.
-SELECT now(), due.wake_at, due.again_at, CASE WHEN $7::boolean THEN (
-    SELECT e.wake_at FROM sequencer.enrollments AS e
-      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
-        AND e.wake_at > $3 AND e.wake_at < 'infinity'
-      ORDER BY e.wake_at LIMIT 1) END
+SELECT now(), due.wake_at, due.again_at, CASE WHEN $7::boolean THEN {ahead} END
   FROM (SELECT min(f.wake_at) AS wake_at,
                min(CASE WHEN f.leased_by IS NULL THEN f.wake_at
                         ELSE greatest(f.wake_at, d.alive_until) END) AS again_at
@@ -470,6 +476,14 @@ UPDATE sequencer.enrollments AS e
 -- Write the new states of enrollments that differ.
 {states};
 
+-- part: number_unless_changed
+-- The number of this transaction, or NULL where triggers of others may have changed what it has written.
+CASE WHEN NOT EXISTS (
+            SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+             WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
+               AND f.pronamespace <> 'sequencer'::regnamespace)
+            THEN pg_current_xact_id()::text::bigint END
+
 -- name: write_unchanged
 -- Write the new states of a few enrollments and their events without a transaction around it: only if none
 -- has been written since the transactions $28 and none is locked by another session, and if their
@@ -489,12 +503,32 @@ WITH free AS MATERIALIZED (
     INSERT INTO sequencer.events {event}
     SELECT * FROM ({happened}) AS happened WHERE (SELECT yes FROM all_free)
 )
-SELECT CASE WHEN NOT EXISTS (
-            SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
-             WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
-               AND f.pronamespace <> 'sequencer'::regnamespace)
-            THEN pg_current_xact_id()::text::bigint END AS number
+SELECT {number_unless_changed} AS number
  WHERE (SELECT yes FROM all_free);
+
+-- name: write_one_unchanged
+-- Write the new state of one enrollment and its events, like write_unchanged: only if it has not been written
+-- since the transaction $26 and is not locked, and if its sequence $28 still has the revision $27.
+WITH written AS (
+    UPDATE sequencer.enrollments
+       SET sequence = $2, step = $3, status = $4,
+           wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
+           entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
+           failure = $12, last_error = $13, executed = $14::text::text[], expires_at = $15,
+           waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
+           ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
+     WHERE id = (SELECT e.id FROM sequencer.enrollments AS e
+                  WHERE e.id = $1 AND e.xmin = $26::text::xid
+                    AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
+                    FOR UPDATE OF e SKIP LOCKED)
+    RETURNING id
+), recorded AS (
+    INSERT INTO sequencer.events {event}
+    SELECT written.id, what.*
+      FROM written CROSS JOIN unnest($18::timestamptz[], $19::text[], $20::text[], $21::int[], $22::text[],
+                                     $23::text[], $24::int[], $25::real[]) AS what
+)
+SELECT {number_unless_changed} AS number FROM written;
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
