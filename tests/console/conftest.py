@@ -35,6 +35,7 @@ from tests.helpers.engines import Recorder, define, enroll, running_engine
 from tests.helpers.shards import connections_to_shards
 from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
+from tests.sql.test_roles import make_logins
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser
@@ -64,6 +65,11 @@ async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
 async def shards(shards_url: str) -> AsyncIterator[dict[str, asyncpg.Connection]]:
     async with connections_to_shards(shards_url) as made:
         yield made
+
+
+@fixture
+async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str]:
+    return await make_logins(connection, database)
 
 
 # without what a browser does on its own
@@ -110,10 +116,14 @@ async def console(
     *,
     through: str | None = None,
     own: Callable[[], Mapping[str, Runner]] | None = None,
+    is_served: bool = False,
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a console that an engine runs beside. The console's own connections can go
     `through` another URL. `own` makes the runners of its thread.
+
+    It is called without HTTP, which takes a fifth of the time, unless it `is_served` for a browser
+    or for a stream.
     """
     found = Settings.model_validate({"console": settings}).console
     assert found is not None
@@ -132,12 +142,14 @@ async def console(
                 runners=own or (lambda: runners),
             ),
         )
-        listen = f"127.0.0.1:{free_port()}"
-        async with (
-            serving(app, listen),
-            httpx.AsyncClient(base_url=f"http://{listen}/console", timeout=PATIENCE) as client,
-        ):
-            while True:
+        listen = f"127.0.0.1:{free_port()}" if is_served else "127.0.0.1:8080"
+        transport = None if is_served else httpx.ASGITransport(app)
+        running = serving(app, listen) if is_served else app.router.lifespan_context(app)
+        client = httpx.AsyncClient(
+            base_url=f"http://{listen}/console", timeout=PATIENCE, transport=transport
+        )
+        async with running, client:
+            while is_served:
                 try:
                     await client.get("/static/icon.svg")
                 except httpx.TransportError:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from http.cookies import SimpleCookie
 from math import inf
 from pathlib import Path
@@ -33,9 +31,6 @@ from tests.console.conftest import (
 from tests.helpers.command_line import Command
 from tests.helpers.engines import until, way
 from tests.service.test_http_server import answers, daemon, is_ok
-from tests.sql.test_roles import logins
-
-logins = logins  # noqa: PLW0127 - a fixture
 
 PASSWORD = "correct horse"
 HASH = "scrypt$32768$8$1$7UZ/2tt2s2dM/ClO04+pDQ==$a7UKYU1bG8mzWJMlnDhk1VOM4ponFnMO/T5zLcyyWbA="
@@ -119,8 +114,8 @@ async def test_a_copied_cookie_ends_with_the_session_at_all_daemons(
 ) -> None:
     monkeypatch.setattr(live, "KEEPALIVE_INTERVAL", 0.1)
     async with (
-        console(database, password_hash=HASH) as client,
-        console(database, password_hash=HASH) as other,
+        console(database, password_hash=HASH, is_served=True) as client,
+        console(database, password_hash=HASH, is_served=True) as other,
     ):
         await log_in(client)
         copied = {"Cookie": f"sequencerd={client.cookies['sequencerd']}"}
@@ -451,7 +446,7 @@ def test_a_console_open_to_everyone_is_refused(sequencerd: Command) -> None:
         ):
             load({**everywhere, **safe}).check_console()
     sequencerd.variables |= {**on, "SEQUENCERD_HTTP_LISTEN": "0.0.0.0:0"}
-    sequencerd.program("run", code=2)
+    sequencerd("run", code=2)
     assert "sequencerd console-password" in sequencerd.errors
 
 
@@ -483,27 +478,18 @@ def test_the_section_enables_the_console(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_a_hash(sequencerd: Command) -> None:
-    def run(given: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "sequencerd", "console-password"],
-            input=given,
-            env=sequencerd.variables,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
     # also where the daemon does not start for the want of one
     sequencerd.variables |= {
         "SEQUENCERD_CONSOLE_ENABLED": "true",
         "SEQUENCERD_HTTP_LISTEN": "0.0.0.0:80",
     }
-    made = run(f"{PASSWORD}\n").stdout.strip()
+    given = f"{PASSWORD}\n".encode()
+    made = sequencerd("console-password", stdin=given).strip()
     assert passwords.matches(PASSWORD, made)
     assert not passwords.matches("wrong horse", made)
-    assert made != run(f"{PASSWORD}\n").stdout.strip()
+    assert made != sequencerd("console-password", stdin=given).strip()
     assert PASSWORD not in made
-    assert run("short\n").returncode == 1
+    sequencerd("console-password", stdin=b"short\n", code=1)
 
 
 # --- the daemon

@@ -189,7 +189,7 @@ async def test_every_page_fits_every_width_and_is_accessible(
         " SELECT 's', 'a-long-subject-of-an-enrollment-' || n, 'note', 'completed', now()"
         " FROM generate_series(1, 3) AS n"
     )
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    async with console(database, {"Note": Mended()}, write=True, is_served=True) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
         asked = await client.get("/change?action=retry&status=failed")
@@ -202,7 +202,7 @@ async def test_every_page_fits_every_width_and_is_accessible(
                     await page.locator("table, .actions").first.wait_for()
                 await check_page(page, path)
     async with (
-        console(database, password_hash=make_hash("secret")) as client,
+        console(database, password_hash=make_hash("secret"), is_served=True) as client,
         window(browser, client) as page,
     ):
         for path in OF_SESSIONS:
@@ -245,7 +245,10 @@ async def test_names_as_long_as_can_be_fit_every_width(
         " VALUES ('push', repeat('x', 900), 'application', repeat('y', 900))"
     )
     here = urlencode({"sequence": LONG})
-    async with console(database, write=True) as client, window(browser, client) as page:
+    async with (
+        console(database, write=True, is_served=True) as client,
+        window(browser, client) as page,
+    ):
         for path in (
             "/console/",
             f"/console/sequence?{here}",
@@ -296,7 +299,7 @@ async def test_counts_and_timelines_update_by_themselves_for_all_viewers(
 ) -> None:
     waiting, _ = await people(connection)
     async with (
-        console(database) as client,
+        console(database, is_served=True) as client,
         window(browser, client) as first,
         window(browser, client) as second,
         window(browser, client) as third,
@@ -324,7 +327,7 @@ async def test_a_failed_enrollment_is_retried_in_the_page(
     await people(connection)
     runner = Mended()
     async with (
-        console(database, {"Note": runner}, write=True) as client,
+        console(database, {"Note": runner}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await until(connection, FAILED)
@@ -355,7 +358,7 @@ async def test_by_keyboard_alone(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/")
         await page.locator("table.overview").wait_for()
         await page.keyboard.press("Tab")
@@ -406,7 +409,7 @@ async def test_hostile_data_run_nowhere(
         hostile,
     )
     id_ = await enroll(connection, hostile, hostile, '{"</pre><script>": "\'\\"><script>"}')
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await until(connection, BEGUN)
         await page.goto("/console/")
         await page.locator("td.sequence a").click()
@@ -430,7 +433,7 @@ async def test_times_are_in_the_reader_s_zone(
         "UPDATE sequencer.enrollments SET timezone = 'Europe/Berlin',"
         " wake_at = '2030-01-01 12:00Z' WHERE id = 1"
     )
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await connection.execute(
             "UPDATE sequencer.enrollments SET wake_at = '2030-01-01 12:00Z' WHERE id = 1"
         )
@@ -498,7 +501,7 @@ async def test_pages_recover_after_the_database_was_away(
     line = Line(database)
     async with (
         line.open() as through,
-        console(database, through=through) as client,
+        console(database, through=through, is_served=True) as client,
         window(browser, client) as overview,
         window(browser, client) as page,
         window(browser, client) as late,
@@ -530,7 +533,7 @@ async def test_a_failed_request_is_repeated(
     database: str, connection: asyncpg.Connection, browser: Browser, failure: str
 ) -> None:
     waiting, _ = await people(connection)
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto(f"/console/enrollments/{waiting}")
         await shows(page, "#state", "Live")
         asked = []
@@ -559,7 +562,7 @@ async def test_a_session_that_is_over_leads_to_the_login(
 ) -> None:
     waiting, _ = await people(connection)
     async with (
-        console(database, password_hash=make_hash("correct horse")) as client,
+        console(database, password_hash=make_hash("correct horse"), is_served=True) as client,
         window(browser, client) as page,
     ):
         await page.goto(f"/console/enrollments/{waiting}")
@@ -580,7 +583,7 @@ async def test_simulate_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/simulate")
         await page.locator("#data").fill('{"name": "Ada"}')
         await page.get_by_role("button", name="Simulate").click()
@@ -598,7 +601,7 @@ async def test_columns_are_ticked_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
-    async with console(database) as client:
+    async with console(database, is_served=True) as client:
         async with window(browser, client) as page:
             await page.goto("/console/search")
             await page.locator("summary").first.click()
@@ -632,7 +635,7 @@ async def test_screenshots(
     async with connection.transaction():
         await plan.apply(connection, found, runners)
     await connection.execute(MANY)
-    async with console(database, runners, write=True) as client:
+    async with console(database, runners, write=True, is_served=True) as client:
         await until(connection, "SELECT count(*) > 100 FROM sequencer.events")
         for name, address, scheme, size in SHOTS:
             options = {"color_scheme": scheme, "viewport": size, "timezone_id": "Europe/Berlin"}

@@ -179,7 +179,7 @@ async def test_a_sequence_is_paused_and_edited_in_all_shards(
     assert await of_each(shards, AMOUNT) == ["5", "5"]
     revisions = await client.get("/tables/revisions.json?sequence=s")
     assert "slower" in revisions.json()["rows"][0]["reason"] + revisions.text
-    again = await client.post("/edit", data=form)
+    again = await client.post("/edit", data=form | {"once": "another"})
     assert "The sequence has changed" in again.text
 
     removed = text_of(await client.get("/edit?sequence=s")).replace("name: first", "name: other")

@@ -14,9 +14,6 @@ from sequencerd.console.editing import side_by_side
 from tests.console.conftest import BEGUN, DAY, Mended, console, people, token
 from tests.console.test_users import USERS, log_in
 from tests.helpers.engines import define, until
-from tests.sql.test_roles import logins
-
-logins = logins  # noqa: PLW0127 - a fixture
 
 REVISION = "SELECT revision FROM sequencer.sequences WHERE name = 's'"
 

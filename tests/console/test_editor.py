@@ -34,7 +34,7 @@ async def test_the_editor_completes_checks_and_plans(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    async with console(database, {"Note": Mended()}, write=True, is_served=True) as client:
         await until(connection, BEGUN)
         async with window(browser, client) as page:
             await page.goto("/console/edit?sequence=s")
@@ -89,7 +89,7 @@ async def test_the_editor_completes_keys_and_names(
 ) -> None:
     await people(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True) as client,
+        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await page.goto("/console/edit?sequence=s")
@@ -161,7 +161,7 @@ async def test_without_scripts_the_text_is_edited_as_it_is(
 ) -> None:
     await people(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True) as client,
+        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
         window(browser, client, java_script_enabled=False) as page,
     ):
         await page.goto("/console/edit?sequence=s")

@@ -12,9 +12,6 @@ import httpx
 from tests.console.conftest import DAY, console, token
 from tests.console.test_users import USERS, log_in
 from tests.helpers.engines import define, enroll
-from tests.sql.test_roles import logins
-
-logins = logins  # noqa: PLW0127 - a fixture
 
 FORM = {"sequence": "s", "subject": "ada", "reason": "a test"}
 

@@ -58,7 +58,9 @@ async def test_the_journey_of_a_sequence(
         await plan.apply(connection, found, runners)
     await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
     await connection.execute(MANY)
-    async with console(database, runners, own=lambda: runners, write=True) as client:
+    async with console(
+        database, runners, own=lambda: runners, write=True, is_served=True
+    ) as client:
         await until(connection, "SELECT count(*) > 100 FROM sequencer.events")
         async with window(browser, client) as page:
             await page.goto(SEQUENCE)
@@ -157,7 +159,10 @@ async def test_two_fingers_zoom_and_an_arm_opens(
     database: str, connection: asyncpg.Connection, browser: Browser, arms: None
 ) -> None:
     phone = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True}
-    async with console(database) as client, window(browser, client, **phone) as page:
+    async with (
+        console(database, is_served=True) as client,
+        window(browser, client, **phone) as page,
+    ):
         await page.goto("/console/sequence?sequence=s")
         await page.locator("#graph .node").first.wait_for()
         await page.locator("#graph").scroll_into_view_if_needed()

@@ -49,7 +49,7 @@ async def test_forms_by_keyboard(
 ) -> None:
     await people(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True) as client,
+        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await until(connection, BEGUN)
@@ -105,7 +105,7 @@ async def test_lateness_is_read_by_keyboard(
         "INSERT INTO sequencer.lateness VALUES ('s', 'wait', $1, 7, 3, 1, 3700, false)",
         datetime.now(UTC) - timedelta(hours=1),
     )
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/over-time")
         await shows(page, "figcaption", "Began late 7")
         await shows(page, "figcaption", "Longest delay 1 h 1 min")
@@ -127,7 +127,7 @@ async def test_a_wrong_filter_is_corrected(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)
-    async with console(database) as client, window(browser, client) as page:
+    async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/search")
         await shows(page, "td.subject", "ada")
         await page.locator("summary").click()
@@ -153,7 +153,7 @@ async def test_a_double_click_changes_once(
     runner = Mended()
     runner.is_fixed = True
     async with (
-        console(database, {"Note": runner}, write=True) as client,
+        console(database, {"Note": runner}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await until(connection, "SELECT entered_at < wake_at FROM sequencer.enrollments")

@@ -273,7 +273,7 @@ async def test_counts_have_an_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "MAX_DUE", 3)
-    monkeypatch.setattr(views, "MOST_DUE", 3)
+    monkeypatch.setattr(views, "MAX_DUE", 3)
     hour = '{"amount": 30, "unit": "minutes"}'
     await define(connection, "s", ("a", "WaitForDuration", hour, "b"), ("b", "Note", "{}", None))
     for n in range(5):
@@ -591,7 +591,7 @@ async def test_many_viewers_cost_one_query(
         asked.append(query)
         return await read(pool, query, *arguments)
 
-    async with console(database) as client:
+    async with console(database, is_served=True) as client:
         page = client.build_request("GET", "/live", params={"topic": waiting, "version": ""})
         streams = [await client.send(page, stream=True) for _ in range(20)]
         monkeypatch.setattr(connections, "read", counting)
@@ -632,7 +632,7 @@ async def test_a_console_without_viewers_costs_nothing(
         "SELECT max(query_start) FROM pg_stat_activity WHERE datname = current_database()"
         " AND application_name = 'sequencerd console'"
     )
-    async with console(database) as client:
+    async with console(database, is_served=True) as client:
         await asyncio.sleep(0.3)
         assert await connection.fetchval(latest) is None, "not even a connection"
         assert (await client.get("/tables/overview.json")).json()["rows"], "it waits for the first"
@@ -652,7 +652,7 @@ async def test_an_open_stream_does_not_hold_up_the_end(
     database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with httpx.AsyncClient() as other:
-        async with console(database) as client:
+        async with console(database, is_served=True) as client:
             stream = await other.send(client.build_request("GET", "/live"), stream=True)
             assert stream.status_code == 200
         assert [line async for line in stream.aiter_lines()]
@@ -662,7 +662,7 @@ async def test_an_open_stream_does_not_hold_up_the_end(
 @pytest.mark.slow
 async def test_a_stream_reports_changes(database: str, connection: asyncpg.Connection) -> None:
     waiting, _ = await people(connection)
-    async with console(database, write=True) as client:
+    async with console(database, write=True, is_served=True) as client:
         await until(connection, BEGUN)
         page = await client.get(f"/enrollments/{waiting}")
         version = page.text.partition('data-version="')[2].partition('"')[0]

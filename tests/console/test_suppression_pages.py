@@ -13,9 +13,6 @@ from sequencerd.console import suppressing
 from sequencerd.runners.suppression_check import hashed
 from tests.console.conftest import console, token
 from tests.console.test_users import USERS, log_in
-from tests.sql.test_roles import logins
-
-logins = logins  # noqa: PLW0127 - a fixture
 
 ENTRIES = """
     INSERT INTO sequencer.suppressions (channel, address, topic, source, reason) VALUES

@@ -180,7 +180,9 @@ async def test_nothing_personal_reaches_a_viewer(
     settings: dict[str, Any] = {"mask": MASKED, "mask_for": ["viewer"], "write": True}
     pages = _pages(waiting, failing)
     async with (
-        console(database, _runners(), own=_runners, role="viewer", **settings) as viewer,
+        console(
+            database, _runners(), own=_runners, role="viewer", is_served=True, **settings
+        ) as viewer,
         console(database, _runners(), own=_runners, role="operator", **settings) as operator,
     ):
         await until(

@@ -24,6 +24,10 @@ DENIED = asyncpg.InsufficientPrivilegeError
 
 @pytest.fixture
 async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str]:
+    return await make_logins(connection, database)
+
+
+async def make_logins(connection: asyncpg.Connection, database: str) -> dict[str, str]:
     """URLs, by role. The logins belong to the whole cluster, and stay for the next test."""
     for role in ROLES:
         await connection.execute(
