@@ -37,6 +37,8 @@ def front(shards: Mapping[str, Shard]) -> str:
         login = {key: _literal(given[key]) for key in _OF_USER if key in given}
         if "password" in login:
             login["password"] = f":'{variables[name]}'"
+        else:  # or only a superuser of the front could use it
+            login["password_required"] = "'false'"  # noqa: S105 - no password
         server = {
             key: _literal(value)
             for key, value in (given | SERVER_OPTIONS).items()

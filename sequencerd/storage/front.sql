@@ -22,6 +22,17 @@ CREATE TABLE sequencer.enrollments (
     ended_at   timestamptz
 ) PARTITION BY LIST (sequencer.shard_of(subject, ${shards}));
 
+-- postgres_fdw does not move rows: with another subject, this one would stay in the wrong shard.
+CREATE FUNCTION sequencer.refuse_another_subject() RETURNS trigger LANGUAGE plpgsql AS $$$$
+BEGIN
+    RAISE feature_not_supported USING
+        MESSAGE = 'the subject cannot be changed here: the enrollment would not move to its shard',
+        HINT = 'Leave the column subject out of the UPDATE.';
+END $$$$;
+
+CREATE TRIGGER refuse_another_subject BEFORE UPDATE OF subject ON sequencer.enrollments
+    FOR EACH STATEMENT EXECUTE FUNCTION sequencer.refuse_another_subject();
+
 CREATE TABLE sequencer.reevaluations (
     subject  text COLLATE "C" NOT NULL,
     sequence text COLLATE "C",

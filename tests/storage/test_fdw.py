@@ -124,6 +124,39 @@ async def test_changing_data_and_cancelling_by_subject(
     assert await subjects(shards, "status = 'cancelled'") == divided(SUBJECTS[:20])
 
 
+async def test_an_application_needs_privileges_on_the_two_tables_alone(
+    application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
+) -> None:
+    await application.execute(
+        """
+        CREATE ROLE app;
+        GRANT USAGE ON SCHEMA sequencer TO app;
+        GRANT SELECT, INSERT, UPDATE ON sequencer.enrollments TO app;
+        GRANT INSERT ON sequencer.reevaluations TO app;
+        SET ROLE app
+        """
+    )
+    try:
+        await application.execute(ENROLL, SUBJECTS)
+        await application.execute("UPDATE sequencer.enrollments SET data = '{}'")
+        await application.execute("INSERT INTO sequencer.reevaluations (subject) VALUES ('user-7')")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await application.execute("DELETE FROM sequencer.enrollments")
+    finally:
+        await application.execute("RESET ROLE; DROP OWNED BY app; DROP ROLE app")
+    assert await subjects(shards) == divided(SUBJECTS)
+
+
+async def test_no_subject_is_left_in_the_shard_of_another(
+    application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
+) -> None:
+    await application.execute(ENROLL, SUBJECTS)
+    rename = "UPDATE sequencer.enrollments SET subject = 'eve' WHERE subject = 'user-7'"
+    with pytest.raises(asyncpg.FeatureNotSupportedError, match="would not move to its shard"):
+        await application.execute(rename)
+    assert await subjects(shards) == divided(SUBJECTS)
+
+
 async def test_one_shard_is_asked_where_the_condition_names_it(
     application: asyncpg.Connection,
 ) -> None:
