@@ -25,7 +25,7 @@ from sequencerd import settings
 from sequencerd.storage import embedded, migrate
 from sequencerd.storage.connections import connect
 from sequencerd.storage.schemas import connection_class
-from tests.helpers import costs, leftovers, shared
+from tests.helpers import costs, forked_programs, leftovers, shared
 from tests.helpers.command_line import Command
 from tests.helpers.databases import (
     FAST,
@@ -59,6 +59,7 @@ introspect_once()
 shared.read_entry_points_once()
 shared.trust_one_authority()
 shared.hash_passwords_once()
+forked_programs.use()
 
 pytest_plugins = ("tests.helpers.shards",)
 
