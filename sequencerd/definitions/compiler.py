@@ -299,19 +299,24 @@ def _never_waiting(
 ) -> set[str]:
     """Return the steps all of whose exits lead in cycles without a wait or a side effect."""
     left: list[str] = []  # steps with an exit to a step outside
-    sources: dict[str, list[str]] = defaultdict(list)
+    others: list[str] = []
     for step in steps.values():
-        for exit_ in exits[step.name]:
-            if exit_.target is not None and exit_.sequence in (None, name):
-                sources[exit_.target].append(step.name)
-        if not isinstance(step.behaviour, InstantStep) or any(
+        is_left = not isinstance(step.behaviour, InstantStep) or any(
             exit_.at_once != "always"
             or exit_.target not in steps
             or exit_.sequence not in (None, name)
             for exit_ in exits[step.name]
-        ):
-            left.append(step.name)
-    return steps.keys() - graph.reach(left, lambda step: sources[step])
+        )
+        (left if is_left else others).append(step.name)
+    sources: dict[str, list[str]] = defaultdict(list)
+    for other in others:
+        for exit_ in exits[other]:
+            assert exit_.target is not None
+            sources[exit_.target].append(other)
+    if not others:
+        return set()
+    escaping = graph.reach(left, lambda step: sources[step])
+    return set(others) - escaping
 
 
 class CompiledStep(NamedTuple):

@@ -26,7 +26,7 @@ from sequencerd.storage import connections, daemons, sequences
 
 MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
 THREADED_STEPS = 500  # steps from which on a sequence is assembled in a thread
-SEQUENCES_PER_READ = 20  # sequences whose rows are read at a time
+STEPS_PER_READ = 5_000  # steps that are read or reported at a time, in whole sequences
 _Key = tuple[str, str, model.MessageContext]  # type, config as JSON, what messages share
 MAX_UNKNOWN = 10_000  # missing names that are remembered until definitions change
 
@@ -153,9 +153,11 @@ class Catalog:
         pool: dict[_Key, tuple[_Key, CompiledStep]] = {}  # of all sequences that are loaded
         async with sequences.snapshot(connection):
             # rows take more memory than what is made of them
-            for first in range(0, len(names), SEQUENCES_PER_READ):
-                page = names[first : first + SEQUENCES_PER_READ]
+            size, first = 1, 0
+            while page := names[first : first + size]:
                 sequence_rows, step_rows = await sequences.read_some(connection, page)
+                first += len(page)
+                size = min(2 * size, size * STEPS_PER_READ // max(len(step_rows), 1)) or 1
                 steps = defaultdict(list)
                 for row in step_rows:
                     step_key = (row["sequence"], row["name"])
@@ -172,12 +174,13 @@ class Catalog:
         for sequence in made:
             self.sequences[sequence.name] = sequence
         self._unfinished.difference_update(names)
-        for first in range(0, len(made), SEQUENCES_PER_READ):
-            found: dict[StepKey, str | None] = {}
-            for sequence in made[first : first + SEQUENCES_PER_READ]:
-                found |= problems(sequence, known)
-                await asyncio.sleep(0)
-            await self._report(connection, found, known)
+        found: dict[StepKey, str | None] = {}
+        for sequence in made:
+            found |= problems(sequence, known)
+            if len(found) >= STEPS_PER_READ or sequence is made[-1]:
+                await self._report(connection, found, known)
+                found = {}
+            await asyncio.sleep(0)
         for step_key in changed:
             self._reschedule(step_key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from datetime import datetime
+from sys import intern
 from typing import NamedTuple
 
 import asyncpg
@@ -57,7 +58,8 @@ async def _first_wakes(
         *columns(before),
         *columns(after),
     )
-    return [((row["sequence"], row["step"]), row["wake_at"]) for row in rows]
+    # names are stored once, as in the definitions: they would take more memory than all else
+    return [((intern(sequence), intern(step)), wake_at) for sequence, step, wake_at in rows]
 
 
 async def count_due(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,18 @@ def test_a_cycle_with_an_exit_is_valid(tmp_path: Path) -> None:
 )
 def test_which_steps_read_external_data(type_: str, config: dict[str, object], reads: bool) -> None:
     assert compiler.reads_external(type_, config) is reads
+
+
+def test_the_memory_of_a_wait_that_no_other_step_has() -> None:
+    """Millions of steps fit into memory: a wait keeps its function, not what that was made of."""
+    count = 1000
+    configs = [{"amount": 1000 + n, "unit": "minutes"} for n in range(count)]
+    compiler.compile_behaviour("WaitForDuration", configs[0], {})
+    tracemalloc.start()
+    try:
+        kept = [compiler.compile_behaviour("WaitForDuration", one, {}) for one in configs]
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(kept) == count
+    assert size / count < 1100

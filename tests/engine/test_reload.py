@@ -16,11 +16,13 @@ from pydantic import SecretStr
 from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import MAX_STEPS, build
+from sequencerd.engine import catalog
 from sequencerd.engine.catalog import MAX_BLOCKING
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
+from sequencerd.storage import sequences
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 
@@ -312,3 +314,41 @@ async def test_a_sequence_has_a_bounded_number_of_steps(connection: asyncpg.Conn
     await connection.execute(insert, 1, MAX_STEPS)
     with pytest.raises(asyncpg.PostgresError, match="has 20001 steps; at most 20000"):
         await connection.execute(insert, MAX_STEPS + 1, MAX_STEPS + 1)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(150, 1), (8, 20)])
+async def test_definitions_are_read_in_pages_of_about_as_many_steps(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    steps: int,
+) -> None:
+    """Many small sequences take few queries, and a few large ones little memory."""
+    sizes: list[int] = []
+    read_some = sequences.read_some
+
+    async def counted(connection: asyncpg.Connection, names: Sequence[str]) -> Any:
+        found = await read_some(connection, names)
+        sizes.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr(sequences, "read_some", counted)
+    monkeypatch.setattr(catalog, "STEPS_PER_READ", 50)
+    await connection.execute(
+        "INSERT INTO sequencer.sequences (name, first_step) SELECT 's' || n,"
+        " '1' FROM generate_series(1, $1::int) AS n",
+        count,
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.steps (sequence, name, type)"
+        " SELECT 's' || n, m, 'GoTo' FROM generate_series(1, $1::int) AS n,"
+        " generate_series(1, $2::int) AS m",
+        count,
+        steps,
+    )
+    async with running_engine(database, {}) as engine:
+        assert len(engine.catalog.sequences) == count
+    assert sum(sizes) == count * steps
+    assert len(sizes) < 12
+    assert max(sizes) <= catalog.STEPS_PER_READ

@@ -34,6 +34,8 @@ async def test_the_first_wake_of_each_step(connection: asyncpg.Connection) -> No
             )
     first = {step_key: at(hours[0]) for step_key, hours in wakes.items()}
     assert dict(await first_wakes(connection, {})) == first
+    names = [name for step_key, _ in await first_wakes(connection, {}) for name in step_key]
+    assert len({id(name) for name in names}) == len(set(names))  # many steps, few names
     since = {("aa", LAST): at(4), ("a", "x"): at(3), ("a", "xx"): at(9), ("no", "step"): at(0)}
     later = first | {("a", "x"): at(4), ("aa", LAST): at(5)}
     del later["a", "xx"]

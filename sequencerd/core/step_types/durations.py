@@ -77,12 +77,13 @@ def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Cont
     with faults.at(*path, "amount"):
         amount = compile_number((*path, "amount"), duration.amount)
     faults.check()
-    unit = "" if duration.unit in BUSINESS_DAYS else dates.normalise_unit(duration.unit)
+    name, calendar = duration.unit, duration.holidays  # the config takes more memory
+    unit = "" if name in BUSINESS_DAYS else dates.normalise_unit(name)
 
     def bind(context: Context) -> MoveTime:
         tz = dates.zone(context.timezone)
         number = amount(context)
-        off = context.holidays(duration.holidays)
+        off = context.holidays(calendar)
 
         def move(instant: datetime) -> datetime:
             try:
@@ -91,7 +92,7 @@ def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Cont
                 return dates.add(instant, number, unit, tz)
             except EvaluationError as error:
                 where = ".".join(map(str, (*path, "amount")))
-                message = f"{where} {number:g} {duration.unit}: {error}"
+                message = f"{where} {number:g} {name}: {error}"
                 raise EvaluationError(error.failure, message) from error
 
         return move

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, time, timedelta
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -76,8 +77,13 @@ def _after(duration: DurationConfig, exit_: Exit) -> Exit:
     try:
         end = dates.add(arrival, duration.amount, unit, dates.zone("UTC"))
     except (DefinitionError, EvaluationError):
-        return exit_._replace(at_once="never")
-    return exit_._replace(at_once="never" if end > arrival else "always")
+        return _taken(exit_, "never")
+    return _taken(exit_, "never" if end > arrival else "always")
+
+
+@lru_cache(maxsize=16)  # equal exits of all waits are stored once
+def _taken(exit_: Exit, at_once: Literal["always", "never"]) -> Exit:
+    return exit_._replace(at_once=at_once)
 
 
 class WaitForDurationConfig(DurationConfig):
