@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cpu
 import postgresql
@@ -34,24 +35,31 @@ COMMON = ("psycopg[binary]==3.3.9", "uvloop==0.23.0")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A queue: its program in bench/peers, its packages for Python, and what it is as it runs."""
+    """A queue: its program in bench/peers, its packages for Python, what it is as it runs, and how
+    much is asked of it at most, so that no queue takes much longer than the others.
+    """
 
     program: str
     shown: str
     packages: tuple[str, ...] = ()
-    is_slow: bool = True  # executes fewer than a few thousand jobs a second
+    subjects: int = 5_000
+    wave: int = 20_000
 
 
 KNOWN = {
     "pg-boss": Peer(
-        "pg_boss.mjs", "pg-boss 12.38, batches of 500, a table for each queue", is_slow=False
+        "pg_boss.mjs", "pg-boss 12.38, batches of 500, a table for each queue", subjects=50_000
     ),
     "graphile-worker": Peer("graphile_worker.mjs", "graphile-worker 0.18, local queue"),
     "pgqueuer": Peer("pgqueuer_.py", "pgqueuer 1.6, batches of 500", ("pgqueuer[asyncpg]==1.6.0",)),
-    "procrastinate": Peer("procrastinate_.py", "procrastinate 3.10", ("procrastinate==3.10.0",)),
-    "absurd": Peer("absurd_.py", "absurd 0.5", ("absurd-sdk==0.5.1", "absurdctl==0.5.1")),
     "awa": Peer("awa_.py", "awa 0.6", ("awa-pg==0.6.9",)),
-    "dbos": Peer("dbos_.py", "DBOS 3.4", ("dbos==3.4.0",)),
+    "procrastinate": Peer(
+        "procrastinate_.py", "procrastinate 3.10", ("procrastinate==3.10.0",), 2_000, 5_000
+    ),
+    "absurd": Peer(
+        "absurd_.py", "absurd 0.5", ("absurd-sdk==0.5.1", "absurdctl==0.5.1"), 2_000, 5_000
+    ),
+    "dbos": Peer("dbos_.py", "DBOS 3.4", ("dbos==3.4.0",), 2_000, 5_000),
 }
 
 COLUMNS = (
@@ -68,14 +76,50 @@ ALONE = (
     ("limit", "transitions_per_s"),
     ("pure", "transitions_per_s"),
     ("data", "transitions_per_s"),
+    ("w1", "transitions_per_s"),
     ("http", "transitions_per_s"),
     ("timer", "p99_ms"),
     ("raw notify", "p99_ms"),
 )
 """What has no counterpart at the peers."""
 
+OWN_WORKS = "limit,pure,data,w1,flat,http,wave,timer,wake"
+
+Line = Mapping[str, Any]
 Figures = dict[tuple[str, str, str], list[float]]
 """By program, work and name of the figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much each program has to do, unless it is slow."""
+
+    subjects: int = 50_000
+    wave: int = 20_000
+    samples: int = 200
+
+    def arguments(self, subjects: int, wave: int) -> list[str]:
+        """Return the arguments of a program that can do so much."""
+        return [
+            *("--subjects", str(min(subjects, self.subjects))),
+            *("--wave", str(min(wave, self.wave))),
+            *("--samples", str(self.samples)),
+        ]
+
+    def shown(self, names: Iterable[str]) -> str:
+        """Return a sentence that says who has less to do."""
+        known = [(name, KNOWN[name]) for name in names if name in KNOWN]
+        few = [name for name, peer in known if peer.subjects < self.subjects]
+        small = [name for name, peer in known if peer.wave < self.wave]
+        parts = [f"{self.subjects:,} subjects", f"a wave of {self.wave:,}"]
+        for left, what in ((few, "subjects"), (small, "wave")):
+            sizes = sorted({getattr(KNOWN[name], what) for name in left}, reverse=True)
+            parts += [
+                f"{what} of {', '.join(n for n in left if getattr(KNOWN[n], what) == size)}:"
+                f" {size:,}"
+                for size in sizes
+            ]
+        return "; ".join(parts)
 
 
 def install(name: str) -> list[str] | None:
@@ -106,51 +150,66 @@ def _run(command: list[str], folder: Path) -> bool:
         return False
 
 
-def programs(arguments: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+def programs(
+    peers: Iterable[str], sizes: Sizes, works: str = OWN_WORKS
+) -> Iterator[tuple[str, list[str]]]:
     """Yield everything that takes part: a name, and the command that measures it."""
-    sizes = ["--wave", str(arguments.wave), "--samples", str(arguments.samples)]
-    works = ["--works", "limit,pure,data,w1,flat,http,wave,timer,wake"]
-    many = ["--subjects", str(arguments.subjects)]
-    few = ["--subjects", str(min(arguments.subjects, arguments.slow))]
-    yield "sequencerd", [sys.executable, str(HERE / "engine.py"), *sizes, *many, *works]
-    for name in arguments.peers:
+    yield (
+        "sequencerd",
+        [
+            *(sys.executable, str(HERE / "engine.py"), "--works", works),
+            *sizes.arguments(sizes.subjects, sizes.wave),
+        ],
+    )
+    for name in peers:
         command = install(name)
         if command is None:
             print(f"{name}: could not be installed, it is left out", file=sys.stderr)
         else:
-            yield name, [*command, *sizes, *(few if KNOWN[name].is_slow else many)]
+            peer = KNOWN[name]
+            yield name, [*command, *sizes.arguments(peer.subjects, peer.wave)]
 
 
-def measure(name: str, command: list[str], postmaster: int | None, figures: Figures) -> None:
-    """Run one program, print its lines, and keep its figures if nothing disturbed it."""
-    found: Figures = {}
+def run(
+    name: str, command: Sequence[str], server: postgresql.Server, *, is_kept: bool = False
+) -> list[Line] | None:
+    """Run one program, print its lines, and return them; None if other processes disturbed it,
+    unless they are kept all the same.
+    """
+    lines: list[Line] = []
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    begun, busy, served = time.monotonic(), cpu.machine(), _of(postmaster)
+    begun, busy, served = time.monotonic(), cpu.machine(), cpu.tree(server.process)
     own = os.times()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [*command, "--dsn", server.dsn], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(f"{name:16} {line}", end="", flush=True, file=sys.stderr)
-            one: Mapping[str, float] = json.loads(line)
-            for figure, value in one.items():
-                if figure != "work":
-                    found.setdefault((name, str(one["work"]), figure), []).append(value)
+            lines.append(json.loads(line))
     if process.returncode:
         print(f"{name}: ended with status {process.returncode}", file=sys.stderr)
     seconds = time.monotonic() - begun
-    others = cpu.machine() - busy - (_of(postmaster) - served) - _since(own)
-    if postmaster is not None and others > DISTURBED * seconds:
-        print(
-            f"{name}: dropped, as other processes used {others / seconds:.2f} cores meanwhile",
-            file=sys.stderr,
-        )
-        return
-    for key, values in found.items():
-        figures.setdefault(key, []).extend(values)
+    others = cpu.machine() - busy - (cpu.tree(server.process) - served) - _since(own)
+    if others <= DISTURBED * seconds:
+        return lines
+    done = "kept, although" if is_kept else "dropped, as"
+    print(
+        f"{name}: {done} other processes used {others / seconds:.2f} cores meanwhile",
+        file=sys.stderr,
+    )
+    return lines if is_kept else None
 
 
-def _of(postmaster: int | None) -> float:
-    return cpu.tree(postmaster) if postmaster is not None else 0.0
+def collect(name: str, lines: Iterable[Line], figures: Figures) -> None:
+    """Add the figures of a program's lines, without waves for which it was not ready in time."""
+    for line in lines:
+        if line.get("spare_s", 0) < 0:
+            print(f"{name}: dropped a wave, as adding it took too long", file=sys.stderr)
+            continue
+        for figure, value in line.items():
+            if figure != "work":
+                figures.setdefault((name, str(line["work"]), figure), []).append(value)
 
 
 def _since(before: os.times_result) -> float:
@@ -175,10 +234,7 @@ def report(figures: Figures, names: Iterable[str]) -> str:
             cells.append(f"**{shown}**" if is_best and len(column) > 1 else shown)
         shown_name = KNOWN[name].shown if name in KNOWN else name
         lines.append(f"| {shown_name} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for work, figure in ALONE:
-        if (value := medians.get(("sequencerd", work, figure))) is not None:
-            lines.append(f"- `{work}`: {value:,.4g} {figure}")
+    lines += ["", *alone(medians), ""]
     lines += [f"- {line}" for line in behind(medians)]
     spread = [
         f"{name} {work} {figure} {min(values):,.4g} to {max(values):,.4g}"
@@ -186,6 +242,20 @@ def report(figures: Figures, names: Iterable[str]) -> str:
         if len(values) > 1 and (work, figure) in {column[:2] for column in COLUMNS}
     ]
     return "\n".join([*lines, *(["", "Ranges: " + "; ".join(spread)] if spread else [])])
+
+
+def alone(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
+    """Yield the table of what has no counterpart at the peers."""
+    limit = medians.get(("sequencerd", "limit", "transitions_per_s"))
+    yield "| work | sequencerd | of the limit |"
+    yield "| --- | ---: | ---: |"
+    for work, figure in ALONE:
+        if (value := medians.get(("sequencerd", work, figure))) is None:
+            continue
+        is_rate = figure.endswith("_per_s")
+        shown = f"{value:,.0f} a second" if is_rate else f"{value:.3g} ms at most, 99%"
+        part = f"{value / limit:.0%}" if limit and is_rate and work != "limit" else ""
+        yield f"| `{work}` | {shown} | {part} |"
 
 
 def behind(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
@@ -237,20 +307,25 @@ def main() -> int:
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--wave", type=int, default=20_000)
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--slow", type=int, default=5_000, help="subjects for slow peers")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument(
+        "--disturbed", action="store_true", help="keep figures whatever else the machine does"
+    )
     arguments = parser.parse_args()
-    found = list(programs(arguments))
+    sizes = Sizes(arguments.subjects, arguments.wave, arguments.samples)
+    found = list(programs(arguments.peers, sizes))
     is_whole = True
     for wanted in arguments.server or ["embedded"]:
         figures: Figures = {}
         with postgresql.running(wanted) as one:
             for _ in range(arguments.repeat):
                 for name, command in found:
-                    measure(name, [*command, "--dsn", one.dsn], one.process, figures)
+                    lines = run(name, command, one, is_kept=arguments.disturbed)
+                    collect(name, lines or (), figures)
             print(f"{machine(one.version)}. Medians of {arguments.repeat} rounds.\n")
         if any(key[0] == "sequencerd" for key in figures):
-            print(report(figures, [name for name, _ in found]), flush=True)
+            names = [name for name, _ in found]
+            print(f"{report(figures, names)}\n\n{sizes.shown(names)}.", flush=True)
         else:
             is_whole = False
             print("No figures: other processes disturbed every round.", flush=True)

@@ -115,7 +115,7 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 
 
 @asynccontextmanager
-async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[None]:
+async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[Engine]:
     """The daemon's engine and listener, ready."""
     at = Shard(url)
     pool, heart = await connections.connect_pool(at, 5), await connections.connect_pool(at, 1)
@@ -141,7 +141,7 @@ async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> Async
     working = asyncio.create_task(made.run())
     await ready.wait()
     try:
-        yield
+        yield made
     finally:
         made.stop()
         await working
@@ -168,10 +168,10 @@ async def enroll(connection: Any, count: int, wake_at: datetime | None = None) -
     return seconds
 
 
-async def until(connection: Any, query: str) -> None:
+async def until(connection: Any, query: str, pause: float = 0.05) -> None:
     """Asks until the answer is true: rows set no event."""
     while not await connection.fetchval(query):  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(pause)
 
 
 ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"

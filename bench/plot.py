@@ -1,20 +1,13 @@
-"""Draws what the benchmarks printed, as SVG.
-
-    PYTHONPATH=. python bench/compare.py 2> results.txt
-    PYTHONPATH=. python bench/scale.py --dsn ... --works mix | tee --append results.txt
-    python bench/plot.py results.txt docs
-
-It writes performance-w1.svg, -wave.svg and -mix.svg. Bars are medians, their lines the range.
+"""Draw what the benchmarks printed, as SVG, for bench/tables.py. Bars are medians, their lines the
+range.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -25,15 +18,15 @@ STYLE = (
     "stroke-width:2}.other{stroke:#b7791f}@media(prefers-color-scheme:dark){"
     "text{fill:#ddd}.n{fill:#999}}"
 )
-NAMES = {"pg_boss": "pg-boss", "graphile_worker": "graphile-worker"}
 
 Line = Mapping[str, Any]
 
 
-def read(path: Path) -> list[tuple[str, Line]]:
-    """The lines of JSON, each with its program."""
-    found = re.finditer(r"^(?:(\w+) +)?(\{.*\})$", path.read_text(), re.MULTILINE)
-    return [(match[1] or "sequencerd", json.loads(match[2])) for match in found]
+def read(text: str) -> list[tuple[str, Line]]:
+    """The lines of JSON that have a workload, each with its program."""
+    found = re.finditer(r"^(?:([\w-]+) +)?(\{.*\})$", text, re.MULTILINE)
+    lines = [(match[1] or "sequencerd", json.loads(match[2])) for match in found]
+    return [(name, line) for name, line in lines if "work" in line]
 
 
 def bars(title: str, unit: str, values: Mapping[str, Sequence[float]]) -> str:
@@ -91,12 +84,11 @@ def svg(height: float, parts: Sequence[str]) -> str:
     )
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """Draws all three."""
+def pictures(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the drawing of each picture of which the text has figures."""
     rates: dict[str, list[float]] = {}
     waves: dict[str, list[float]] = {}
-    for program, line in (lines := read(arguments.results)):
-        name = NAMES.get(program, program)
+    for name, line in (lines := read(text)):
         work = line["work"]
         if work in ("w1", "pure", "limit"):
             label = {
@@ -108,26 +100,19 @@ def main(arguments: argparse.Namespace) -> None:
         if work == "wave" and "p99_s" in line:
             waves.setdefault(name, []).append(line["p99_s"])
     mix = [line for _, line in lines if line["work"] == "mix"]
-    drawn = {
-        "w1": bars("W1: transitions a second", "/s", rates),
-        "wave": bars("W2: seconds until 99% of a wave of 20,000 have started", "s", waves),
-        "mix": curves(
-            "W6: size of sequencer.enrollments while 2,000 a second enter and leave",
-            [line["seconds"] for line in mix],
-            {
-                "table": [line["table_mb"] for line in mix],
-                "indexes": [line["indexes_mb"] for line in mix],
-            },
-        ),
-    }
-    for name, text in drawn.items():
-        (arguments.folder / f"performance-{name}.svg").write_text(text)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path)
-    parser.add_argument("folder", type=Path)
-    main(parser.parse_args())
+    if len(rates) > 1:
+        yield "w1", bars("Chain of three: tasks a second", "/s", rates)
+    if len(waves) > 1:
+        yield "wave", bars("Seconds until 99% of a wave have started", "s", waves)
+    if mix:
+        yield (
+            "mix",
+            curves(
+                "Size of sequencer.enrollments while 2,000 a second enter and leave",
+                [line["seconds"] for line in mix],
+                {
+                    "table": [line["table_mb"] for line in mix],
+                    "indexes": [line["indexes_mb"] for line in mix],
+                },
+            ),
+        )

@@ -1,14 +1,21 @@
 """A PostgreSQL server for a benchmark: the machine's or the embedded one, with settings that are
 named in the report, in a folder that is deleted at the end.
+
+    python bench/postgresql.py 15 bench/scale.py --works mix
+
+runs another benchmark on it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +48,10 @@ def find(wanted: str) -> Path | None:
 
 
 @contextmanager
-def running(wanted: str) -> Iterator[Server]:
-    """Run a server as long as the context lasts; as an unprivileged user where this is root."""
+def running(wanted: str, more: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run a server as long as the context lasts, with more settings; as an unprivileged user where
+    this is root.
+    """
     folder = find(wanted)
     programs = (
         PostgresPrograms.find() if folder is None else replace(PostgresPrograms.find(), bin=folder)
@@ -56,6 +65,7 @@ def running(wanted: str) -> Iterator[Server]:
             port = free.getsockname()[1]
         settings = {
             **SETTINGS,
+            **(more or {}),
             "port": port,
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": data,
@@ -76,3 +86,17 @@ def running(wanted: str) -> Iterator[Server]:
             programs.run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", check=False)
     finally:
         shutil.rmtree(data, ignore_errors=True)
+
+
+def main(wanted: str, *command: str) -> int:
+    """Run a program with the URL of a server, and return its exit status."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with running(wanted) as server:
+        program = [sys.executable, *command, "--dsn", server.dsn]
+        return subprocess.run(program, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: postgresql.py SERVER PROGRAM [ARGUMENT ...]")
+    sys.exit(main(*sys.argv[1:]))

@@ -4,13 +4,11 @@
 
     enroll       INSERTs one by one from 1, 8 and 32 connections, and in bulk, against a bare table;
                  the same beside a daemon that executes a task for each
-    sleeping     many who sleep: start-up, what an idle daemon costs, and a transition's cost beside
     mix          enroll, wait, decide, execute and mail for minutes, a tenth to --smtp: the sizes of
                  tables and indexes, and CPU time of both sides for an event of the history
     snapshot     w1 of bench/engine.py with a snapshot held open, against one without
     daemons      w1 with 1, 2 and 4 daemons: rate, and CPU time of both sides for a transition;
                  --server-cores 0 --daemon-cores 1 keeps each side to cores of its own
-    definitions  a thousand sequences with a thousand steps each
 
 It makes and drops a database "sequencerd_bench". Figures of one run can be compared.
 """
@@ -50,7 +48,6 @@ LOAD = (
     "INSERT INTO {} (sequence, subject, data)"
     " SELECT 's', 'load{}-' || n, '{{\"name\": \"Ada\"}}' FROM generate_series(1, {}) AS n"
 )
-WAITING = ("a", "WaitForDuration", '{"amount": 30, "unit": "days"}')
 TASKS = tuple((name, "Task", "{}") for name in "abc")
 
 
@@ -115,72 +112,13 @@ async def one_by_one(url: str, table: str, count: int, seconds: float) -> float:
     return rows / seconds
 
 
-# --- sleeping
-
-
-async def sleeping(dsn: str, arguments: argparse.Namespace) -> None:
-    for count in arguments.sleepers:
-        async with defined(dsn, *TASKS) as (url, connection):
-            await connection.execute(
-                "INSERT INTO sequencer.sequences (name, first_step) VALUES ('idle', 'a')"
-            )
-            await connection.execute(
-                "INSERT INTO sequencer.steps (sequence, name, type, config)"
-                " VALUES ('idle', $1, $2, $3)",
-                *WAITING,
-            )
-            await connection.execute(
-                "INSERT INTO sequencer.enrollments (sequence, subject, wake_at, entered_at)"
-                " SELECT 'idle', 'idle' || n, now() + interval '1 day' + n * interval '0.1 second',"
-                " now() FROM generate_series(1, $1::int) AS n",
-                count,
-                timeout=None,
-            )
-            await connection.execute("VACUUM ANALYZE sequencer.enrollments")
-            begun, peak = time.perf_counter(), memory()
-            async with engine(url):
-                started = time.perf_counter() - begun
-                await asyncio.sleep(2)
-                statements, then = await asked(connection), os.times()
-                await asyncio.sleep(arguments.seconds)
-                now = os.times()
-                asks = (await asked(connection) - statements - 1) / arguments.seconds
-            say(
-                "sleeping",
-                sleepers=count,
-                ready_after_s=started,
-                transactions_per_s=asks,
-                cpu=(now.user + now.system - then.user - then.system) / arguments.seconds,
-                memory_mb=memory() - peak,
-            )
-            await enroll(connection, arguments.subjects)
-            begun = time.perf_counter()
-            async with engine(url):
-                await until(
-                    connection,
-                    "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments"
-                    " WHERE status = 'active' AND sequence = 's')",
-                )
-            took = time.perf_counter() - begun
-            say("w1 beside them", sleepers=count, transitions_per_s=3 * arguments.subjects / took)
-
-
-async def asked(connection: asyncpg.Connection) -> int:
-    """Transactions of this database until now."""
-    await connection.execute("SELECT pg_stat_force_next_flush()")
-    count: int = await connection.fetchval(
-        "SELECT xact_commit + xact_rollback FROM pg_stat_database"
-        " WHERE datname = current_database()"
-    )
-    return count
+# --- for minutes
 
 
 def memory() -> float:
-    """The most that this process ever had, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-# --- for minutes
+    """The resident memory of this process, in megabytes."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * resource.getpagesize() / 2**20
 
 
 class Letterbox:
@@ -417,54 +355,10 @@ def core_numbers(text: str) -> set[int]:
     return numbers
 
 
-async def definitions(dsn: str, arguments: argparse.Namespace) -> None:
-    """Somebody is at each of the steps; then one more comes to one of them."""
-    count = arguments.sequences
-    async with defined(dsn, WAITING) as (url, connection):
-        await connection.execute(
-            f"""
-            BEGIN;
-            INSERT INTO sequencer.sequences (name, first_step)
-                SELECT 'q' || q, 's1' FROM generate_series(1, {count}) AS q;
-            INSERT INTO sequencer.steps (sequence, name, type, config, next_step)
-                SELECT 'q' || q, 's' || s, 'WaitForDuration', '{{"amount": 30, "unit": "days"}}',
-                       CASE WHEN s < 1000 THEN 's' || s + 1 END
-                  FROM generate_series(1, {count}) AS q, generate_series(1, 1000) AS s;
-            INSERT INTO sequencer.enrollments (sequence, step, subject, wake_at, entered_at)
-                SELECT sequence, name, 'u' || position, now() + interval '1 day', now()
-                  FROM sequencer.steps;
-            COMMIT;
-            ANALYZE;
-            """,
-            timeout=None,
-        )
-        begun, peak = time.perf_counter(), memory()
-        async with engine(url):
-            ready = time.perf_counter() - begun
-            begun = time.perf_counter()
-            await connection.execute(
-                "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('q7', 'ada')"
-            )
-            await until(
-                connection,
-                "SELECT entered_at IS NOT NULL FROM sequencer.enrollments WHERE subject = 'ada'",
-            )
-            moved = time.perf_counter() - begun
-        say(
-            "definitions",
-            steps=count * 1000,
-            ready_after_s=ready,
-            moved_after_s=moved,
-            memory_mb=memory() - peak,
-        )
-
-
 WORKS = {
     "enroll": enrolling,
     "snapshot": snapshot,
     "daemons": daemons,
-    "definitions": definitions,
-    "sleeping": sleeping,
     "mix": mix,
 }
 
@@ -484,13 +378,9 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement of a rate")
     parser.add_argument("--rounds", type=int, default=3, help="of enroll")
-    parser.add_argument(
-        "--sleepers", type=int, nargs="+", default=[10_000, 10_000_000], metavar="N"
-    )
     parser.add_argument("--minutes", type=float, default=10, help="of the mix")
     parser.add_argument("--rate", type=int, default=2000, help="enrollments a second in the mix")
     parser.add_argument("--smtp", help="URL of the mix's mail server; default: one of its own")
-    parser.add_argument("--sequences", type=int, default=1000)
     parser.add_argument("--daemons", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--server-cores", type=core_numbers, metavar="CORES", help="such as 0,2-3")
     parser.add_argument("--daemon-cores", type=core_numbers, metavar="CORES", help="likewise")

@@ -28,7 +28,7 @@ class Peer(Protocol):
     left: str
     """A query that counts the jobs that are not done."""
     lead: int
-    """Seconds that it needs to prepare a wave."""
+    """Seconds that it needs to prepare a wave of 20,000."""
 
     async def install(self, url: str) -> None: ...
 
@@ -88,7 +88,7 @@ async def _done(
 
 async def wave(peer: Peer, connection: psycopg.Connection, count: int) -> None:
     late: list[float] = []
-    at = time.time() + peer.lead
+    at = time.time() + 5 + peer.lead * count / 20_000
     async with peer.working(lambda _: late.append(time.time() - at)):
         for numbers in _slices(count):
             await peer.add("wave", numbers, at)
