@@ -27,6 +27,10 @@ REPOSITORY = Path(__file__).parent.parent
 # What a block can't do in a test is done beside it: installing from the network, becoming root,
 # changing the machine, and the whole test suite, which is what is running.
 SHIMS = {
+    # an environment uses the pip of this one: to install another takes seconds of CPU time
+    "python3": f'"{sys.executable}" "$@" --without-pip\n'
+    """printf '#!/bin/sh\\nexec "%s" -m pip "$@"\\n' "$3/bin/python" > "$3/bin/pip"\n"""
+    'chmod +x "$3/bin/pip"',
     "make": f'exec {shutil.which("make")} --dry-run VENV="$PWD/.venv" "$@"',
     "pip": f'exec "{sys.executable}" -m pip "$@"',
     "sequencerd": f'exec "{sys.executable}" -m sequencerd "$@"',
