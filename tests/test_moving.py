@@ -140,7 +140,7 @@ class World:
                 continue
             self.enrolled.append(subject)
             subject = next(subjects)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
         for connection in connections.values():
             await connection.close()
 
@@ -197,7 +197,7 @@ async def test_a_shard_moves_under_load(
             await world.systemctl("start", f"sequencerd@{name}")
         stop = asyncio.Event()
         writers = [asyncio.create_task(world.enroll(number, stop)) for number in range(2)]
-        await world.more(100)
+        await world.more(50)
         async with asyncio.timeout(PATIENCE):
             for parts in (first, *others[:-1]):
                 await world.follow(parts, variables)
@@ -206,7 +206,7 @@ async def test_a_shard_moves_under_load(
         world.urls["a"] = new
         world.write_settings()
         await world.follow(others[-1], variables)
-        await world.more(100)
+        await world.more(50)
         stop.set()
         await asyncio.gather(*writers)
         async with shard(new, "a") as a, shard(old, "b") as b, shard(old, "a") as left:
