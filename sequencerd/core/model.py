@@ -381,7 +381,7 @@ Holidays = Mapping[str, frozenset[date]]
 
 
 def no_holidays(calendar: str) -> str:
-    """Why a calendar cannot be used."""
+    """Explain why a calendar cannot be used."""
     return (
         f"calendar {calendar!r} has no holidays: fill it with `sequencerd holidays`, or insert its "
         "days into the table holidays"
@@ -389,7 +389,7 @@ def no_holidays(calendar: str) -> str:
 
 
 def share(seed: str, subject: str) -> float:
-    """Where a subject is between 0 and 1: always the same for a seed, and even for all subjects."""
+    """Return a number from 0 to 1 for a subject: constant for a seed, uniform over all subjects."""
     key = f"{seed}\0{subject}".encode("utf-8", "replace")
     return float(int.from_bytes(sha256(key).digest()[:6]) / 2**48)
 

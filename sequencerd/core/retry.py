@@ -14,7 +14,7 @@ MAX_PAUSE = timedelta(days=1)
 
 
 def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> timedelta:
-    """The time until the next attempt, after `attempt` of them (1 after the first).
+    """Return the time until the next attempt, after `attempt` attempts.
 
     Exponential backoff: the first delay doubled for each attempt, up to the longest. Of counted
     attempts a random part (`jitter`, 0 to 1) of it is waited; over a time span up to a quarter is
@@ -28,12 +28,12 @@ def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> t
 
 
 def gives_up(policy: RetryPolicy, attempt: int, failed: Failed) -> bool:
-    """Whether the failure after this attempt is the last."""
+    """Return whether the failure after this attempt is the last one."""
     return failed.permanent or (failed.fault == "enrollment" and is_last(policy, attempt))
 
 
 def is_last(policy: RetryPolicy, attempt: int) -> bool:
-    """Whether no attempt follows this one."""
+    """Return whether no attempt follows this one."""
     if policy.attempts is not None and attempt >= policy.attempts:
         return True
     if policy.give_up_after is None:

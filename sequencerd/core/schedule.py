@@ -51,7 +51,7 @@ class Span(Config):
         "minute",
         "second",
     ]
-    """Years to seconds. Years to days are calendar time, the others are elapsed time."""
+    """Years to seconds. Days and longer units are calendar time, shorter ones are elapsed time."""
 
     @model_validator(mode="after")
     def _ends_in_this_calendar(self) -> Span:
@@ -88,16 +88,16 @@ def _cron(expression: str) -> str:
 
 
 class EnrollConfig(Config):
-    """Enrolls what a query returns, by a schedule."""
+    """Enrolls the subjects that a query returns, by a schedule."""
 
     source: Annotated[str, AfterValidator(_source)] = Field(alias="from")
     """A view, table or SQL function that returns subject, and optionally data and timezone."""
     schedule: Annotated[str, AfterValidator(_cron)] | None = None
     """A cron expression such as "0 9 * * 1-5", in the sequence's time zone."""
     every: Span | None = None
-    """Instead of a schedule, the time between two runs, such as {amount: 1, unit: hours}."""
+    """The time between two runs, instead of a schedule, such as {amount: 1, unit: hours}."""
     at_most: StrictInt = Field(default=1000, ge=1, le=100_000, alias="at_most")
-    """How many may enter in one run; if there are more, none is enrolled and a problem reported."""
+    """The most subjects of a run; with more, none is enrolled, and a problem is reported."""
 
     @model_validator(mode="after")
     def _has_one_time(self) -> EnrollConfig:

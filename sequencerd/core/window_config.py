@@ -40,10 +40,10 @@ def _end(text: str) -> str:
 
 
 class SpreadConfig(Config):
-    """A length of elapsed time."""
+    """An amount of elapsed time."""
 
     hours: StrictInt | StrictFloat = Field(default=0, ge=0, le=24)
-    """Hours, to which the others are added."""
+    """Hours; all keys are added up."""
     minutes: StrictInt | StrictFloat = Field(default=0, ge=0, le=1440)
     """Minutes."""
     seconds: StrictInt | StrictFloat = Field(default=0, ge=0, le=86400)
@@ -56,15 +56,15 @@ class WindowConfig(Config):
     days: list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]] | None = Field(
         default=None, min_length=1
     )
-    """The days on which it opens; every day if nothing is said."""
+    """The days on which the window opens. Default: every day."""
     from_: Annotated[str, AfterValidator(_start)] = Field(default="00:00", alias="from")
-    """When it opens, such as 09:00."""
+    """The time at which it opens, such as 09:00."""
     to: Annotated[str, AfterValidator(_end)] = "24:00"
-    """When it closes, such as 17:00; not after `from`, on the next day."""
+    """The time at which it closes, such as 17:00; on the next day if that is not after `from`."""
     holidays: CalendarName | None = None
-    """The calendar of sequencer.holidays on whose days it does not open, such as DE."""
+    """The calendar of sequencer.holidays on whose days it stays closed, such as DE."""
     spread: SpreadConfig | None = None
-    """Over how long a time those begin that wait for the same opening, such as {minutes: 30}."""
+    """The time over which waiting enrollments start after an opening, such as {minutes: 30}."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

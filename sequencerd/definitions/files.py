@@ -90,17 +90,17 @@ Recheck = Annotated[
 
 
 class ReentryAfter(Config):
-    """A subject may enter again some time after its enrollment has ended."""
+    """A subject may be enrolled again some time after its enrollment has ended."""
 
     after: Span
-    """How long after the end, such as {amount: 90, unit: days}."""
+    """The time after the end, such as {amount: 90, unit: days}."""
 
 
 Reentry = Literal["after_end", "always", "never"] | ReentryAfter
 
 
 class BrakeConfig(Config):
-    """Pauses the sequence when more side effects than this would begin in the period."""
+    """Pauses the sequence when more side effects would begin in the period."""
 
     at_most: StrictInt = Field(ge=1, le=1_000_000, alias="at_most")
     """How many."""
@@ -124,20 +124,20 @@ class BrakeConfig(Config):
 
 
 class FileStep(Config):
-    """A step: its type and config, and the steps it leads to."""
+    """A step: its type and config, and the steps to which it leads."""
 
     name: Name
     """Unique in the sequence."""
     type: Name
-    """A built-in type, or one that a runner of yours serves."""
+    """A built-in type, or that of a custom runner."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """What the step's type takes."""
+    """The config of the step's type."""
     next: str | None = None
-    """The step that follows; if nothing is said the next one in the file. null ends the journey."""
+    """The step that follows. Default: the next one in the file; null ends the enrollment."""
     alt_next: str | None = None
-    """The step that follows on the other way; null, or nothing, ends the journey there."""
+    """The step that follows the exit altNext. Default: null, which ends the enrollment."""
     seed: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
-    """Of a Split: what subjects are dealt by. Left out: the names that it had at first."""
+    """For a Split: the text that assigns subjects to branches. Default: its original names."""
     renamed_from: Name | None = None
     """The step's former name; its enrollments stay at the step. Can be removed once applied."""
 
@@ -150,30 +150,30 @@ class FileSequence(Config):
     description: Description | None = None
     """What the sequence is for; shown to operators."""
     timezone: Annotated[str, AfterValidator(_zone)] = "UTC"
-    """IANA name, such as Europe/Berlin; holds for subjects without one of their own."""
+    """An IANA name, such as Europe/Berlin, for subjects without a time zone of their own."""
     status: Literal["active", "paused", "archived"] = "active"
     """paused: nothing is executed. archived: no new enrollments; existing ones continue. Default:
     active, or paused if it has been paused by hand."""
     reentry: Reentry = "after_end"
-    """When a subject may enter again; {after: {amount: 90, unit: days}} counts from the end."""
+    """When a subject may be enrolled again; {after: {amount: 90, unit: days}}: after the end."""
     lookup: Annotated[str, Field(min_length=1)] | None = None
-    """Where external data come from: an endpoint, a Python function, or an SQL function's name."""
+    """The lookup for external data: an endpoint, a Python function, or an SQL function."""
     recheck: Recheck = timedelta(minutes=1)
     """How often goals and waits that read external data are checked, such as PT5M."""
     window: WindowConfig | None = None
-    """When its side effects may begin; one with a window of its own does not follow it."""
+    """When side effects may begin, unless a step has a window of its own."""
     topic: Topic | None = None
-    """What its side effects are about, such as marketing; a step may have its own."""
+    """The topic of side effects, such as marketing, unless a step has its own."""
     locale: Annotated[str, AfterValidator(check_locale_path)] | None = None
-    """The path of the subject's language, for texts in several ones. Default: data.locale."""
+    """The path of the subject's language, for translated texts. Default: data.locale."""
     partials: dict[PartialName, PartialText] = Field(default_factory=dict)
-    """Templates that messages of the sequence use as {{> name}}."""
+    """Templates that messages of the sequence include as {{> name}}."""
     enroll: EnrollConfig | None = None
-    """Enrolls what a view or function returns, by a schedule."""
+    """Enrolls the subjects that a view or function returns, by a schedule."""
     brake: BrakeConfig | None = None
-    """Pauses it instead of sending more than so many, such as {at_most: 500, per: {hours: 1}}."""
+    """Pauses the sequence before more side effects begin: {at_most: 500, per: {hours: 1}}."""
     steps: list[FileStep] = Field(min_length=1)
-    """The first one is where an enrollment begins."""
+    """The steps; enrollments start at the first one."""
 
 
 @dataclass(frozen=True, slots=True)

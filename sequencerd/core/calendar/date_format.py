@@ -93,7 +93,7 @@ _PLAIN = frozenset("BCFIJKORTUVbcfijnpqrtuv")
 
 @lru_cache(maxsize=256)
 def compile_format(text: str, locale: str = "") -> Callable[[datetime], str]:
-    """A moment format such as `D MMMM YYYY [at] HH:mm` → a function that writes a date in it.
+    """Compile a moment format such as `D MMMM YYYY [at] HH:mm` to a function that formats a date.
 
     `locale` is a language such as "de" or "pt-BR"; English where none is given.
     Raises DefinitionError for a letter or run of letters that moment would expand to
@@ -150,7 +150,7 @@ def _names(locale: str) -> DateNames:
 
 @cache
 def _locales() -> Mapping[str, Mapping[str, Any]]:
-    """The table of bin/vendor: CLDR's names, moment's ordinals."""
+    """Return the table of bin/vendor: the names of CLDR, the ordinals of moment."""
     table = files("sequencerd.core.javascript").joinpath("vendor", "locales.json")
     locales: Mapping[str, Mapping[str, Any]] = json.loads(table.read_text(encoding="utf-8"))
     return locales

@@ -107,8 +107,8 @@ def add(instant: datetime, amount: float, unit: str, tz: ZoneInfo) -> datetime:
 
 
 def at_clock(instant: datetime, clock: time, tz: ZoneInfo) -> datetime:
-    """The same day of the zone at a time of day: moved on by the gap where the clock skips it, and
-    the first where it comes twice. Raises EvaluationError (bad_data) at the ends of the calendar.
+    """Return the same day in a time zone at a time of day: after the gap if the clock skips that
+    time, the first if it occurs twice. Raises EvaluationError (bad_data) beyond the year 9999.
     """
     day = to_wall(instant, tz).date()
     try:
@@ -138,7 +138,7 @@ def _rounded(number: float) -> int:
 
 
 def _settled(moved: datetime, wall: datetime, tz: ZoneInfo) -> datetime:
-    """The instant at which the clock shows a wall time that `wall` was moved to.
+    """Return the instant of a wall time to which `wall` was moved.
 
     moment guesses with the offset from before the move, and takes the offset at that guess: of a
     time that comes twice this is the first, or the second if it was standard time before. If the

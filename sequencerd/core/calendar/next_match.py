@@ -50,7 +50,7 @@ _NAMES = {
 
 
 def aliases(name: str) -> tuple[str, str, str]:
-    """The names that moment takes for one of its full names: itself, plural, short form."""
+    """Return moment's names for a full name: itself, the plural and the short form."""
     return name, name + "s", _SHORT_FORMS[name]
 
 
@@ -64,7 +64,7 @@ ATTRIBUTES = frozenset(alias for name in _SHORT_FORMS for alias in aliases(name)
 
 
 def get(instant: datetime, attribute: str, tz: ZoneInfo) -> int:
-    """What moment.tz(instant, tz).get(attribute) gives. Milliseconds are cut off, not rounded.
+    """Return moment.tz(instant, tz).get(attribute). Milliseconds are cut off, not rounded.
 
     Raises DefinitionError for an attribute that moment doesn't know, EvaluationError (bad_data)
     for a date outside of the years 1 to 9999.
@@ -78,7 +78,7 @@ def get(instant: datetime, attribute: str, tz: ZoneInfo) -> int:
 
 
 def bounds(attribute: str) -> tuple[int, int]:
-    """The least and the greatest that the getter can give. Raises DefinitionError."""
+    """Return the least and the greatest value of a getter. Raises DefinitionError."""
     field = _field(attribute)
     return field.lowest, field.highest
 
@@ -96,7 +96,7 @@ def impossible(attribute: str, values: Iterable[object]) -> list[object]:
 def next_match(
     after: datetime, attribute: str, values: Collection[object], tz: ZoneInfo
 ) -> datetime | None:
-    """The first instant from `after` on at which the getter gives one of the values.
+    """Return the first instant, not before `after`, at which a getter has one of the values.
 
     `after` itself, to the microsecond, if it matches already. None if there is no such instant
     within HORIZON_YEARS, as with values that never occur. Raises DefinitionError for an unknown
@@ -115,7 +115,7 @@ def next_match(
 def next_start(
     after: datetime, attribute: str, values: Collection[object], tz: ZoneInfo
 ) -> datetime | None:
-    """The first instant after `after` at which a period with one of the values begins.
+    """Return the first instant after `after` at which a period with one of the values begins.
 
     A period lasts for as long as the getter gives the same value: an hour that a clock set back
     shows twice is one. None and errors as of next_match.
@@ -193,7 +193,7 @@ def _in_range(value: object, field: _DateField) -> int | None:
 
 
 def _of_clock(unit: timedelta, count: int) -> Callable[[datetime, Sequence[int]], datetime]:
-    """The next start of a wanted unit, `count` of which are counted before 0 comes again."""
+    """Return a function to the next start of a wanted unit, which is counted modulo `count`."""
 
     def following(wall: datetime, wanted: Sequence[int]) -> datetime:
         midnight = datetime.combine(wall.date(), time.min, tzinfo=wall.tzinfo)
@@ -234,7 +234,7 @@ def _next_day_of_month(day: date, wanted: Sequence[int]) -> date | None:
 def _in_years(
     starts: Callable[[int, Sequence[int]], Iterable[date]],
 ) -> Callable[[date, Sequence[int]], date | None]:
-    """The first start of a wanted period after a day, given the starts in one year, in order."""
+    """Return the first start of a wanted period after a day, given the ordered starts of a year."""
 
     def rule(day: date, wanted: Sequence[int]) -> date | None:
         for year in range(day.year, min(day.year + HORIZON_YEARS, MAXYEAR) + 1):
@@ -264,18 +264,18 @@ def _days_of_year(year: int, wanted: Sequence[int]) -> Iterator[date]:
 
 
 def _first_week(year: int) -> date:
-    """The Sunday that begins the week with 1 January."""
+    """Return the Sunday on which the week with 1 January begins."""
     first = date(year, 1, 1)
     return first - _DAY * (first.isoweekday() % 7)
 
 
 def _first_iso_week(year: int) -> date:
-    """The Monday that begins the week with 4 January."""
+    """Return the Monday on which the week with 4 January begins."""
     return date.fromisocalendar(year, 1, 1)
 
 
 def _weeks(first_week: Callable[[int], date]) -> Callable[[int, Sequence[int]], Iterator[date]]:
-    """The starts of the wanted weeks of a week year. Week 53 may belong to the next."""
+    """Return the starts of the wanted weeks of a week year. Week 53 may belong to the next."""
 
     def starts(year: int, wanted: Sequence[int]) -> Iterator[date]:
         for value in wanted:
@@ -293,7 +293,7 @@ def _week_years(
 
 
 def _saturday(wall: datetime) -> date:
-    """The end of the English week; its year is the week's year, since it has 1 January."""
+    """Return the end of the English week, whose year is the week's year, since it has 1 January."""
     return wall.date() + _DAY * (6 - wall.isoweekday() % 7)
 
 

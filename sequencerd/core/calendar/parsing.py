@@ -67,7 +67,7 @@ _HOURS_WEST = {"E": 5, "C": 6, "M": 7, "P": 8}
 
 
 def parse(text: str, tz: ZoneInfo) -> datetime | None:
-    """The instant that a text names, in UTC, to the millisecond; without an offset, in the zone.
+    """Parse a text to an instant in UTC, to the millisecond; without an offset, in the zone.
 
     ISO 8601 as moment takes it (YYYY, YYYY-MM, YYYY-MM-DD, YYYY-DDD, YYYY-Www, YYYY-Www-D, the
     basic forms without dashes and colons; after a whole date T or a space and HH, HH:mm, HH:mm:ss,
@@ -92,7 +92,7 @@ def parse(text: str, tz: ZoneInfo) -> datetime | None:
 
 
 def parse_unix(text: str, unit: timedelta) -> datetime | None:
-    """The instant that a number of units since 1970 names, in UTC; None for everything else."""
+    """Parse a number of units since 1970 to an instant in UTC; None for everything else."""
     if not _NUMBER.fullmatch(text):
         return None
     try:
@@ -102,14 +102,14 @@ def parse_unix(text: str, unit: timedelta) -> datetime | None:
 
 
 def is_bare_number(text: str) -> bool:
-    """Whether a text is a number and no date: moment reads 1767225, a time in seconds that was cut
-    short, as the 225th day of 1767. A number of eight digits is a date such as 20261201.
+    """Return whether a text is a number and not a date: moment reads 1767225, a truncated time in
+    seconds, as the 225th day of 1767. A number of eight digits is a date such as 20261201.
     """
     return bool(_NUMBER.fullmatch(text)) and not _BASIC_DATE.fullmatch(text)
 
 
 def format_iso(instant: datetime) -> str:
-    """An instant as JavaScript's toISOString writes it: 2018-06-08T17:49:31.000Z.
+    """Format an instant like JavaScript's toISOString: 2018-06-08T17:49:31.000Z.
 
     Milliseconds are cut off, not rounded, so that nothing reads as later than it is.
     """

@@ -37,11 +37,11 @@ class Window:
     spread: timedelta = timedelta(0)
 
     def opens_on(self, day: date, holidays: Collection[date]) -> bool:
-        """Whether it opens on this day."""
+        """Return whether the window opens on a day."""
         return day.weekday() in self.days and day not in holidays
 
     def shows(self, wall: datetime, holidays: Collection[date]) -> bool:
-        """Whether it is open when the clock shows this."""
+        """Return whether the window is open at a wall time."""
         day, clock = wall.date(), wall.time()
         if self.end is None or self.start < self.end:
             is_within = self.start <= clock and (self.end is None or clock < self.end)
@@ -126,7 +126,7 @@ def begin(
 
 
 def _next_start(window: Window, wall: datetime, holidays: Collection[date]) -> datetime | None:
-    """The next time on the wall at which it opens, after one at which it is closed."""
+    """Return the wall time at which a closed window opens next."""
     for days in range(_HORIZON_DAYS):
         day = wall.date() + _DAY * days
         start = datetime.combine(day, window.start, tzinfo=wall.tzinfo)
@@ -136,12 +136,12 @@ def _next_start(window: Window, wall: datetime, holidays: Collection[date]) -> d
 
 
 def _end(window: Window, wall: datetime) -> datetime:
-    """The time on the wall at which it closes next, after one at which it is open."""
+    """Return the wall time at which an open window closes."""
     end = window.end or time.min
     days = 0 if wall.time() < end else 1
     return datetime.combine(wall.date() + _DAY * days, end, tzinfo=wall.tzinfo)
 
 
 def _naive(wall: datetime) -> datetime:
-    """What the clock shows, whatever its offset."""
+    """Return a wall time without its offset."""
     return wall.replace(tzinfo=UTC, fold=0)

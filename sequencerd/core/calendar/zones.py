@@ -26,7 +26,7 @@ _DAY = timedelta(days=1)
 
 
 def zone(name: str) -> ZoneInfo:
-    """The zone with this IANA name; capitals don't matter, no two IANA names differ in them alone.
+    """Return the zone with an IANA name. Case is ignored: no two IANA names differ in case alone.
 
     Raises DefinitionError for a name that is not in the IANA list. Nothing else is looked up, so
     a name can't lead to a file outside of it.
@@ -38,7 +38,7 @@ def zone(name: str) -> ZoneInfo:
 
 
 def to_wall(instant: datetime, tz: ZoneInfo) -> datetime:
-    """What the clock in the zone shows at an instant.
+    """Return the wall time of a zone at an instant.
 
     Raises EvaluationError (bad_data) where that is outside of the years 1 to 9999.
     """
@@ -49,7 +49,7 @@ def to_wall(instant: datetime, tz: ZoneInfo) -> datetime:
 
 
 def first_showing(wall: datetime, since: datetime) -> datetime:
-    """The first instant from `since` on at which the clock shows this wall time or a later one.
+    """Return the first instant, not before `since`, with this wall time or a later one.
 
     A time that is skipped gives the end of the gap; one that comes twice gives the first
     occurrence, or the second where the first lies before `since`.
@@ -65,7 +65,7 @@ def first_showing(wall: datetime, since: datetime) -> datetime:
 
 
 def offset_change(start: datetime, end: datetime, tz: ZoneInfo) -> datetime:
-    """The instant in (start, end] from which on the offset is no longer that of `start`.
+    """Return the instant in (start, end] from which on the offset differs from that of `start`.
 
     There must be one. Offsets change at whole seconds, so bisecting whole seconds finds it.
     """
@@ -95,7 +95,7 @@ def _at_offset(wall: datetime, offset: timedelta) -> datetime:
 
 
 def _offsets(wall: datetime) -> tuple[timedelta, timedelta]:
-    """The offsets of a wall time before and after a change around it (PEP 495's fold 0 and 1)."""
+    """Return the offsets of a wall time before and after a change (PEP 495's fold 0 and 1)."""
     before, after = wall.replace(fold=0).utcoffset(), wall.replace(fold=1).utcoffset()
     assert before is not None
     assert after is not None
@@ -104,7 +104,7 @@ def _offsets(wall: datetime) -> tuple[timedelta, timedelta]:
 
 @cache
 def _names() -> Mapping[str, str]:
-    """All IANA names by their lower-case spelling."""
+    """Return all IANA names by their lower-case spelling."""
     listed = files("tzdata").joinpath("zones").read_text(encoding="utf-8")
     return {name.lower(): name for name in listed.split()}
 

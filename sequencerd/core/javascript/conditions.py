@@ -1,4 +1,4 @@
-"""Conditions by lodash's commands: Boolean(_[command](value, compareTo))."""
+"""Conditions with lodash's functions: Boolean(_[command](value, compareTo))."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _NAMES = """
 """
 
 COMMANDS = frozenset(_NAMES.split()) | {"sampleSize", "shuffle", "uniqueId"}
-"""The commands that a definition may name. Of the last three only the truth is the same twice."""
+"""The commands that a definition may name. The last three give random values, but always true."""
 
 _NEEDS_FUNCTIONS = """
     after ary before bind curry curryRight debounce defer delay flip memoize negate once partial
@@ -74,7 +74,7 @@ _ALWAYS_TRUE = """
 """
 
 ALWAYS_TRUE = frozenset(_ALWAYS_TRUE.split())
-"""Commands that answer a list, an object or a function, which is true, even when it is empty."""
+"""Commands that return a list, an object or a function, which is true even if it is empty."""
 
 _OTHER_NAMES = {
     "eq": "= == === equal equals equalto false is isfalse istrue same sameas true",
@@ -101,7 +101,7 @@ _OTHER_NAMES = {
     "size": "count len length",
     "isNaN": "nan notanumber",
 }
-"""What other languages call the commands: in small letters, without separators."""
+"""Names of the commands in other languages: in lower case, without separators."""
 
 _OPPOSITES = {
     "eq": "!= !== <> differs differsfrom different doesnotequal doesntequal isnot "
@@ -115,44 +115,45 @@ _OPPOSITES = {
     "startsWith": "notstartswith doesnotstartwith",
     "endsWith": "notendswith doesnotendwith",
 }
-"""What lodash has only the opposite of."""
+"""Names of conditions of which lodash has only the opposite."""
 
 PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
-"""Paths of names with dots between them, as most are."""
+"""A path of names separated by dots, the usual form."""
 
 
 class Operand(BaseModel):
-    """`{"type": "get", "value": path}` reads the enrollment, `{"type": "raw", ...}` is itself,
-    `{"type": "now"}` is the present time.
+    """An operand: `{"type": "get", "value": path}` reads the enrollment,
+    `{"type": "raw", "value": x}` is the value x, and `{"type": "now"}` is the current time.
 
-    A path is a text such as "data.items[0].name", a list of keys, or what else lodash takes.
+    A path is a text such as "data.items[0].name", a list of keys, or anything else that lodash
+    accepts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     type: Literal["get", "raw", "now"]
-    """get reads the enrollment at a path, raw is the value as it stands here, now the time."""
+    """get: the value at a path of the enrollment; raw: the value itself; now: the current time."""
     value: object = None
     """The path, such as data.items[0].name, or the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predicate:
-    """A condition, ready to be evaluated; `roots` are the first keys of the paths that it reads."""
+    """A compiled condition; `roots` are the first keys of the paths that it reads."""
 
     command: str
     program: str
     roots: frozenset[str]
 
     def __call__(self, view: str) -> bool:
-        """The answer for an enrollment, of whose view the JSON text is given.
+        """Evaluate the condition for an enrollment, given its view as JSON text.
 
-        Raises EvaluationError where lodash throws or a limit is reached.
+        Raises EvaluationError if lodash throws or a limit is reached.
         """
         return bool(self._evaluated("condition", view))
 
     def operands(self, view: str) -> tuple[str | None, str | None]:
-        """What is compared, as JSON, for explanations; None for undefined."""
+        """Return the compared values as JSON, for explanations; None for undefined."""
         value, compare_to = json.loads(self._evaluated("operands", view))
         return value, compare_to
 
@@ -167,10 +168,7 @@ class Predicate:
 
 
 def compile_predicate(command: str, value: Operand, compare_to: Operand | None) -> Predicate:
-    """Checks the command and the paths.
-
-    Raises DefinitionError for an unknown command and for a path that no key can be made of.
-    """
+    """Compile a condition. Raises DefinitionError for an unknown command or an invalid path."""
     known_command(command)
     operands = {"value": value, "compareTo": compare_to}
     faults = Faults()
@@ -193,7 +191,7 @@ def compile_predicate(command: str, value: Operand, compare_to: Operand | None) 
 
 
 def known_command(command: str) -> str:
-    """The command itself. Raises DefinitionError for one that is not known."""
+    """Return the command. Raises DefinitionError for an unknown one."""
     if command in COMMANDS:
         return command
     if reason := LEFT_OUT.get(command):
@@ -203,7 +201,7 @@ def known_command(command: str) -> str:
 
 
 def _meant(command: str) -> str:
-    """The command that a name is likely to stand for, as the end of a sentence."""
+    """Return which command is probably meant, as the end of a sentence."""
     names: dict[str, str] = {}
     for known, others in _OTHER_NAMES.items():
         names |= dict.fromkeys(others.split(), f"did you mean {known!r}?")
@@ -220,7 +218,7 @@ def _meant(command: str) -> str:
 
 
 def first_key(operand: Operand) -> str | None:
-    """The first key of the path of a `get`; None for an empty one. Raises DefinitionError."""
+    """Return the first key of a path; None for an empty path. Raises DefinitionError."""
     path = operand.value
     if "value" not in operand.model_fields_set:
         return "undefined"

@@ -1,8 +1,8 @@
-"""The engine that runs lodash and handlebars: one context per thread, made when first needed.
+"""The engine that runs lodash and handlebars: one context per thread, created on first use.
 
-A context has no I/O, no clock and nothing random, and nothing in it can be changed: the same
-texts give the same answer, whatever was evaluated before. Each evaluation has limits of CPU time,
-memory and stack. After one that reached a limit, the next gets a new context.
+A context has no I/O, no clock and no randomness, and nothing in it can be changed: the same texts
+give the same result, whatever was evaluated before. CPU time, memory and stack are limited. When
+an evaluation exceeds a limit, the next one gets a new context.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _FRAMES = re.compile(r"\n    at .*", re.DOTALL)
 
 
 class LimitError(Exception):
-    """An evaluation that takes too much; the message says of what."""
+    """An evaluation exceeded a limit, which the message names."""
 
 
 class ThrownError(Exception):
-    """What lodash, handlebars or a helper has thrown, in its own words."""
+    """An error thrown by lodash, handlebars or a helper, with its message."""
 
 
 def evaluate(maker: Literal["condition", "operands", "template"], program: str, *texts: str) -> Any:
-    """What a program makes of the texts. Raises LimitError and ThrownError."""
+    """Run a program on texts and return its result. Raises LimitError and ThrownError."""
     sandbox = _current()
     try:
         return sandbox.program(maker, program)(*texts)
@@ -41,7 +41,7 @@ def evaluate(maker: Literal["condition", "operands", "template"], program: str, 
 
 
 def ask(maker: Literal["analyse", "rename", "root"], text: str) -> str:
-    """What is to be known of a text before it is evaluated. Raises LimitError and ThrownError."""
+    """Analyse or convert a text without evaluating it. Raises LimitError and ThrownError."""
     sandbox = _current()
     try:
         return str(sandbox.make(maker, text))
@@ -51,11 +51,11 @@ def ask(maker: Literal["analyse", "rename", "root"], text: str) -> str:
 
 
 class _Sandbox:
-    """A context with lodash and handlebars, and what was compiled in it."""
+    """A context with lodash and handlebars, and the programs compiled in it."""
 
     def __init__(self) -> None:
-        # Imported when it is needed, as most commands need none of it; and not from `quickjs`,
-        # which starts a thread when it is imported.
+        # Imported on first use, because most commands do not need it; and not from `quickjs`,
+        # which starts a thread on import.
         from _quickjs import Context  # noqa: PLC0415
 
         self._context = Context()
@@ -71,11 +71,11 @@ class _Sandbox:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing but the present evaluation was done in it."""
+        """Whether only the current evaluation has used the context."""
         return self._made <= 1 and self.program.cache_info().hits == 0
 
     def make(self, maker: str, text: str) -> Any:
-        """What one of the functions of evaluate.js makes of a text."""
+        """Call a function of evaluate.js on a text."""
         self._made += 1
         self._context.set_time_limit(COMPILE_SECONDS)
         try:
@@ -85,7 +85,7 @@ class _Sandbox:
 
 
 class _Thread(threading.local):
-    """QuickJS must be called by the thread that made the context."""
+    """The context of each thread: QuickJS must be called by the thread that created it."""
 
     sandbox: _Sandbox | None = None
 
@@ -100,7 +100,7 @@ def _current() -> _Sandbox:
 
 
 def _judge(sandbox: _Sandbox, error: Exception) -> None:
-    """Raises what an exception means, unless what others have left in memory is to blame."""
+    """Raise the error that an exception means, unless earlier evaluations used up the memory."""
     from _quickjs import JSException, StackOverflow  # noqa: PLC0415 -- as above
 
     if not isinstance(error, JSException):

@@ -1,7 +1,7 @@
-"""Templates by handlebars, with helpers of our own.
+"""Templates by handlebars, with additional helpers.
 
-What a template is made of is read when it is compiled; it is made a program when it is first
-rendered. A template sees JSON data only: no file, no environment, no code.
+Compiling a template analyses it; its program is created when it is first rendered. A template has
+access to JSON data only: no files, no environment, no code.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ USAGE: Mapping[str, str] = {
     "url": "{{url value}}",
     "with": "{{#with value}}...{{/with}}",
 }
-"""The helpers, and how each is written."""
+"""The helpers, with their syntax."""
 
 _SYNTAX = re.compile(r"(?:Parse|Lexical) error on line (\d+)[:.].*?\n(.*)\n-*\^", re.DOTALL)
 _AT_LINE = re.compile(r"(.*) - (\d+):\d+", re.DOTALL)
@@ -64,10 +64,11 @@ _AT_LINE = re.compile(r"(.*) - (\d+):\d+", re.DOTALL)
 class Template:
     """A compiled template.
 
-    `is_literal` tells that it has no tags and renders as its source; `reads` are the paths that it
-    may read, with dots: never too few, as a path within {{#each}} is listed as if it were read from
-    the view itself, and "this" stands for all of it. `surely_reads` are those that are read from
-    the view for certain, `roots` the first keys of `reads`, None for all.
+    `is_literal`: it has no tags and renders as its source. `reads` are the paths that it may read,
+    separated by dots. They may be too many, but never too few: a path within {{#each}} is listed as
+    if it were a path of the view, and "this" stands for the whole view. `surely_reads` are the
+    paths that are certainly read from the view; `roots` are the first keys of `reads`, None for
+    all.
     """
 
     source: str
@@ -79,10 +80,10 @@ class Template:
     dates: tuple[_Date, ...] = field(repr=False, compare=False)
 
     def render(self, view: Mapping[str, object] | str) -> str:
-        """The text for this view of an enrollment, or for its JSON text.
+        """Render the view of an enrollment, or its JSON text.
 
-        Raises EvaluationError ("bad_data") when a helper can't use its value, a value can't be
-        printed, or a limit is reached.
+        Raises EvaluationError ("bad_data") if a helper rejects its value, a value cannot be
+        printed, or a limit is exceeded.
         """
         if self.is_literal:
             return self.source
@@ -101,7 +102,7 @@ class Template:
         raise EvaluationError("bad_data", f"dates are made of dates more than {MAX_ROUNDS} deep")
 
     def _expected(self, view: Mapping[str, object]) -> dict[str, str | dict[str, str]]:
-        """The dates that it will ask for, so that it need not be rendered twice."""
+        """Format the dates that it will request, so that it need not be rendered twice."""
         answers = {}
         for date in self.dates:
             value: object = view
@@ -115,7 +116,7 @@ class Template:
 
 
 class _Date(NamedTuple):
-    """A date that is surely written: where it is read, and how it is written."""
+    """A date that is certainly printed: its path, and its format."""
 
     keys: tuple[str, ...]
     format: str
@@ -130,12 +131,12 @@ def compile_template(
     strict: bool = False,
     partials: Mapping[str, str] = NO_PARTIALS,
 ) -> Template:
-    """Compile a template. `escape` is for HTML: {{x}} escapes it, {{{x}}} and {{&x}} do not.
-    With `strict`, a tag that prints a missing value is an error. `partials` are those that it may
-    use, which are compiled in the same way.
+    """Compile a template. `escape` is for HTML: {{x}} is escaped, {{{x}}} and {{&x}} are not.
+    With `strict`, printing a missing value is an error. `partials` may be included; they are
+    compiled in the same way.
 
-    Raises DefinitionError for a malformed or oversized template, for a helper or partial that does
-    not exist, and for a helper that is given what it doesn't take.
+    Raises DefinitionError for a malformed or oversized template, an unknown helper or partial, and
+    a helper with wrong arguments.
     """
     if "{{" not in source and len(source) <= MAX_SOURCE:
         none = frozenset[str]()
@@ -172,8 +173,8 @@ def compile_template(
 
 
 def check_partial(source: str) -> None:
-    """Raise DefinitionError for a partial that no template can use. Partials that are missing in it
-    are errors of the templates, which may define them.
+    """Raise DefinitionError for a partial that no template can use. Missing partials are reported
+    for the templates, which may define them.
     """
     if "{{" not in source and len(source) <= MAX_SOURCE:
         return
@@ -182,8 +183,8 @@ def check_partial(source: str) -> None:
 
 
 def missing_layouts(source: str, partials: Mapping[str, str]) -> list[str]:
-    """Return the names of partials with a block that do not exist, as sentences: handlebars renders
-    the block in their place. The template has no errors.
+    """Describe missing partials with a block, which handlebars renders in their place. The template
+    has no errors.
     """
     if "{{" not in source:
         return []
@@ -194,7 +195,7 @@ def missing_layouts(source: str, partials: Mapping[str, str]) -> list[str]:
 
 
 def called_partials(source: str, partials: Mapping[str, str]) -> set[str]:
-    """Return the partials that a template uses, also within others, as far as they can be read."""
+    """Return the partials that a template uses, directly or through others, if they are valid."""
     used: set[str] = set()
     sources = [source]
     while sources:
@@ -209,14 +210,14 @@ def called_partials(source: str, partials: Mapping[str, str]) -> set[str]:
 
 
 def _named(found: Mapping[str, Any], partials: Mapping[str, str]) -> set[str]:
-    """Return the partials that a template calls; all, if it computes a name."""
+    """Return the partials that a template includes; all if it computes a name."""
     if found["isDynamic"]:
         return set(partials)
     return {name for _, name, _, _ in found["used"] if name in partials}
 
 
 def surely_used(source: str, partials: Mapping[str, str]) -> set[str]:
-    """Return the partials that a template without errors surely renders with the whole view."""
+    """Return the partials that a template without errors certainly renders with the whole view."""
     found: set[str] = set()
     sources = [source]
     while sources:
@@ -229,7 +230,7 @@ def surely_used(source: str, partials: Mapping[str, str]) -> set[str]:
 
 
 def _analysis(source: str) -> dict[str, Any]:
-    """Return what is known of a template by itself. Raises DefinitionError."""
+    """Return the analysis of a template alone. Raises DefinitionError."""
     if len(source) > MAX_SOURCE:
         raise DefinitionError(
             f"the template has {len(source)} characters: write at most {MAX_SOURCE}"
@@ -243,7 +244,7 @@ def _analysis(source: str) -> dict[str, Any]:
 
 
 def _wrong(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each mistake of a template but partials that are missing."""
+    """Describe the errors of a template, except for missing partials."""
     for line, kind, name in found["wrong"]:
         yield f"line {line}: {_described(kind, name)}"
     for line, *option in found["options"]:
@@ -252,8 +253,8 @@ def _wrong(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _used(found: Mapping[str, Any], partials: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return what is known of the partials that a template uses, also within others; of all, if it
-    computes a name. Raises DefinitionError, which names the partial.
+    """Return the analyses of the partials that a template uses, directly or through others; of all
+    if it computes a name. Raises DefinitionError, which names the partial.
     """
     used: dict[str, dict[str, Any]] = {}
     open_ = [found]
@@ -277,7 +278,7 @@ def _missing(
     *,
     with_block: bool = False,
 ) -> Iterator[str]:
-    """Yield a sentence for each partial that does not exist."""
+    """Describe each partial that does not exist."""
     for line, name, has_block, _ in found["used"]:
         if has_block is with_block and name not in partials and name not in inlines:
             near = get_close_matches(name, partials, n=1)
@@ -290,7 +291,7 @@ def _missing(
 
 
 def with_renamed_keys(source: str, names: Mapping[str, str]) -> str:
-    """The template in which keys of the view have other names. Raises DefinitionError."""
+    """Return the template with other names for keys of the view. Raises DefinitionError."""
     if "{{" not in source:
         return source
     try:
@@ -299,9 +300,9 @@ def with_renamed_keys(source: str, names: Mapping[str, str]) -> str:
         raise DefinitionError(_syntax(str(error))) from error
 
 
-@lru_cache(maxsize=1000)  # compiled, checked and asked for what it reads, it is parsed once
+@lru_cache(maxsize=1000)  # a template is compiled and checked several times, and parsed once
 def _analysed(source: str) -> str:
-    """What handlebars' own parser says of a template, as JSON. Raises DefinitionError."""
+    """Return the analysis by handlebars' own parser, as JSON. Raises DefinitionError."""
     try:
         return sandbox.ask("analyse", json.dumps(source))
     except sandbox.ThrownError as error:
@@ -311,7 +312,7 @@ def _analysed(source: str) -> str:
 
 
 def _syntax(message: str) -> str:
-    """What handlebars says of a template that it can't read, in a line."""
+    """Describe a syntax error of handlebars in a line."""
     if malformed := _SYNTAX.match(message):
         return f"line {malformed[1]}: the template is malformed at {malformed[2][-60:]!r}"
     if at_line := _AT_LINE.fullmatch(message):
@@ -335,7 +336,7 @@ def _described(kind: str, name: str) -> str:
 
 
 def _misused(helper: str, option: str, text: str) -> Iterator[str]:
-    """What is wrong with an option that is written in the template."""
+    """Describe the error in a constant option of a helper."""
     checks: Mapping[tuple[str, str], Callable[[str], object]] = {
         ("date", "format"): compile_format,
         ("date", "zone"): dates.zone,
@@ -350,7 +351,7 @@ def _misused(helper: str, option: str, text: str) -> Iterator[str]:
 
 @lru_cache(maxsize=10_000)
 def _answer(question: str) -> str | dict[str, str]:
-    """A date as it is written; or why it can't be."""
+    """Return a formatted date, or the reason why that is not possible."""
     text, pattern, zone, locale = json.loads(question)
     try:
         tz = dates.zone(zone)
@@ -367,5 +368,5 @@ def _json(view: Mapping[str, object]) -> str:
 
 
 def _written(question: list[str]) -> str:
-    """As JSON.stringify writes it."""
+    """Return JSON as JSON.stringify writes it."""
     return json.dumps(question, ensure_ascii=False, separators=(",", ":"))

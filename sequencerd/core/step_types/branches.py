@@ -32,12 +32,12 @@ from sequencerd.core.step_types.record import ANY, StepType
 
 
 class GoToConfig(Config):
-    """Goes to its next step, or to the named step, of the named sequence; altNext if it refuses."""
+    """Goes to another step, also of another sequence; to altNext if that sequence refuses."""
 
     step: str | None = None
-    """Where to go; its next step if nothing is said."""
+    """The step to go to. Default: the next step."""
     sequence: str | None = None
-    """The sequence that has the step, where it is another one."""
+    """The sequence of the step, if it is another one."""
 
 
 def _go_to(config: GoToConfig) -> InstantStep:
@@ -52,7 +52,7 @@ def _go_to(config: GoToConfig) -> InstantStep:
 
 
 class ConditionalConfig(ConditionConfig):
-    """Goes to next if the condition holds, else to altNext."""
+    """Goes to next if the condition is true, otherwise to altNext."""
 
 
 def _conditional(config: ConditionalConfig) -> InstantStep:
@@ -69,14 +69,14 @@ class SwitchCase(Config):
     when: ConditionConfig
     """The condition."""
     step: str | None
-    """Where to go if it holds; null ends the enrollment."""
+    """The step to go to if it is true; null ends the enrollment."""
 
 
 class SwitchConfig(Config):
-    """Goes to the step of the first case whose condition holds, else to next."""
+    """Goes to the step of the first case whose condition is true, otherwise to next."""
 
     cases: list[SwitchCase] = Field(min_length=1)
-    """The cases, in the order in which they are tried."""
+    """The cases, in the order in which they are evaluated."""
 
 
 def _switch(config: SwitchConfig) -> InstantStep:
@@ -102,10 +102,10 @@ def _switch(config: SwitchConfig) -> InstantStep:
 
 
 class GoalConfig(ConditionConfig):
-    """Moves an enrollment to its next from any step, as soon as the condition holds."""
+    """Moves an enrollment from any step to the goal's next step once the condition is true."""
 
     repeat: StrictBool = False
-    """Pulls again each time that the condition holds after it did not; else once."""
+    """Whether the goal can be met again after the condition was false. Default: once."""
 
 
 def _goal(config: GoalConfig) -> InstantStep:
@@ -125,15 +125,15 @@ class SplitWay(Config):
     """A branch of a Split."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    """Its name in the history; it decides with the seed which subjects go this way."""
+    """The name in the history; with the seed it determines which subjects take this branch."""
     weight: Weight
-    """Its share, in proportion to the weights of all ways."""
+    """The share of subjects, relative to the weights of all branches."""
     step: str | None
-    """Where it leads; null ends the enrollment."""
+    """The step to go to; null ends the enrollment."""
 
 
 class SplitConfig(Config):
-    """Sends a share of the subjects each way, always the same ones: two ways, or named ones."""
+    """Sends a share of the subjects to each branch; a subject always takes the same branch."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -146,7 +146,7 @@ class SplitConfig(Config):
     alt_next: Weight | None = None
     """The weight of altNext."""
     ways: list[SplitWay] | None = Field(default=None, min_length=1)
-    """Named ways, instead of the weights of next and altNext."""
+    """Named branches, instead of the weights of next and altNext."""
 
     @model_validator(mode="after")
     def _check(self) -> SplitConfig:

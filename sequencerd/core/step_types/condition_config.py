@@ -48,8 +48,8 @@ def _granularity(name: str) -> str:
 
 
 class ConditionConfig(Config):
-    """A condition: Boolean(_[lodashCommand](value, compareTo)), a comparison of times by
-    momentCommand, or others combined by all, any and not.
+    """A condition: Boolean(_[lodashCommand](value, compareTo)), a comparison of times with
+    momentCommand, or a combination of conditions with all, any and not.
     """
 
     model_config = ConfigDict(
@@ -74,11 +74,11 @@ class ConditionConfig(Config):
     ) = None
     """lodash's command, such as eq, gte, isEqual, includes."""
     moment_command: MomentCommand | None = None
-    """moment's command; it compares instants, whatever the zones in which they are written."""
+    """moment's command, which compares points in time, also across time zones."""
     value: Operand | None = None
     """The first operand."""
     compare_to: Operand | list[Operand] | None = None
-    """The second operand, of those commands that have one; of isBetween a list of two."""
+    """The second operand, if the command takes one; for isBetween a list of two."""
     granularity: (
         Annotated[
             str,
@@ -87,13 +87,13 @@ class ConditionConfig(Config):
         ]
         | None
     ) = None
-    """Of momentCommand: what is compared, such as day, in the enrollment's time zone."""
+    """For momentCommand: the unit that is compared, such as day, in the enrollment's time zone."""
     all_: Annotated[list[ConditionConfig], Field(min_length=1)] | None = Field(None, alias="all")
-    """Conditions that must all hold."""
+    """Conditions that must all be true."""
     any_: Annotated[list[ConditionConfig], Field(min_length=1)] | None = Field(None, alias="any")
-    """Conditions of which one must hold."""
+    """Conditions of which at least one must be true."""
     not_: ConditionConfig | None = Field(None, alias="not")
-    """A condition that must not hold."""
+    """A condition that must be false."""
 
     def predicate(self) -> Predicate:
         """Compile the condition of the lodashCommand."""

@@ -33,13 +33,13 @@ OPERATIONS = ("get", "add", "append", "remove")
 
 
 class UpdateDataConfig(Config):
-    """Merges into the enrollment's data."""
+    """Merges values into the enrollment's data."""
 
     data: dict[str, Any] = Field(min_length=1)
-    """What is merged; texts are templates. {get: path} is the value there, with its type; {add: 1}
+    """The values to merge; texts are templates. {get: path} copies a value with its type; {add: 1}
     adds to a number, {append: x} to a list, and {remove: true} removes the key."""
     strict: StrictBool = False
-    """Whether a missing value is an error, instead of nothing or null."""
+    """Whether a missing value is an error. Default: it is empty, or null."""
 
 
 def _update_data(config: UpdateDataConfig) -> InstantStep:

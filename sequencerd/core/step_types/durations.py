@@ -47,14 +47,14 @@ class DurationConfig(Config):
     """An amount of a unit of time."""
 
     amount: StrictInt | StrictFloat | TemplateText
-    """How many; a number, or a template that gives one, such as {{data.days}}."""
+    """A number, or a template that renders one, such as {{data.days}}."""
     unit: Annotated[str, AfterValidator(_unit)] = Field(
         json_schema_extra=spelled(dates.UNITS, BUSINESS_DAYS)
     )
-    """Years to milliseconds, or business days. Years to days move the wall clock, the others are
-    elapsed time."""
+    """Years to milliseconds, or business days. Days and longer units are calendar time, the others
+    are elapsed time."""
     holidays: CalendarName | None = None
-    """Of business days: the calendar of sequencer.holidays whose days are none, such as DE."""
+    """For business days: the calendar of sequencer.holidays to skip, such as DE."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

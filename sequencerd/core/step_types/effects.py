@@ -35,16 +35,16 @@ from sequencerd.core.window_config import WindowConfig
 
 
 class RetryConfig(Config):
-    """How often a side effect that failed is tried again; what is left out, its runner says."""
+    """How failed side effects are retried. Defaults: those of the runner."""
 
     attempts: StrictInt | None = Field(default=None, ge=1, le=1000)
-    """How often it is tried, with the first time."""
+    """The number of attempts, including the first one."""
     first_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=86400)
-    """Seconds before the second attempt; the delay doubles with each attempt."""
+    """Seconds before the second attempt; the delay doubles after each attempt."""
     longest_delay: StrictInt | StrictFloat | None = Field(default=None, ge=0, le=30 * 86400)
-    """Seconds that the delay grows to."""
+    """The longest delay, in seconds."""
     give_up_after: StrictInt | StrictFloat | None = Field(default=None, ge=1, le=365 * 86400)
-    """Seconds of waiting after which it is not tried again, instead of a number of attempts."""
+    """Ends the retries after this many seconds of delays, instead of a number of attempts."""
 
     def applied(self, policy: RetryPolicy) -> RetryPolicy:
         """Return a runner's policy with these keys; either limit replaces the runner's own."""
@@ -63,16 +63,16 @@ SUBJECT = "{{subject}}"
 
 
 class TopicLimitConfig(Config):
-    """How often side effects of a topic may begin: at most so many in any period."""
+    """How many side effects of a topic may begin in any period."""
 
     key: str = SUBJECT
-    """What is counted together with others of the topic: a template."""
+    """A template; side effects with the same key are counted together."""
     at_most: StrictInt = Field(ge=1, le=1000, alias="at_most")
     """How many."""
     per: Duration
     """The period, such as {days: 7}: weeks to seconds, of elapsed time."""
     then: Literal["wait", "skip", "altNext"] = "wait"
-    """What follows when there have been so many: wait until there is room, or go on without it."""
+    """What happens at the limit: wait, or continue without the side effect at next or altNext."""
 
     def compile(self, topic: str | None = None) -> Limit:
         """Compile it. Raises DefinitionError."""
@@ -93,33 +93,33 @@ def _subject(context: Context) -> str:
 
 
 class LimitConfig(TopicLimitConfig):
-    """How often side effects may begin: at most so many in any period, in all sequences."""
+    """How many side effects may begin in any period, counted over all sequences."""
 
     topic: Topic | None = None
-    """Whose side effects are counted (default: the topic of the step; without one, the step's)."""
+    """The topic that is counted. Default: the topic of the step, or else only the step itself."""
 
 
 class EffectConfig(Config):
-    """The keys that every step with a side effect takes, beside those of its runner."""
+    """Keys that every step with a side effect accepts, in addition to those of its runner."""
 
     retry: RetryConfig = Field(default_factory=RetryConfig)
-    """How often it is tried again."""
+    """How failures are retried."""
     on_error: Literal["fail", "altNext"] = "fail"
-    """What follows on the last failure: the enrollment fails, or goes on to altNext."""
+    """What happens after the last failure: the enrollment fails, or continues at altNext."""
     delivery: Literal["at_least_once", "at_most_once"] = "at_least_once"
-    """at_most_once: never started again where it may have taken place; a person decides."""
+    """at_most_once: not repeated if the outcome is unknown; the enrollment fails instead."""
     expires: str | DurationConfig | None = None
-    """When it is too late: a date, a template that gives one, or a duration from the arrival."""
+    """When it is too late: a date, a template that renders one, or a duration since arrival."""
     on_expired: Skip = "next"
-    """Where it goes when it is too late."""
+    """The exit if it is too late."""
     on_suppressed: Skip = "next"
-    """Where it goes if nothing is sent because the recipients are suppressed."""
+    """The exit if nothing is sent because all recipients are suppressed."""
     topic: Topic | None = None
-    """What it is about, such as marketing, instead of the topic of the sequence; null: none."""
+    """The topic, such as marketing. Default: that of the sequence; null: none."""
     limit: LimitConfig | None = None
-    """How often it and others of its topic may begin, for each subject or another key."""
+    """How many may begin in a period, for each subject or for another key."""
     window: WindowConfig | None = None
-    """When it may begin, instead of in the window of the sequence; null: at any time."""
+    """When it may begin. Default: the window of the sequence; null: at any time."""
 
 
 EFFECT_KEYS = frozenset(to_camel(name) for name in EffectConfig.model_fields)
@@ -159,24 +159,24 @@ _HEADER_NAME = re.compile(rf"(?:X-|List-)[A-Za-z0-9-]+|{'|'.join(HEADERS)}", re.
 
 
 class AttachmentConfig(Config):
-    """A file of a message, from data or from a URL; everything is a template."""
+    """A file, from the data or from a URL. All texts are templates."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["url"]}, {"required": ["base64"]}]}
     )
 
     url: str | None = None
-    """Where it is, at a host that the settings allow; nothing is attached if it is empty."""
+    """The URL of the file, at a host that the settings allow. If empty, nothing is attached."""
     base64: str | None = None
-    """Its content, such as {{data.pdf}}, instead of a URL; nothing is attached if it is empty."""
+    """The content, such as {{data.pdf}}, instead of a URL. If empty, nothing is attached."""
     filename: str | None = None
-    """Its name. Default: the end of the URL."""
+    """The name of the file. Default: the last part of the URL."""
     content_type: str | None = None
-    """Such as application/pdf. Default: by the name."""
+    """The type, such as application/pdf. Default: derived from the name."""
     content_id: str | None = None
-    """Of an image in html, which refers to it as cid:..."""
+    """The id by which html refers to an image, as cid:..."""
     inline: StrictBool = False
-    """Whether html refers to it, by its name if it has no contentId."""
+    """Whether html refers to it, by its name if there is no contentId."""
 
     @model_validator(mode="after")
     def _check(self) -> AttachmentConfig:
@@ -189,7 +189,7 @@ MAX_ATTACHMENTS = 10
 
 
 class EmailConfig(Config):
-    """Sends an e-mail; everything is a template."""
+    """Sends an e-mail. All texts are templates."""
 
     model_config = ConfigDict(
         json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["html"]}]}
@@ -200,27 +200,27 @@ class EmailConfig(Config):
     to: str | list[str]
     """Addresses, such as {{data.email}}."""
     cc: str | list[str] | None = None
-    """More addresses; what renders to nothing is left out."""
+    """Further recipients; empty ones are left out."""
     bcc: str | list[str] | None = None
-    """Addresses that other recipients do not see."""
+    """Recipients that the others do not see."""
     reply_to: str | list[str] | None = None
-    """Where answers go."""
+    """The address for replies."""
     subject: LanguageText
-    """The subject, in one line; or one for each language, such as {en: Hello, de: Hallo}."""
+    """The subject line, or one for each language, such as {en: Hello, de: Hallo}."""
     text: LanguageText | None = None
-    """The message in plain text; text, html or both."""
+    """The message in plain text. Write text, html or both."""
     html: LanguageText | None = None
-    """The message in HTML, in which {{x}} is escaped."""
+    """The message in HTML; {{x}} is escaped."""
     attachments: list[AttachmentConfig] = Field(default_factory=list, max_length=MAX_ATTACHMENTS)
-    """Files, and images in html."""
+    """Attached files, and images for html."""
     headers: dict[str, str] = Field(default_factory=dict)
-    """Further headers: X-..., List-... and a few more."""
+    """Additional headers: X-..., List-... and a few others."""
     list_unsubscribe: str | None = None
-    """A URL to unsubscribe at with one click."""
+    """A URL for unsubscribing with one click."""
     strict: StrictBool = False
-    """Whether a missing value is an error, instead of nothing."""
+    """Whether a missing value is an error. Default: it is empty."""
     many: bool = False
-    """Whether a value may hold several addresses, with commas; otherwise it is one."""
+    """Whether a value may contain several addresses, separated by commas."""
 
     @model_validator(mode="after")
     def _check(self) -> EmailConfig:
@@ -236,20 +236,20 @@ class EmailConfig(Config):
 
 
 class SmsConfig(Config):
-    """Sends an SMS; everything is a template."""
+    """Sends an SMS. All texts are templates."""
 
     from_: str | None = Field(None, alias="from")
     """The sender's number."""
     to: str
-    """The number, with its country, such as {{data.phone}}."""
+    """The number, with its country code, such as {{data.phone}}."""
     message: LanguageText
-    """The text; or one for each language, such as {en: Hello, de: Hallo}."""
+    """The text, or one for each language, such as {en: Hello, de: Hallo}."""
     messaging_service_sid: str | None = None
-    """Twilio's messaging service, instead of a sender."""
+    """The id of a messaging service at Twilio, instead of a sender."""
     strict: StrictBool = False
     """Whether a missing value is an error."""
     status_callback: str | None = None
-    """A URL that Twilio tells what became of the message."""
+    """A URL to which Twilio reports the status of the message."""
 
 
 def _message(name: str, config: type[Config], *localised: str) -> StepType:

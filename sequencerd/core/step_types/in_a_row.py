@@ -68,7 +68,7 @@ def _at(hour: Mapping[str, Any], minute: Mapping[str, Any]) -> str:
 
 
 def _window(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a window for what a comparison waits for."""
+    """Return the keys of a window for the values of a comparison."""
     values = config["values"]
     if not all(isinstance(value, int) for value in values):
         return {}
@@ -82,7 +82,7 @@ def _window(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _after(hours: Sequence[int]) -> int:
-    """The end of the hours that follow each other from the first."""
+    """Return the end of the consecutive hours from the first one on."""
     end = min(hours)
     while end in hours:
         end += 1

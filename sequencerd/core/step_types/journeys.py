@@ -40,14 +40,14 @@ MAX_SUBJECT = 1000  # bytes
 
 
 class EnrollStepConfig(Config):
-    """Enrolls a subject in another sequence; altNext if it refuses and there is one."""
+    """Enrolls a subject in another sequence; goes to altNext, if set, if the sequence refuses."""
 
     sequence: str = Field(min_length=1)
     """The sequence."""
     subject: str | None = None
-    """A template; the enrollment's own subject by default."""
+    """The subject: a template. Default: the enrollment's own subject."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """The data of the new enrollment; texts are templates, and {get: path} is a value."""
+    """The data of the new enrollment; texts are templates, and {get: path} copies a value."""
 
 
 def _enroll(config: EnrollStepConfig) -> InstantStep:
@@ -70,12 +70,12 @@ def _enroll(config: EnrollStepConfig) -> InstantStep:
 
 
 class CancelConfig(Config):
-    """Cancels the active enrollments of a subject in a sequence, but for this one."""
+    """Cancels the active enrollments of a subject in a sequence, except this one."""
 
     sequence: str = Field(min_length=1)
     """The sequence."""
     subject: str | None = None
-    """A template; the enrollment's own subject by default."""
+    """The subject: a template. Default: the enrollment's own subject."""
 
 
 def _cancel(config: CancelConfig) -> InstantStep:
@@ -122,19 +122,19 @@ def _time_of_day(text: str) -> str:
 
 
 class CollectConfig(Config):
-    """Waits for items that sequencer.collect() adds to data.items, and moves them to data.batch."""
+    """Collects items that sequencer.collect() adds to data.items, then moves them to data.batch."""
 
     quiet: Duration | None = None
-    """Passes when no item has come for so long, such as {minutes: 10}."""
+    """Ends the collection when no item has arrived for this time, such as {minutes: 10}."""
     most: Duration | None = None
-    """Passes so long after the first item at the latest, such as {hours: 1}."""
+    """Ends the collection this long after the first item at the latest, such as {hours: 1}."""
     at: (
         Annotated[str, AfterValidator(_time_of_day), Field(json_schema_extra={"pattern": CLOCK})]
         | None
     ) = None
-    """Instead of both, the local time of day at which it passes, such as "08:00"."""
+    """Instead of quiet and most: the local time at which the collection ends, such as "08:00"."""
     at_most: StrictInt = Field(default=1000, ge=1, le=10_000, alias="at_most")
-    """How many items are kept; the others are counted only."""
+    """The number of items to keep; further items are only counted."""
 
 
 def _collect(config: CollectConfig) -> InstantStep:

@@ -87,7 +87,7 @@ def _taken(exit_: Exit, at_once: Literal["always", "never"]) -> Exit:
 
 
 class WaitForDurationConfig(DurationConfig):
-    """Waits from its arrival on."""
+    """Waits for a duration, counted from the arrival at the step."""
 
 
 def _wait_for_duration(config: WaitForDurationConfig) -> InstantStep:
@@ -113,10 +113,10 @@ def _describe_duration(config: Mapping[str, Any]) -> str:
 
 
 class WaitForConditionConfig(ConditionConfig):
-    """Waits until the condition holds, then next; when the timeout is over, altNext."""
+    """Waits until the condition is true, then goes to next; after the timeout, to altNext."""
 
     timeout: DurationConfig | None = None
-    """How long, counted from the arrival; without it for ever."""
+    """The longest wait, counted from the arrival. Default: unlimited."""
 
 
 def _wait_for_condition(config: WaitForConditionConfig) -> InstantStep:
@@ -156,20 +156,20 @@ class WaitForDateConfig(Config):
     """Waits until a date, or until a time before or after it."""
 
     date: str
-    """An ISO 8601 date, or a template that gives one, such as {{data.due}}."""
+    """An ISO 8601 date, or a template that renders one, such as {{data.due}}."""
     format: Literal["X", "x"] | None = None
-    """X: the date is a number of seconds since 1970, a Unix time; x: of milliseconds."""
+    """X: the date is a Unix time in seconds; x: in milliseconds."""
     every: Literal["year"] | None = None
-    """Its next anniversary after the arrival, as of a birthday; that of 29 February is 28 February
-    in common years."""
+    """year: wait for the next anniversary of the date, such as a birthday; 29 February becomes
+    28 February in common years."""
     offset: DurationConfig | None = None
-    """How long after the date, such as {amount: -3, unit: days} for three days before it."""
+    """Time to add to the date, such as {amount: -3, unit: days} for three days before it."""
     at: Annotated[str, AfterValidator(_clock)] | None = None
-    """The time of that day, in the enrollment's zone, such as 09:00."""
+    """The time of that day, such as 09:00, in the enrollment's time zone."""
     past: Literal["next", "altNext"] = "next"
-    """Where it goes if the time was over on arrival, or has been over for more than a day."""
+    """The exit if the time has already passed on arrival, or passed more than a day ago."""
     missing: Literal["fail", "altNext"] = "fail"
-    """What follows where the date is empty: the enrollment fails, or goes on to altNext."""
+    """What happens if the date is empty: the enrollment fails, or continues at altNext."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -262,19 +262,19 @@ def _describe_date(config: Mapping[str, Any]) -> str:
 
 
 class WaitForDateComparisonConfig(Config):
-    """Waits until moment's getter gives one of the values."""
+    """Waits until an attribute of the local time, such as the hour, has one of the values."""
 
     attribute: Annotated[str, AfterValidator(_attribute)] = Field(
         json_schema_extra=spelled(dates.ATTRIBUTES)
     )
-    """The getter, such as hour, day (0 is Sunday), month (0 is January)."""
+    """A getter of moment, such as hour, day (0 is Sunday) or month (0 is January)."""
     values: list[Any] = Field(min_length=1)
-    """Whole numbers that it can give, or templates that give them, such as {{data.hour}}."""
+    """Whole numbers, or templates that render them, such as {{data.hour}}."""
     occurrence: Literal["current", "next"] = "current"
     """next: a matching hour, day or other period that begins after the arrival; current: also the
-    one in which it arrives."""
+    period during which the enrollment arrives."""
     late: Literal["look again", "pass"] = "look again"
-    """What follows when it is woken late, after an outage."""
+    """What happens if the enrollment wakes late, for example after an outage."""
 
 
 def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> InstantStep:

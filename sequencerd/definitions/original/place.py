@@ -130,7 +130,7 @@ async def leave_ids(change: Change) -> None:
 
 
 def _questions(found: ImportReport, choices: ImportChoices) -> list[str]:
-    """What the operator must decide before anything is imported."""
+    """Return the questions that the operator must answer before the import."""
     asked = []
     if count := found.at_conditionals.total():
         steps = _named(found.at_conditionals)
@@ -324,7 +324,7 @@ class _Writer:
 
 
 def _without_step(own: ImportedSequence, *, is_active: bool) -> tuple[ImportedSequence, str] | None:
-    """Where an enrollment is that has no step: in the original only goals move it on."""
+    """Return the step of an enrollment without one: the last goal, because only goals move it."""
     if not is_active:
         return None
     goals = [name for name, step in own.steps.items() if is_goal(step["type"])]

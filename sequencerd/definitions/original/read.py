@@ -64,12 +64,12 @@ class ImportSource:
     choices: ImportChoices = field(default_factory=ImportChoices)
 
     def query(self, name: str, columns: Mapping[str, str] | None = None) -> str:
-        """A statement on the tables. `columns` are those that not every version has."""
+        """Run a statement on the tables. `columns` are those that not every version has."""
         schema = '"' + self.schema.replace('"', '""') + '"'
         return QUERIES[name].format(schema=schema, **columns or {})
 
     async def optional(self) -> dict[str, str]:
-        """The columns that may be missing. Raises UsageError where one that must be there is."""
+        """Return the optional columns that exist. Raises UsageError for a missing required one."""
         rows = await self.connection.fetch(QUERIES["original_columns"], self.schema)
         present = {(row["table"], row["column"]) for row in rows}
         for table, columns in _TABLES.items():
@@ -87,7 +87,7 @@ class ImportSource:
 
 
 async def read(source: ImportSource, ours: asyncpg.Connection, runners: Runners) -> ImportReport:
-    """The definitions, made and checked. Raises UsageError where the tables are not there.
+    """Read and check the definitions. Raises UsageError if the tables do not exist.
 
     A sequence that cannot be imported is reported, and keeps none of the others back.
     """
@@ -121,7 +121,7 @@ async def read(source: ImportSource, ours: asyncpg.Connection, runners: Runners)
 
 
 def _names(sequences: Iterable[asyncpg.Record]) -> dict[str, str]:
-    """The name of each sequence by its id: its title, if no other has the same."""
+    """Return the name of each sequence by its id: its title, if that is unique."""
     titles = {row["id"]: (row["title"] or "").strip() for row in sequences}
     count = Counter(titles.values())
     return {
@@ -203,7 +203,7 @@ class _ImportReader:
     def add(
         self, id_: str, title: str, name: str, description: str | None, first: str | None
     ) -> None:
-        """A sequence that is not here, if it can be one at all."""
+        """Add a sequence that does not exist here, unless it is invalid."""
         rows, where = self._rows[id_], f"{name} (sequence {id_})"
         if first is None:
             self.result.warnings.append(f"{where}: a draft without a first step, not imported")
@@ -221,7 +221,7 @@ class _ImportReader:
             self._new[id_] = _NewSequence(title, name, description, where)
 
     def _problem(self, first: str, rows: Sequence[OriginalStep]) -> str | None:
-        """Why it cannot be a sequence at all."""
+        """Explain why a row cannot become a sequence."""
         if first not in {row.id for row in rows}:
             return f"its firstStep {first} does not exist there"
         known = {row.id for others in self._rows.values() for row in others}
@@ -313,7 +313,7 @@ class _ImportReader:
 def _check(
     documents: Mapping[str, SequenceDocument], runners: Runners
 ) -> dict[str, tuple[Definition | None, list[files.FileFinding]]]:
-    """Each definition, if it has no error, and what was found."""
+    """Return each definition without errors, and all findings."""
     written = {id_: yaml_reader.parse(to_yaml(document)) for id_, document in documents.items()}
     definitions, findings = files.check_documents(written, runners)
     by_name = {definition.sequence.name: definition for definition in definitions}
@@ -327,7 +327,7 @@ def _check(
 
 
 def _goals_met(sequence: model.Sequence) -> dict[str, list[str]]:
-    """For each step, the goals that an enrollment there must have met: no path leads around them.
+    """Return for each step the goals that an enrollment there must have met on every path.
 
     The original kept no record of that, and a goal moves an enrollment once.
     """

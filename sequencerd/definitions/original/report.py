@@ -86,7 +86,7 @@ class ImportReport:
         yield from (f"question: {text}" for text in self.questions)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a program."""
+        """Return the report for JSON."""
         return {
             "sequences": [
                 {

@@ -70,7 +70,7 @@ class TranslatedSteps:
 
 
 def step_name(row: OriginalStep) -> str:
-    """The name that a step gets."""
+    """Return the name for a step."""
     return f"{row.type}-{row.id}"
 
 
@@ -92,8 +92,8 @@ def translate(
     choices: ImportChoices,
     today: datetime,
 ) -> TranslatedSteps:
-    """The steps of one sequence. `elsewhere` are steps of other sequences by their ids, with the
-    names of both here; a link there becomes a GoTo.
+    """Translate the steps of a sequence. `elsewhere` maps the ids of other sequences' steps to the
+    names of sequence and step; a link to one becomes a GoTo.
     """
     made = TranslatedSteps()
     names = {row.id: step_name(row) for row in rows}
@@ -191,7 +191,7 @@ def _past_date(
 def _known(
     type_: str, config: Mapping[str, Any], name: str, made: TranslatedSteps
 ) -> dict[str, Any]:
-    """The keys that the original reads of the config of one of its own types."""
+    """Return the keys that the original reads of the config of a built-in type."""
     found = {}
     dropped = [key for key in config if key not in _KEYS[type_]]
     for key in _KEYS[type_]:
@@ -210,7 +210,7 @@ def _known(
 
 
 def _renamed(path: object) -> object:
-    """The path of a `get`, as a text or as a list of keys."""
+    """Rename the keys in the path of a `get`, a text or a list of keys."""
     if isinstance(path, list) and path:
         return [_RENAMED.get(str(path[0]), path[0]), *path[1:]]
     if isinstance(path, str):
@@ -227,7 +227,7 @@ def _set(config: Any, path: Sequence[str | int], value: str) -> None:
 def _custom(
     row: OriginalStep, config: dict[str, Any], name: str, made: TranslatedSteps
 ) -> dict[str, Any]:
-    """The config of a custom type, unchanged but for what makes external data arrive."""
+    """Return the config of a custom type, with the key that requests external data."""
     if row.type in BUILT_IN:
         made.errors.append(
             f"{name}: {row.type} is a custom type there and a built-in one here: give it another "
@@ -260,7 +260,7 @@ def _split_lists(config: dict[str, Any], name: str, made: TranslatedSteps) -> No
 
 
 def is_past(config: Mapping[str, Any], today: datetime) -> bool:
-    """Whether the day of a WaitForDate is over, by UTC: then none passes it in the original."""
+    """Return whether the day of a WaitForDate is over in UTC; then the original never passes it."""
     date = config.get("date")
     if not isinstance(date, str) or "{{" in date:
         return False
