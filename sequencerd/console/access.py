@@ -128,7 +128,7 @@ async def end_session(request: Request) -> Response:
     auth, visitor = context_of(request).auth, request.state.visitor
     key = Query(request.state.form).must("session")
     if not await auth.sessions.end(key, _whose(visitor)):
-        raise NotFoundError("This session has ended already.")
+        raise NotFoundError("This session has already ended.")
     return RedirectResponse(at("/sessions"), 303)
 
 

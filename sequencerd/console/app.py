@@ -270,7 +270,7 @@ ROUTES_OF_PROGRAMS = (pages.table, pages.stream)
 """Routes for programs: without a login they answer 401 instead of a form, and errors as plain text.
 """
 
-NOT_KNOWN = "Whether the change was made is not known: look before you repeat it."
+NOT_KNOWN = "It is not known whether the change was made: check before you repeat it."
 MAX_ERROR_LENGTH = 300  # characters of an error, which may quote a parameter
 
 

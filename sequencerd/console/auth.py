@@ -96,7 +96,7 @@ class Auth:
         """Return why a request is refused regardless of its user, or None."""
         # DNS rebinding: a foreign name for this address would let other pages read this one
         if self.is_open and request.url.hostname not in (*LOOPBACK_NAMES, "::1"):
-            return "Without a password the console answers at 127.0.0.1 and localhost alone."
+            return "Without a password the console answers only at 127.0.0.1 and localhost."
         if self._proxies and not self.has_sessions and self._from_proxy(request) is None:
             return "The proxy in front of the console must name the user."
         return None

@@ -97,7 +97,7 @@ def _shard_of(context: PageContext, subject: str) -> PageContext:
         number = part.shard.number
         if number is None or shard_of(subject, number.shards) == number.number:
             return part
-    raise UsageError(f"{subject} belongs to another of the shards")
+    raise UsageError(f"{subject} belongs to another shard")
 
 
 def _read(query: Query) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _where(text: str | None, masked: Sequence[str]) -> tuple[list[str] | None, s
     if text is None:
         return None, None
     if not (found := re.fullmatch(r"\s*(?:data\.)?([^=\s]+)\s*=\s*(.*?)\s*", text)):
-        raise WrongQueryError("write the filter of data such as data.plan = pro")
+        raise WrongQueryError("write the data filter as in data.plan = pro")
     path = found[1].split(".")
     _check_path(path, masked)
     return path, found[2]
@@ -139,7 +139,7 @@ def _check_path(path: Sequence[str], masked: Sequence[str]) -> None:
 def _age(text: str) -> timedelta:
     found = re.fullmatch(r"\s*([0-9]{1,5})\s*([mhdw])[a-z]*\s*", text)
     if not found:
-        raise WrongQueryError("write the age such as 3 d, with m, h, d or w")
+        raise WrongQueryError("write the time as in 3 d, with m, h, d or w")
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
@@ -160,9 +160,7 @@ async def enrollments(
             more = {**query.given, "before": str(shown[-1]["id"])}
         elif searched_to > 1:
             more = {**query.given, "before": str(searched_to)}
-            remark = (
-                f"Searched down to enrollment {searched_to:,}; the next page goes on from there."
-            )
+            remark = f"Searched down to enrollment {searched_to:,}; the next page continues there."
         page = _shown(shown, [column.key for column in columns], mask)
         return EnrollmentPage(Table("search", columns, page, query.given, more, sort, remark))
     rows, searched_to = await _search(pool, selection, MAX_ID, MAX_SORTED + 1)
@@ -199,7 +197,7 @@ def _columns(query: Query) -> list[Column]:
             columns.append(COLUMNS[name])
         else:
             raise WrongQueryError(
-                f"there is no column {name}; write what is in the data as data.{name}"
+                f"there is no column {name}; write paths in the data as data.{name}"
             )
     if len(columns) > MAX_COLUMNS:
         raise WrongQueryError(f"a list has at most {MAX_COLUMNS} columns")

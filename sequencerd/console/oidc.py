@@ -86,7 +86,7 @@ class Provider:
         try:
             kept = self._serializer.loads(request.cookies.get(COOKIE, ""), MAX_LOGIN_SECONDS)
         except BadSignature:
-            raise LoginError("it was not begun in this browser, or too long ago") from None
+            raise LoginError("it was started in another browser, or too long ago") from None
         request.scope["session"] = kept
         claims = await self._calling(self._finish(request))
         user, groups = (

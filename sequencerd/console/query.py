@@ -45,7 +45,7 @@ class Query:
     def must(self, name: str) -> str:
         """Return a required value."""
         if (value := self.get(name)) is None:
-            raise WrongQueryError(f"{_said(name)} is missing from the address of this page")
+            raise WrongQueryError(f"{_said(name)} is missing from the URL of this page")
         return value
 
     def of_shard(self, name: str, shards: Collection[str]) -> Query | None:

@@ -186,7 +186,7 @@ async def suppress(request: Request) -> Response:
     if wrong := not_in_all(added):
         return _form(request, query, f"Suppressed in {wrong}", 503)
     if not any(added.values()):
-        return _form(request, query, "This address is suppressed already.", 409)
+        return _form(request, query, "This address is already suppressed.", 409)
     shown = None if context.is_masked else address
     return RedirectResponse(at("/suppressions", channel=channel, address=shown), 303)
 

@@ -139,7 +139,7 @@ def steps(counts: Counts, query: Query) -> Table:
         Column("next", "Went next", "number", optional=True),
         Column("alt_next", "Went altNext", "number", optional=True),
         Column("branches", "Branches", "counts", optional=True),
-        Column("goal", "Left for a goal", "number", optional=True),
+        Column("goal", "Moved to a goal", "number", optional=True),
         Column("median_stay", "Median stay", "duration", optional=True),
         Column("problem", "Problem", optional=True),
     )

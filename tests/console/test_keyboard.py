@@ -70,7 +70,7 @@ async def test_forms_by_keyboard(
         await page.wait_for_url("**/suppression?**")
         await fill(page, reason="a mistake")
         await press(page, "Remove")
-        await shows(page, "h2", "Removed lately")
+        await shows(page, "h2", "Recently removed")
         await check_accessible(page)
 
         await page.goto("/console/simulate?sequence=s")

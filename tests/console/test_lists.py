@@ -332,8 +332,8 @@ async def test_nonsense_in_filters(
     await people(connection)
     async with console(database, {"Note": Mended()}, write=True, mask=mask) as client:
         for path, words in (
-            ("/search?where=plan", "such as data.plan = pro"),
-            ("/search?age=long", "such as 3 d"),
+            ("/search?where=plan", "data filter as in data.plan = pro"),
+            ("/search?age=long", "time as in 3 d"),
             ("/search?status=dead", "no status dead"),
             ("/search?sort=mood", "no column mood"),
             ("/search?columns=mood", "no column mood"),

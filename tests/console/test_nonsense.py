@@ -143,7 +143,7 @@ async def test_a_wrong_filter_or_range_is_reported_beside_the_form(
 ) -> None:
     async with console(database, _runners(), own=_runners) as client:
         for path, kept, words in (
-            ("/search?where=plan+is+pro&sequence=s", "plan is pro", "such as data.plan = pro"),
+            ("/search?where=plan+is+pro&sequence=s", "plan is pro", "data filter as in data.plan = pro"),
             ("/search?wakes_from=noon", "noon", "Wakes from is not a time such as"),
             ("/search?wakes_from=9999-12-31T23:59-12:00", "9999-12-31", "is not a time such as"),
             ("/search?sort=nothing", 'id="found"', "There is no column nothing to sort by."),
@@ -195,12 +195,12 @@ async def test_links_to_deleted_objects(
             ("/step?sequence=s&step=bad", 404, "There is no step bad in the sequence."),
             ("/revision?sequence=s&revision=99", 404, "The sequence s has no revision 99."),
             ("/edit?sequence=s&revision=99", 404, "The sequence s has no revision 99."),
-            ("/changes/99", 404, "This change is not known."),
+            ("/changes/99", 404, "Unknown change: changes are not kept"),
             ("/suppression?channel=email&address=gone&topic=*", 404, "is not suppressed"),
             (
                 "/search?cause=000000000000&status=failed",
                 200,
-                "Cause of the failure: none any more",
+                "Cause of the failure: no longer exists",
             ),
             ("/funnel?sequence=gone", 404, "There is no sequence gone."),
             (f"/search?q=&before={waiting}", 200, "Enrollments"),

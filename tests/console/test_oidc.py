@@ -180,7 +180,7 @@ async def test_a_code_is_good_for_one_login(database: str, connection: asyncpg.C
         kept = {"Cookie": "; ".join(f"{name}={value}" for name, value in client.cookies.items())}
         # in another browser it is worth nothing
         client.cookies.clear()
-        assert "not begun in this browser" in (await client.get(path)).text
+        assert "started in another browser" in (await client.get(path)).text
         assert (await client.get(path, headers=kept)).status_code == 303
         client.cookies.clear()
         assert (await client.get(path, headers=kept)).status_code == 403

@@ -213,7 +213,7 @@ async def test_the_coming_checks(database: str, connection: asyncpg.Connection) 
         (row,) = await counted(client, "coming")
         assert (row["enrollments"], row["most"], row["sequences"]) == (14, 7, ["s"])
         page = check(await client.get("/"))
-        assert "most enrollments are checked in the ten minutes from" in page
+        assert "Most enrollments are checked in the ten minutes from" in page
 
 
 async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Connection) -> None:
@@ -475,7 +475,7 @@ async def test_search(
         assert await found("ada@example.com") == []
         page = check(await client.get("/search?q=ada@example.com"))
         assert "CREATE INDEX CONCURRENTLY enrollments_email" in page
-        assert "Not found where it was searched." in page
+        assert "Not found in the part that was searched." in page
         assert "No matching" not in page
         await connection.execute(
             "CREATE INDEX enrollments_email ON sequencer.enrollments (lower(data->>'email'))"

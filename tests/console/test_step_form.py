@@ -55,8 +55,8 @@ async def test_a_wait_and_a_text_are_changed_by_a_plan(
             assert (await client.post(path, data=asked)).status_code == 403
         client.cookies.clear()
         await log_in(client, "edda")
-        assert "Change it…" in (await client.get("/sequence?sequence=s&step=wait")).text
-        assert "Change it…" not in (await client.get("/sequence?sequence=s&step=go")).text
+        assert "Edit in a form…" in (await client.get("/sequence?sequence=s&step=wait")).text
+        assert "Edit in a form…" not in (await client.get("/sequence?sequence=s&step=go")).text
         page = await client.get("/step?sequence=s&step=wait")
         form = fields_of(page)
         assert (form["config.amount"], form["config.unit"]) == ("1", "day")
@@ -92,7 +92,7 @@ async def test_a_wait_and_a_text_are_changed_by_a_plan(
         assert refused.status_code == 422
         assert "amount: many" in text_of(refused)
         nothing = await client.get("/step?sequence=s&step=go")
-        assert "no text in its config that a form could change" in nothing.text
+        assert "config of this step has no waits or texts that a form can edit" in nothing.text
         assert (await client.get("/step?sequence=s&step=nowhere")).status_code == 404
         assert (await client.get("/step?sequence=t&step=wait")).status_code == 404
 

@@ -73,8 +73,8 @@ async def test_the_list_is_filtered_and_paged(
                 path = answer["next"]
             assert seen == every
         page = await client.get("/suppressions?source=stop")
-        assert "Not found where it was searched." in page.text
-        assert "the next page searches on" in page.text
+        assert "Not found in the part that was searched." in page.text
+        assert "the next page continues the search" in page.text
 
 
 async def test_an_address_is_suppressed_with_the_user_s_name(
@@ -104,7 +104,7 @@ async def test_an_address_is_suppressed_with_the_user_s_name(
         assert (row["source"], row["reason"]) == ("console", "otto in the console: by phone")
         again = await post(client, "/suppress", **form, reason="by phone")
         assert again.status_code == 409
-        assert "suppressed already" in again.text
+        assert "already suppressed" in again.text
         # also one that was forgotten
         await connection.execute(
             "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', $1)",

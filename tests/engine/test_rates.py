@@ -120,7 +120,7 @@ async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_rates, "LOCK_TIMEOUT", 0.2)
-    monkeypatch.setattr(shared_rates, "PAUSE", 0.01)
+    monkeypatch.setattr(shared_rates, "ERROR_PAUSE", 0.01)
     pool = await connections.connect_pool(shard(database), 1)
     try:
         await shared_rates.take(pool, "Email", 10, 1, LOG)
