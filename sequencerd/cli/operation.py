@@ -193,8 +193,7 @@ async def _check_step(
     sequence: str | None,
 ) -> None:
     sequences = {group["sequence"] for group in groups} or ({sequence} if sequence else set())
-    known = await connection.fetch(QUERIES["with_step"], step, list(sequences))
-    if missing := sorted(sequences - {row["sequence"] for row in known}):
+    if missing := await bulk.without_step(connection, sequences, step):
         await check_names(connection, missing[0], step)
         raise UsageError(f"sequence {missing[0]!r} has no step {step!r}")
 

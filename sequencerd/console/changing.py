@@ -157,7 +157,7 @@ async def _chosen(context: PageContext, query: Query) -> Selection:
         ended = query.time_or_none("ended_by")
         return Selection(ids=query.numbers("id"), ended_by=ended)
     if not any(query.get(name) for name in ("q", *FILTERS)):
-        raise WrongQueryError("nothing is selected: tick enrollments, or set a filter")
+        raise WrongQueryError("nothing is selected: select enrollments, or set a filter")
     return await select(context, query)
 
 
@@ -175,7 +175,7 @@ async def change(request: Request) -> Response:
         to = query.must("to")
         await _check_step(context, found, to)
     if sum(row["count"] for one in found.values() for row in one.rows) > query.number("number", 0):
-        return await _ask(request, query, "More enrollments match by now.", 409)
+        return await _ask(request, query, "More enrollments match now.", 409)
     selections = {shard: one.selection for shard, one in found.items()}
     made = await context.actions.make(
         visitor.nonce,
@@ -198,9 +198,9 @@ async def _check_step(context: PageContext, found: Mapping[Shard, Selected], ste
 
     async def check(part: PageContext) -> None:
         rows = found[part.shard].rows if part.shard in found else []
-        sequences = sorted({row["sequence"] for row in rows})
-        known = await connections.read(part.pool, "with_step", step, sequences)
-        if unknown := sorted(set(sequences) - {row["sequence"] for row in known}):
+        async with reading(part.pool) as connection:
+            unknown = await bulk.without_step(connection, (row["sequence"] for row in rows), step)
+        if unknown:
             raise WrongQueryError(f"sequence {unknown[0]!r} has no step {step!r}")
 
     await in_all(context, check)
@@ -211,7 +211,9 @@ async def follow(request: Request) -> Response:
     context = context_of(request)
     made = context.actions.get(request.path_params["number"])
     if made is None:
-        raise NotFoundError("This change is not known. A restart forgets changes; events do not.")
+        raise NotFoundError(
+            "Unknown change: changes are not kept over a restart, but their events are."
+        )
     followed = {shard: list(ids[:MAX_FOLLOWED]) for shard, ids in made.ids.items()}
 
     async def find(part: PageContext) -> list[asyncpg.Record]:

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -155,6 +155,15 @@ async def selected(
             QUERIES["selected"], *_parameters(action, selection, to)
         )
     return rows
+
+
+async def without_step(
+    connection: asyncpg.Connection, sequences: Iterable[str], step: str
+) -> list[str]:
+    """Return which of the sequences have no step of this name, in order."""
+    names = set(sequences)
+    rows = await connection.fetch(QUERIES["with_step"], step, list(names))
+    return sorted(names - {row["sequence"] for row in rows})
 
 
 def _parameters(action: str, selection: Selection, to: str | None) -> list[object]:
