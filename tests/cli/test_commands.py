@@ -15,6 +15,7 @@ import pytest
 from sequencerd.cli import main
 from sequencerd.core.model import FAILURES
 from tests.helpers.command_line import Command, beside, start_sequencerd
+from tests.helpers.databases import server_folder
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
@@ -213,18 +214,18 @@ def test_every_command_has_an_example(sequencerd: Command) -> None:
 
 
 def test_the_demo_succeeds(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sequencerd", "demo"],
-        env={
-            **{name: value for name, value in os.environ.items() if name != "XDG_DATA_HOME"},
-            "HOME": str(tmp_path),
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+    with server_folder() as home:
+        home.chmod(0o755)  # the server's user must be able to enter it
+        done = subprocess.run(
+            [sys.executable, "-m", "sequencerd", "demo"],
+            env={**os.environ, "XDG_DATA_HOME": str(home)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+        )
+        assert (home / "sequencerd/demo/data").is_dir()
     assert done.returncode == 0, done.stdout + done.stderr
     for words in (
         "mail to ada@example.com: Your trial has ended",
