@@ -87,7 +87,7 @@ async def ask_each(
     work: Callable[[Shard], Awaitable[_T]],
     at_once: int = MAX_CONCURRENT_SHARDS,
 ) -> ShardAnswers[_T]:
-    """The same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
+    """Do the same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
     if shards[0].name is None:
         return ShardAnswers({shards[0]: await work(shards[0])}, {})
     free = asyncio.Semaphore(at_once)

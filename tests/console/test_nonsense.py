@@ -143,7 +143,11 @@ async def test_a_wrong_filter_or_range_is_reported_beside_the_form(
 ) -> None:
     async with console(database, _runners(), own=_runners) as client:
         for path, kept, words in (
-            ("/search?where=plan+is+pro&sequence=s", "plan is pro", "data filter as in data.plan = pro"),
+            (
+                "/search?where=plan+is+pro&sequence=s",
+                "plan is pro",
+                "data filter as in data.plan = pro",
+            ),
             ("/search?wakes_from=noon", "noon", "Wakes from is not a time such as"),
             ("/search?wakes_from=9999-12-31T23:59-12:00", "9999-12-31", "is not a time such as"),
             ("/search?sort=nothing", 'id="found"', "There is no column nothing to sort by."),
