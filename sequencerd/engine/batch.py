@@ -29,7 +29,7 @@ from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
 
-MAX_UNLOCKED = 20  # enrollments that are read without a lock, and then written by one statement
+MAX_UNLOCKED = 100  # enrollments that are read without a lock, and then written by one statement
 MAX_NUMBER = 1_000_000_000  # the limit of the column
 _NUMBERS = count()
 

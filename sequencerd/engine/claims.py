@@ -33,7 +33,6 @@ from sequencerd.storage.writes import NotWritten, Unchanged
 MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
 MAX_FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
 FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
-MAX_FOUND_BEFORE = 1  # by the last claim of a step, if the next reads without a lock
 LOCKED_PAUSE = timedelta(seconds=0.2)  # until a row that another session has locked is tried again
 
 
@@ -187,7 +186,7 @@ class Claims:
         at the step is then known without another statement.
         """
         few = min(MAX_UNLOCKED, wanted.limit - 1)
-        if claim.found > MAX_FOUND_BEFORE or claim.unsuited == wanted.revision or not few:
+        if claim.found > MAX_UNLOCKED or claim.unsuited == wanted.revision or not few:
             return None
         now, batch = wanted.now, Batch()
         with suppress(NotWritten):

@@ -298,6 +298,7 @@ class Engine:
             self._background.spawn(self._work(step_key))
 
     async def _work(self, step_key: StepKey) -> None:
+        self._again.discard(step_key)  # what was requested until now is about to be claimed
         try:
             await self._claims.claim_all(step_key)
         except TRANSIENT_ERRORS as error:
@@ -321,7 +322,11 @@ class Engine:
             if self.catalog.should_load(step_key[0]):
                 self._reloads.request()
             return
-        self._push(step_key, self._clock.now() + self._claims.delay(step_key))
+        delay = self._claims.delay(step_key)
+        if delay:
+            self._push(step_key, self._clock.now() + delay)
+        elif not self._stopping.is_set():
+            self._start(step_key)
 
     def _push(self, step_key: StepKey, at: datetime) -> None:
         if at < NEVER and self._heap.push(step_key, at):

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import asyncpg
-from pydantic import AwareDatetime, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sequencerd.core.model import StepKey
 from sequencerd.storage.connections import Shard, arguments
@@ -100,7 +100,10 @@ class DueSteps(NamedTuple):
 HINT = 'send no payload, or {"subject": ...}, {"sequence": ..., "step": ...}'
 
 _messages: TypeAdapter[Notification | NotificationsOff] = TypeAdapter(
-    Notification | NotificationsOff
+    Annotated[
+        EnrollmentDue | DefinitionsChanged | NotificationsOff | Reevaluate,
+        Field(union_mode="left_to_right"),  # the first is by far the most frequent
+    ]
 )
 
 
