@@ -119,6 +119,7 @@ async def history_command(
     )
     revisions = _revisions(answers.found)
     if not revisions:
+        tell(answers)
         raise UsageError(f"sequence {name!r} does not exist")
     if arguments.json:
         is_sharded = shards[0].name is not None
@@ -179,6 +180,7 @@ async def export_command(
     for shard, ((document,),) in answers.found.items():
         found.setdefault(document, []).append(str(shard.name))
     if {*found} == {None}:
+        tell(answers)
         revision = "" if arguments.revision is None else f" in revision {arguments.revision}"
         raise UsageError(f"sequence {arguments.sequence!r} does not exist{revision}")
     document, *others = found

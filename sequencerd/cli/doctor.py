@@ -162,7 +162,7 @@ async def _examine_all(
         for shard in shards:
             with suppress(SequencerdError, *TRANSIENT_ERRORS):  # reported by a check
                 facts[str(shard.name)] = await _common_facts(shard)
-        for finding in compare_shards(facts):
+        for finding in compare_shards(facts, len(shards)):
             yield None, finding
     async for finding in _examine_endpoints(settings, types, used):
         yield None, finding

@@ -57,6 +57,8 @@ async def status_command(
 
     answers = await ask(explain(arguments), shards, read)
     rows = added_up({shard: found for shard, (found, _, _) in answers.found.items()})
+    if arguments.sequence and not rows:
+        tell(answers)
     _check_found(rows, arguments.sequence)
     descriptions = [text for _, text, _ in answers.found.values() if text]
     if descriptions and not arguments.json:
@@ -131,7 +133,8 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequ
             begun = loop.time()
             answers = await ask(explain(arguments), shards, read)
             rows = added_up(answers.found)
-            _check_found(rows, arguments.sequence)
+            if not answers.missing:  # which may have the sequence
+                _check_found(rows, arguments.sequence)
             for row in rows:
                 row.pop("shards", None)
                 place = row["sequence"], row["step"]

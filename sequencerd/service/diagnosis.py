@@ -416,8 +416,15 @@ async def _email_search(connection: asyncpg.Connection) -> Diagnosis:
 # --- several shards
 
 
-def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Diagnosis]:
-    """Compare what shards should have in common. `facts` are those of each, as JSON."""
+def compare_shards(
+    facts: Mapping[str, Mapping[str, str | None]], shards: int
+) -> Iterator[Diagnosis]:
+    """Compare what shards should have in common. `facts` are those of each that can be read, as
+    JSON; `shards` is the number of all.
+    """
+    same = "the same in all"
+    if len(facts) < shards:
+        same = f"the same in {', '.join(facts)}" if len(facts) > 1 else "cannot be compared"
     for about, advice in {
         "server": "run the same version of PostgreSQL everywhere",
         "definitions": "apply the files to all shards; sequencerd plan shows the differences",
@@ -433,7 +440,7 @@ def compare_shards(facts: Mapping[str, Mapping[str, str | None]]) -> Iterator[Di
             seen = _some(named, between="; ")
             yield Diagnosis(f"{about} of the shards", f"differ: {seen}", "warning", advice)
         else:
-            yield Diagnosis(f"{about} of the shards", "the same in all")
+            yield Diagnosis(f"{about} of the shards", same)
 
 
 def _groups(known: Mapping[str, Mapping[str, object]], key: str) -> list[str]:

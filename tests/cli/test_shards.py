@@ -247,6 +247,12 @@ def test_reading_commands_report_missing_shards(filled: Command, shards_url: str
         assert "cannot connect to the database" in missing
         if arguments[0] in ("history", "export"):
             assert printed == whole[tuple(arguments)]
+    same = [one for one in filled("doctor", code=1).splitlines() if "of the shards" in one]
+    assert {line.partition(": ")[2] for line in same} == {"cannot be compared"}
+    for command in ("history", "export", "status", "simulate"):
+        filled(command, "u", code=1)
+        assert filled.errors.startswith("sequencerd: shard b: cannot connect"), command
+        assert "sequence 'u' does not exist" in filled.errors
     assert filled("show", "a/1")
     filled("show", "b/1", code=1)
     assert filled.errors.startswith("sequencerd: shard b: cannot connect to the database")
@@ -599,6 +605,9 @@ async def test_watch_adds_up_shards_and_names_missing_ones(
     async with beside(filled, "watch", "--interval", "0.1") as (out, errors):
         assert b"shard b: cannot connect" in await errors.readline()
         assert b"change" in await out.readline()
+    async with beside(filled, "watch", "of-b", "--interval", "0.1") as (out, errors):
+        for _ in range(2):  # until it is back
+            assert b"shard b: cannot connect" in await errors.readline()
 
 
 # --- doctor
