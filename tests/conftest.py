@@ -28,7 +28,7 @@ from sequencerd.storage.schemas import connection_class
 from tests.helpers import costs, forked_programs, leftovers, shared
 from tests.helpers.command_line import Command
 from tests.helpers.databases import (
-    FAST,
+    FAST_SETTINGS,
     SCHEMA,
     Administrator,
     introspect_once,
@@ -115,7 +115,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     if url := SERVER:
         yield url
         return
-    with server_folder() as folder, embedded.running(folder, settings=FAST) as started:
+    with server_folder() as folder, embedded.running(folder, settings=FAST_SETTINGS) as started:
         costs.watch_postgresql(request.config, started.data)
         yield started.url
 

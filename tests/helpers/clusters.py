@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from sequencerd.storage.embedded import PostgresPrograms
-from tests.helpers.databases import FAST, server_folder
+from tests.helpers.databases import FAST_SETTINGS, server_folder
 
-INSTALLED = Path("/usr/lib/postgresql")
+INSTALLED_FOLDER = Path("/usr/lib/postgresql")
 """Where Debian's packages are."""
 
 
@@ -25,10 +25,10 @@ def programs_with(extension: str) -> PostgresPrograms:
     """The newest installed server that has an extension. Skips the test if there is none."""
     control = f"extension/{extension}.control"
     for share in sorted(Path("/usr/share/postgresql").glob(f"*/{control}"), reverse=True):
-        folder = INSTALLED / share.parts[-3] / "bin"
+        folder = INSTALLED_FOLDER / share.parts[-3] / "bin"
         if (folder / "initdb").exists():
             return replace(PostgresPrograms.find(), bin=folder)
-    pytest.skip(f"no PostgreSQL server with {extension} in {INSTALLED}")
+    pytest.skip(f"no PostgreSQL server with {extension} in {INSTALLED_FOLDER}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def stoppable(programs: PostgresPrograms, **settings: str) -> Iterator[Cluster]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         places = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}
-        options = FAST | {"shared_buffers": "32MB"} | places | settings
+        options = FAST_SETTINGS | {"shared_buffers": "32MB"} | places | settings
         with (data / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in options.items())
         made = Cluster(programs, data, f"postgresql://postgres@127.0.0.1:{port}/app")

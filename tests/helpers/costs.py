@@ -15,10 +15,10 @@ import pytest
 Seconds = list[float]
 """Of the tests' own processes, of programs that they have started, and of their PostgreSQL."""
 
-DEAREST = 20  # tests that are named
+MAX_NAMED_TESTS = 20  # tests that are named
 SERVER: pytest.StashKey[int] = pytest.StashKey()
 STARTED: pytest.StashKey[list[float]] = pytest.StashKey()
-NAME = "seconds"
+FIELD = "seconds"
 
 
 def watch_postgresql(config: pytest.Config, data: Path) -> None:
@@ -56,7 +56,7 @@ def pytest_runtest_makereport(
     if call.when == "teardown":
         started = item.stash[STARTED]
         used = [now - then for now, then in zip(_used(item.config), started, strict=True)]
-        report.user_properties.append((NAME, used))
+        report.user_properties.append((FIELD, used))
     return report
 
 
@@ -69,7 +69,7 @@ class Costs:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, value in report.user_properties:
-            if report.when == "teardown" and name == NAME:
+            if report.when == "teardown" and name == FIELD:
                 assert isinstance(value, list)
                 self.tests[report.nodeid] = value
 
@@ -86,7 +86,7 @@ class Costs:
             terminalreporter.line(f"{_columns(seconds)}  {folder}: {tests:.0f} tests")
             sums = list(map(add, sums, [tests, *seconds]))
         terminalreporter.line(f"{_columns(sums[1:])}  {sums[0]:.0f} tests")
-        dearest = sorted(self.tests.items(), key=lambda item: -sum(item[1]))[:DEAREST]
+        dearest = sorted(self.tests.items(), key=lambda item: -sum(item[1]))[:MAX_NAMED_TESTS]
         terminalreporter.line("the dearest:")
         for test, seconds in dearest:
             terminalreporter.line(f"{_columns(seconds)}  {test}")

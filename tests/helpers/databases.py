@@ -19,7 +19,7 @@ import pytest
 from sequencerd import settings
 from sequencerd.storage.connections import Shard
 
-FAST = {
+FAST_SETTINGS = {
     "fsync": "off",
     "synchronous_commit": "off",
     "full_page_writes": "off",
@@ -29,8 +29,8 @@ FAST = {
     "autovacuum_naptime": "1d",
 }
 FIRST_OF_USERS = 16384  # types with lower numbers are the same in all databases
-MEMORY = Path("/dev/shm")
-ENOUGH = 2 * 1024**3  # bytes; a container's /dev/shm may be small
+MEMORY_FOLDER = Path("/dev/shm")
+MIN_MEMORY = 2 * 1024**3  # bytes; a container's /dev/shm may be small
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def server_folder() -> Iterator[Path]:
 
     It is not within pytest's folder: root runs the server as a user who cannot enter that.
     """
-    in_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH
-    folder = Path(tempfile.mkdtemp(prefix="sequencerd-", dir=MEMORY if in_memory else None))
+    in_memory = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > MIN_MEMORY
+    folder = Path(tempfile.mkdtemp(prefix="sequencerd-", dir=MEMORY_FOLDER if in_memory else None))
     try:
         yield folder
     finally:

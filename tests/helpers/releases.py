@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sequencerd.storage.migrations import Migration, available
 
 REPOSITORY = Path(__file__).parent.parent.parent
-RECORDS = REPOSITORY / "tests/sql/released.txt"
+RECORDS_FILE = REPOSITORY / "tests/sql/released.txt"
 
 
 class Record(NamedTuple):
@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
 def read_records() -> list[Record]:
     """Read what was recorded, the oldest first."""
-    lines = RECORDS.read_text("utf-8").splitlines()
+    lines = RECORDS_FILE.read_text("utf-8").splitlines()
     return [Record(*line.split()) for line in lines if not line.startswith("#")]
 
 

@@ -9,11 +9,11 @@ import sys
 import asyncpg
 
 from sequencerd.storage import embedded, migrate
-from tests.helpers.databases import FAST, server_folder
+from tests.helpers.databases import FAST_SETTINGS, server_folder
 
 
 def main() -> int:
-    with server_folder() as folder, embedded.running(folder, settings=FAST) as server:
+    with server_folder() as folder, embedded.running(folder, settings=FAST_SETTINGS) as server:
         asyncio.run(_migrate(server.url))
         print(f"SEQUENCERD_DATABASE='{server.url}'", file=sys.stderr)
         return subprocess.run([server.psql, server.url], check=False).returncode

@@ -20,7 +20,7 @@ from sequencerd.storage import migrate
 from sequencerd.storage.migrations import Migration, available
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.releases import (
-    RECORDS,
+    RECORDS_FILE,
     Record,
     copy_release,
     newest_release,
@@ -42,7 +42,7 @@ def test_a_release_has_recorded_its_files(repository: Path) -> None:
     release = newest_release((repository / "CHANGELOG.md").read_text("utf-8"))
     missing = unrecorded(release, read_records(), available())
     if missing and os.environ.get("RENEW"):
-        with RECORDS.open("a", encoding="utf-8") as file:
+        with RECORDS_FILE.open("a", encoding="utf-8") as file:
             file.writelines(" ".join(record) + "\n" for record in missing)
         missing = unrecorded(release, read_records(), available())
     assert not missing, "record them: RENEW=1 make test T=tests/sql/test_releases.py"

@@ -15,7 +15,7 @@ import pytest
 
 from sequencerd.storage import embedded
 from sequencerd.storage.embedded import EmbeddedError, EmbeddedServer
-from tests.helpers.databases import FAST
+from tests.helpers.databases import FAST_SETTINGS
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def postmaster(server: EmbeddedServer) -> int | None:
 
 
 async def test_the_last_user_stops_the_server(folder: Path) -> None:
-    with embedded.running(folder, settings=FAST) as first:
+    with embedded.running(folder, settings=FAST_SETTINGS) as first:
         assert "PostgreSQL 18" in await version(first)
         pid = postmaster(first)
         with embedded.running(folder) as second:
@@ -49,17 +49,17 @@ async def test_the_last_user_stops_the_server(folder: Path) -> None:
 
 
 async def test_the_server_is_found_after_a_crash(folder: Path) -> None:
-    with embedded.running(folder, settings=FAST) as server:
+    with embedded.running(folder, settings=FAST_SETTINGS) as server:
         pid = postmaster(server)
         assert pid
         os.kill(pid, signal.SIGKILL)
-        with embedded.running(folder, settings=FAST) as again:
+        with embedded.running(folder, settings=FAST_SETTINGS) as again:
             assert "PostgreSQL" in await version(again)
             assert postmaster(again) != pid
 
 
 async def test_a_long_path_is_no_hindrance(folder: Path) -> None:
-    with embedded.running(folder / ("long" * 30), settings=FAST) as server:
+    with embedded.running(folder / ("long" * 30), settings=FAST_SETTINGS) as server:
         assert "PostgreSQL" in await version(server)
 
 
@@ -71,7 +71,7 @@ def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_only_the_owner_can_connect(folder: Path) -> None:
-    with embedded.running(folder, settings=FAST) as server:
+    with embedded.running(folder, settings=FAST_SETTINGS) as server:
         for path in (folder, server.data):
             assert path.stat().st_mode & 0o077 == 0
             assert path.stat().st_uid != 0
