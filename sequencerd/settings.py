@@ -176,7 +176,7 @@ SchemaName = Annotated[str, AfterValidator(_check_schema)]
 
 
 class DatabaseSettings(Section):
-    """Where the tables are. Without a URL, an embedded PostgreSQL in the user's data folder.
+    """The database of the tables. Default: an embedded PostgreSQL in the user's data folder.
 
     `listen_url` is the server's own address if `url` is a pooler's.
     """
@@ -199,7 +199,7 @@ ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
 
 
 class ShardSettings(Section):
-    """Where the tables of one shard are: [shards.NAME], instead of the same keys of [database]."""
+    """The database of one shard: [shards.NAME], instead of the same keys of [database]."""
 
     url: Secret
     listen_url: Secret | None = None
@@ -216,7 +216,7 @@ class EngineSettings(Section):
 
 
 class RetrySettings(Section):
-    """How often and how soon failures are retried unless the step says otherwise; in seconds."""
+    """The default retries of a runner's steps; times are in seconds."""
 
     attempts: int | None = Field(default=DEFAULT_RETRY.attempts, ge=1, le=1000)
     first_delay: float = Field(default=DEFAULT_RETRY.first_delay, ge=0, le=86400)
@@ -263,7 +263,7 @@ class MessagingSettings(ServerSettings):
 
 
 class OAuthSettings(Section):
-    """The source of access tokens (RFC 6749): for us or, with a refresh token, for a user."""
+    """A source of access tokens (RFC 6749): for the client, or with `refresh_token` for a user."""
 
     token_url: str = Field(pattern=r"^https?://")
     client_id: str
@@ -275,10 +275,10 @@ class OAuthSettings(Section):
 class EmailSettings(MessagingSettings):
     """The mail server: smtp://user:password@host:587, or smtps://... for TLS from the start.
 
-    `timeout` applies to each reply of the server except that to the message, which may take as long
-    as RFC 5321 says. `oauth` or `token_command` replace the password. `only_to` contains patterns
-    of the recipients that get messages, for staging; `attachments_from` patterns of the URLs of
-    attachments. `bounce_address` is the envelope sender.
+    `timeout` applies to each reply of the server, except for the reply to the message itself, which
+    may take the time that RFC 5321 allows. `oauth` or `token_command` replace the password.
+    `only_to` restricts messages to matching recipients, for staging; `attachments_from` lists
+    patterns of allowed URLs of attachments. `bounce_address` is the envelope sender.
     """
 
     url: Secret | None = None
@@ -312,7 +312,7 @@ class EmailSettings(MessagingSettings):
 
 
 class SmsSettings(MessagingSettings):
-    """Twilio's account, or any gateway: a URL and a template of its JSON body."""
+    """A Twilio account, or another gateway: its URL, and a template of the JSON body."""
 
     provider: Literal["twilio", "http"] = "twilio"
     account_sid: str | None = None
@@ -363,8 +363,8 @@ class HttpRunnerSettings(ServerSettings):
 
 
 class LookupSettings(Section):
-    """A source of external data: [lookups.NAME]. `form` is that of the request: a list of subjects,
-    or the original's `{"runners": [...]}`, which is the default for Lambda functions.
+    """A source of external data: [lookups.NAME]. `form` is the format of the request: a list of
+    subjects, or the original's `{"runners": [...]}`, the default for Lambda functions.
     """
 
     url: str | None = Field(default=None, pattern=r"^https?://")
@@ -487,11 +487,11 @@ class OidcSettings(Section):
 
 
 class ConsoleSettings(Section):
-    """The console in the browser, on the listener of [http]; the section turns it on.
+    """The console in the browser, on the listener of [http]; this section enables it.
 
-    `role` is that of users without one of their own: local users, users with the common password,
-    and users of a proxy if no groups are set. Groups come from the proxy's header or from the
-    provider.
+    `role` applies to users without a role of their own: local users, users with the common
+    password, and users of a proxy if no groups are set. Groups come from the proxy's header or from
+    the provider.
     """
 
     enabled: bool = True
@@ -569,7 +569,7 @@ class ConsoleSettings(Section):
 
 
 class RetentionSettings(Section):
-    """How long ended enrollments and events are kept; by default, for ever."""
+    """How long ended enrollments and events are kept. Default: unlimited."""
 
     events: TimeSpan | None = None
     ended: TimeSpan | None = None
