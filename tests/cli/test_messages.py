@@ -221,7 +221,7 @@ async def _everything(connection: asyncpg.Connection) -> object:
     ]
 
 
-async def test_a_test_by_sms_and_what_the_settings_forbid(
+async def test_a_test_by_sms_follows_the_settings(
     trial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def respond(_: Request) -> Answer:

@@ -531,7 +531,7 @@ async def test_two_at_the_same_time_do_not_wait_for_each_other(
 # --- plan
 
 
-async def test_a_plan_adds_up_what_the_shards_have(
+async def test_a_plan_adds_up_the_shards(
     filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
 ) -> None:
     await shards["a"].execute("CREATE TABLE customers AS VALUES ('x'), ('y')")
