@@ -166,7 +166,7 @@ async def test_a_move_that_is_confirmed_twice_is_made_once(
         assert len(runner.keys) == 1
 
 
-async def test_a_selection_fails_again_in_new_ways(
+async def test_a_selection_fails_again_with_new_causes(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """What became of it is counted by the new causes, whatever the old one was."""

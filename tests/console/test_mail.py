@@ -141,7 +141,7 @@ async def test_a_test_is_sent(database: str, letter: int) -> None:
             assert message["To"] == "me@example.com"
 
 
-def test_forms_that_change_something_are_recognised_if_they_are_sent_twice() -> None:
+def test_forms_that_are_sent_twice_are_recognised() -> None:
     begin_or_end_sessions = {"base.html", "login.html", "sessions.html"}
     for template in TEMPLATES.glob("*.html"):
         text = template.read_text()
