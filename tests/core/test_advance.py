@@ -278,7 +278,7 @@ def test_on_time_to_the_millisecond_counts_a_minute_long() -> None:
     assert advance(definitions, at("a"), NOW + timedelta(seconds=30)).decision == End()
 
 
-def test_the_enrollments_own_zone_wins_and_an_unknown_one_is_recorded() -> None:
+def test_the_zone_of_the_enrollment_precedes_that_of_the_sequence() -> None:
     midnight = {"date": "2026-03-03T00:00:00"}
     definitions = sequence(step("a", "WaitForDate", midnight), timezone="Europe/Berlin")
     berlin, tokyo = datetime(2026, 3, 2, 23, tzinfo=UTC), datetime(2026, 3, 2, 15, tzinfo=UTC)
@@ -815,7 +815,7 @@ def test_changed_weights_of_a_split_move_as_few_subjects_as_possible() -> None:
     assert before != ways_of({"a": 45, "b": 45, "holdout": 10}, seed="other")
 
 
-def test_update_data_merges_templates_and_goals_see_it() -> None:
+def test_goals_read_data_that_update_data_merged() -> None:
     config = {"data": {"paid": True, "note": "for {{subject}}", "list": ["{{id}}", 2]}}
     definitions = sequence(
         step("set", "UpdateData", config, then="pause"),
@@ -921,7 +921,7 @@ def test_a_side_effect_is_not_executed_again_before_time_has_passed(
     assert " → ".join([*effects, "s/mail"]) in decision.message
 
 
-def test_a_loop_through_another_sequence_is_one() -> None:
+def test_a_loop_through_another_sequence_is_detected() -> None:
     definitions = {
         **sequence(
             step("mail", "Email", then="over"),
@@ -1053,7 +1053,7 @@ OTHER = sequence(step("x", "Email"), name="other")
 ARCHIVED = {"other": replace(OTHER["other"], archived=True)}
 
 
-def test_a_jump_reports_what_it_enters() -> None:
+def test_a_jump_reports_the_sequence_that_it_enters() -> None:
     advanced = advance({**sequence(JUMP), **OTHER}, at("go"), NOW)
     assert (advanced.entered, advanced.is_shared) == (("other",), False)
 
@@ -1151,7 +1151,7 @@ def test_enrolling_in_a_circle_is_a_loop() -> None:
     assert begun.entries == ()
 
 
-def test_a_cancellation_waits_for_what_is_locked() -> None:
+def test_a_cancellation_waits_for_locked_rows() -> None:
     stop = step("stop", "Cancel", {"sequence": "other"})
     advanced = advance(sequence(stop), at("stop"), NOW)
     assert advanced.decision == End()
@@ -1436,7 +1436,7 @@ def test_a_template_that_cannot_be_rendered_is_named_with_its_field() -> None:
         ("['data'].a", True),
     ],
 )
-def test_what_a_condition_reads_decides_whether_its_outcome_is_shared(
+def test_outcomes_are_shared_by_the_values_that_a_condition_reads(
     path: object, shared: bool
 ) -> None:
     asking = {"lodashCommand": "isNil", "value": {"type": "get", "value": path}}

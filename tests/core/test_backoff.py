@@ -30,7 +30,7 @@ def test_an_open_gate_admits_as_many_as_there_are_slots() -> None:
     assert OPEN_GATE.allowed(0.0, 20) == 20
 
 
-def test_after_a_failure_one_is_tried_and_then_twice_as_many_each_time() -> None:
+def test_after_a_failure_the_number_of_tries_doubles_from_one() -> None:
     gate = OPEN_GATE.failed("refused", 9.0, 10.0, 1.0, 0.0)
     assert gate.allowed(10.9, 20) == 0
     assert gate.allowed(11.0, 20) == 1
@@ -123,7 +123,7 @@ def test_a_bad_enrollment_spends_its_attempts_while_others_succeed() -> None:
     assert [runner.call(7, later=500.0) for _ in range(3)] == [Verdict("enrollment")] * 3
 
 
-def test_one_alone_that_fails_at_a_server_that_has_never_worked_spends_nothing() -> None:
+def test_a_lone_failure_of_an_unproven_server_spends_no_attempt() -> None:
     runner = Runner()
     assert [runner.call(7, works=False) for _ in range(50)] == [Verdict("server")] * 50
 

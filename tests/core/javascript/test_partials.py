@@ -38,7 +38,7 @@ def rendered(source: str, *, escape: bool = True, strict: bool = False) -> str:
     return first
 
 
-def test_partials_are_escaped_as_what_they_are_part_of() -> None:
+def test_partials_are_escaped_like_the_template_around_them() -> None:
     assert rendered("{{> footer}}") == "-- &lt;b&gt; <b>"
     assert rendered("{{> footer}}", escape=False) == "-- <b> <b>"
     layout = "{{#> layout}}{{data.name}}{{/layout}}"

@@ -146,7 +146,7 @@ def test_strict_templates_may_test_missing_values(source: str, expected: str) ->
     assert compile_template(source, escape=False, strict=True).render(view) == expected
 
 
-def test_neighbours_are_written_one_after_the_other() -> None:
+def test_adjacent_expressions_are_written_in_order() -> None:
     assert render("{{{a}}}{{{b}}}", {"a": 1, "b": 2}) == "12"
 
 
@@ -377,7 +377,7 @@ def test_the_view_of_an_enrollment_renders_as_its_text() -> None:
         assert template.render(view) == template.render(view.text) == template.render(dict(view))
 
 
-def test_rendering_does_not_change_what_it_is_given() -> None:
+def test_rendering_does_not_change_its_input() -> None:
     context = {"list": [3, 1], "o": {"a": 1}}
     source = (
         '{{#each list}}{{this}}{{/each}}{{json o}}{{> p o b=2}}{{#*inline "p"}}{{b}}{{/inline}}'
