@@ -217,7 +217,7 @@ async def test_paths_are_compared_with_the_data_in_the_database(
     )
 
 
-def test_a_simulation_warns_of_paths_that_it_is_not_given(
+def test_a_simulation_warns_of_paths_missing_in_its_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.yaml").write_text(PATHS)

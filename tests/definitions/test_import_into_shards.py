@@ -68,7 +68,7 @@ async def count(shards: Shards) -> int:
 
 
 @pytest.mark.slow
-async def test_each_row_goes_to_the_shard_of_its_subject_and_none_twice(
+async def test_each_row_is_imported_once_into_the_shard_of_its_subject(
     sharded: Command,
     original: asyncpg.Connection,
     shards: Shards,

@@ -126,7 +126,7 @@ steps:
     assert await apply.lines(changed) == ["s: nothing changed"]
 
 
-async def test_a_plan_counts_what_happens_to_enrollments(
+async def test_a_plan_counts_effects_on_enrollments(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
@@ -566,7 +566,7 @@ async def test_equal_jsonb_is_no_change(apply: Applying, connection: asyncpg.Con
     assert not await apply(GOOD.replace("text: Hello", "text: 1.0e+23"))
 
 
-async def test_a_plan_counts_what_a_schedule_would_enroll(
+async def test_a_plan_counts_scheduled_enrollments(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await connection.execute(

@@ -117,7 +117,7 @@ def test_outcomes(tmp_path: Path, outcome: str, status: str, way: list[str]) -> 
         assert "stopped after 10000 entries" in simulation.end
 
 
-def test_a_limit_counts_what_was_sent(tmp_path: Path) -> None:
+def test_a_simulated_limit_counts_sent_messages(tmp_path: Path) -> None:
     limit = "{limit: {topic: news, at_most: 1, per: {days: 7}}}"
     sequences = loaded(
         tmp_path,
