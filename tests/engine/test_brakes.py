@@ -315,7 +315,7 @@ async def test_without_a_brake_there_is_no_extra_query(
     assert await connection.fetchval("SELECT count(*) FROM sequencer.brakes") == 0
 
 
-async def test_commands_say_why_it_is_paused_and_how_to_continue(
+async def test_commands_explain_a_pause_by_the_brake(
     sequencerd: Command, connection: asyncpg.Connection, database: str
 ) -> None:
     await braked(connection, 1)
@@ -394,7 +394,7 @@ def test_errors_have_their_line(
     assert f"trial.yaml:{line}: error: trial: brake.{words}" in told + sequencerd.errors
 
 
-async def test_apply_sets_a_brake_for_a_day_on_what_it_changes(
+async def test_apply_sets_a_brake_for_a_day_on_changed_sequences(
     sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     file, other = tmp_path / "trial.yaml", tmp_path / "other.yaml"

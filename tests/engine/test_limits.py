@@ -39,7 +39,7 @@ def place(key: str = "ada", at_most: int = 1, per: timedelta = HOUR) -> Reservat
     return Reservation(key.encode(), "marketing", at_most, per)
 
 
-async def test_two_daemons_and_sequences_in_one_instant_send_as_often_as_the_limit_says(
+async def test_simultaneous_daemons_and_sequences_keep_a_limit(
     connection: asyncpg.Connection, database: str
 ) -> None:
     for name in ("s", "t"):

@@ -681,7 +681,7 @@ async def test_a_failure_is_retried_and_finally_recorded(
         ]
 
 
-async def test_one_that_cannot_be_written_does_not_hold_up_the_others(
+async def test_an_unwritable_enrollment_does_not_delay_the_others(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with running_engine(database, {"Note": Recorder()}) as engine:

@@ -176,7 +176,7 @@ async def test_an_endpoint_that_answers_500_to_all_fails_none(
 
 
 @pytest.mark.slow
-async def test_an_outage_after_a_time_without_one_fails_none(
+async def test_a_new_outage_fails_no_enrollment(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with endpoint(batch_size=1) as (server, runner):
@@ -196,7 +196,7 @@ async def test_an_outage_after_a_time_without_one_fails_none(
 
 @pytest.mark.parametrize("batch", [1, 100])
 @pytest.mark.parametrize("poisoned", ["user-1", "user-11", "user-21"])
-async def test_one_that_the_endpoint_cannot_cope_with_fails_alone(
+async def test_an_enrollment_that_crashes_the_endpoint_fails_alone(
     database: str, connection: asyncpg.Connection, batch: int, poisoned: str
 ) -> None:
     async with endpoint(batch_size=batch) as (server, runner):
@@ -213,7 +213,7 @@ async def test_one_that_the_endpoint_cannot_cope_with_fails_alone(
     assert await connection.fetchval(COMPLETED) == 20
 
 
-async def test_one_that_fails_alone_in_an_idle_system_delays_no_other(
+async def test_a_failure_in_an_idle_system_delays_no_other_enrollment(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with endpoint(batch_size=1) as (server, runner):

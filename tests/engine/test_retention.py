@@ -77,7 +77,7 @@ async def test_without_settings_everything_stays(
     assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
 
 
-async def test_partitions_are_made_ahead_and_take_over_what_came_before_them(
+async def test_partitions_are_created_ahead_and_take_over_earlier_rows(
     defined: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     ahead = [name(month(n)) for n in range(4)]
