@@ -74,7 +74,7 @@ async def test_without_both_keys_they_are_the_runners_own() -> None:
         ({"channel": "push", "address": 5, "bad": 1}, "bad: this key is not known"),
     ],
 )
-def test_what_is_wrong_is_reported_with_the_runners_own_errors(
+def test_errors_are_reported_with_the_runners_own_errors(
     config: Mapping[str, Any], message: str
 ) -> None:
     with pytest.raises(DefinitionError, match=message):

@@ -244,7 +244,7 @@ async def test_retry_after(value: str, least: float, most: float) -> None:
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", "Mon, 99 Foo"])
-async def test_a_retry_after_that_says_nothing(value: str) -> None:
+async def test_an_invalid_retry_after_is_ignored(value: str) -> None:
     (result,) = await run(servers.Answer(503, b"", {"Retry-After": value}))
     assert failed(result).retry_after is None
     assert failed(result).fault == "unclear"

@@ -75,7 +75,7 @@ async def test_too_large_a_batch_is_halved_until_it_fits() -> None:
     assert again < refused  # the limit was learned
 
 
-async def test_one_that_is_too_large_alone_fails_alone() -> None:
+async def test_a_too_large_enrollment_fails_alone() -> None:
     async with http_server(limited(3_000)) as server:
         made = http_runner(server.url)
         tasks = [task(n, text="x" * (5_000 if n == 7 else 100)) for n in range(20)]

@@ -22,7 +22,7 @@ async def test_without_a_rate_there_are_no_permits() -> None:
     assert await made.turn()
 
 
-async def test_calls_have_permits_in_their_order_which_are_asked_for_in_blocks(
+async def test_calls_use_blocks_of_permits_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(permits, "WINDOW_SECONDS", 600.0)  # no permit lapses on a busy machine
@@ -52,7 +52,7 @@ async def test_calls_have_permits_in_their_order_which_are_asked_for_in_blocks(
     assert [count for _, _, count in asked] == [1, 2, 4, 8, 16, 32, 64]
 
 
-async def test_a_call_whose_turn_does_not_come_in_time_is_given_back(
+async def test_a_call_that_waits_too_long_is_given_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As its permit is too far away, or none comes; another call can use it."""

@@ -160,7 +160,7 @@ async def test_many_is_a_key_of_the_step() -> None:
 
 
 @given(st.text(max_size=60) | st.text('ab,<>"\\ @x.\r\n', max_size=60))
-def test_whatever_a_name_is_there_is_one_recipient(name: str) -> None:
+def test_any_name_gives_one_recipient(name: str) -> None:
     for source in (NAMED, '"{{data.name}}" <{{data.email}}>', "{{data.name}}<{{data.email}}>"):
         try:
             (box,) = compile_addresses("to", source).render(

@@ -389,7 +389,7 @@ def test_errors_of_attachments_name_their_key() -> None:
         runner.compile({**MAIL, "attachments": [{"base64": "x"}] * 11})
 
 
-async def test_a_preview_has_them_and_a_simulation_names_them() -> None:
+async def test_a_preview_contains_attachments_and_a_simulation_names_them() -> None:
     async with sending(pdf) as (_, files, runner):
         attached = [{"url": f"{files.url}/a.pdf"}, {"base64": "aGk=", "filename": "b.txt"}]
         program = runner.compile({**MAIL, "attachments": attached})

@@ -284,7 +284,7 @@ async def test_a_config_that_cannot_work_is_refused(change: dict[str, Any], name
 # --- the server's answers
 
 
-async def test_one_of_several_recipients_refused_the_others_get_it() -> None:
+async def test_a_refused_recipient_does_not_affect_the_others() -> None:
     async with smtp_server() as server:
         server.refused = {"bob@example.com": "550 5.1.1 no such user"}
         result = await send(server, {"cc": "bob@example.com"})

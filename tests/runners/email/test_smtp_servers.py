@@ -341,9 +341,7 @@ async def test_local_parts_with_dots_and_quotes(email: str, sent_to: str) -> Non
 
 @pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA"])
 @pytest.mark.parametrize("answer", [None, "421 4.4.2 idle for too long"])
-async def test_an_idle_connection_that_is_gone_costs_nothing(
-    command: str, answer: str | None
-) -> None:
+async def test_a_closed_idle_connection_costs_no_attempt(command: str, answer: str | None) -> None:
     async with scripted() as server, runner(server) as made:
         await send(made)
         server.answers[command] = [answer]
@@ -365,7 +363,7 @@ async def test_an_idle_connection_that_is_dead_costs_little(
     assert len(server.messages) == 2
 
 
-async def test_several_idle_connections_that_are_gone() -> None:
+async def test_several_closed_idle_connections() -> None:
     async with scripted() as server, runner(server) as made:
         program = made.compile(CONFIG)
         await made.run(program, [task(n, email="a@x.org") for n in range(5)])

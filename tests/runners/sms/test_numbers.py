@@ -84,7 +84,7 @@ def test_other_channels_go_through(text: str, sent_to: str) -> None:
         "+",
     ],
 )
-def test_what_is_no_number(text: str) -> None:
+def test_invalid_numbers(text: str) -> None:
     with pytest.raises(RenderError, match=r"^to: "):
         read_number("to", text)
 

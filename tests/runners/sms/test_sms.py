@@ -185,14 +185,14 @@ async def test_no_json_is_judged_by_its_status(
         ({"phone": "+\u0664\u0669151123"}, "to: "),
     ],
 )
-async def test_what_is_no_number_is_refused_for_good(data: dict[str, Any], says: str) -> None:
+async def test_invalid_numbers_fail_permanently(data: dict[str, Any], says: str) -> None:
     result, server = await send(SENT, **data)
     assert failed(result).permanent
     assert says in failed(result).message
     assert server.requests == []
 
 
-async def test_nothing_to_say() -> None:
+async def test_empty_texts_fail() -> None:
     result, server = await send(SENT, {**BASIC, "message": " {{data.nothing}} "})
     assert failed(result) == Failed(
         "message: empty", permanent=True, asked=False, failure="bad_data"
@@ -236,7 +236,7 @@ async def test_numbers_that_nothing_reaches_are_named_in_the_result(
         assert named == ([("+49151123456", source)] if source and suppress else [])
 
 
-async def test_the_hook_is_told_what_becomes_of_a_message_unless_a_step_names_another() -> None:
+async def test_the_hook_receives_the_status_of_messages_without_a_callback() -> None:
     hook, own = "https://mail.example.com/hooks/twilio", "https://shop.example.com/sms"
     answer = servers.Answer(201, json.dumps({"sid": "SM1", "status": "queued"}).encode())
     async with http_server(answering(answer)) as server:
