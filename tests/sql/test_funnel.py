@@ -79,7 +79,7 @@ async def run(connection: asyncpg.Connection, database: str, *subjects: str) -> 
     )
 
 
-async def test_a_funnel_counts_what_became_of_each_visit(
+async def test_a_funnel_counts_the_outcome_of_each_visit(
     connection: asyncpg.Connection, database: str
 ) -> None:
     subjects = [

@@ -391,7 +391,7 @@ async def test_a_policy_after_without_one_time_is_refused(
         await defined.execute(f"UPDATE sequencer.sequences SET {change}")
 
 
-async def test_retention_keeps_what_prevents_another_enrollment(
+async def test_retention_keeps_enrollments_that_reentry_needs(
     defined: asyncpg.Connection,
 ) -> None:
     await defined.execute(REENTRY_AFTER, timedelta(days=90))

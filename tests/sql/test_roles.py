@@ -212,7 +212,7 @@ MAY_NOT = {
 
 
 @pytest.mark.parametrize("role", ROLES)
-async def test_each_may_do_what_it_is_for_and_nothing_else(
+async def test_each_role_has_only_its_privileges(
     sessions: dict[str, asyncpg.Connection], role: str
 ) -> None:
     session = sessions[role]
@@ -268,7 +268,7 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     assert not any(row["prosecdef"] for row in loose)
 
 
-async def test_no_user_shadows_what_such_a_function_names(
+async def test_no_user_can_shadow_names_in_functions(
     sessions: dict[str, asyncpg.Connection], connection: asyncpg.Connection
 ) -> None:
     session = sessions["enroller"]

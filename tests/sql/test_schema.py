@@ -173,7 +173,7 @@ async def test_nonsense_is_refused_by_name(defined: asyncpg.Connection) -> None:
     assert wrong == {}
 
 
-async def test_each_row_of_an_insert_begins_as_its_own_sequence_says(
+async def test_each_row_of_an_insert_starts_as_its_sequence_defines(
     defined: asyncpg.Connection,
 ) -> None:
     await define(defined, "t", ("hello", "WaitForDuration", DAYS, None))
@@ -217,7 +217,7 @@ async def test_the_entry_policy_applies_to_its_sequence_alone(
     await defined.execute("ROLLBACK")
 
 
-async def test_the_next_statement_asks_the_definitions_anew(defined: asyncpg.Connection) -> None:
+async def test_the_next_statement_reads_the_definitions_again(defined: asyncpg.Connection) -> None:
     async with defined.transaction():
         await enroll(defined, "s", "ada")
         await defined.execute("UPDATE sequencer.sequences SET first_step = 'second'")
@@ -601,9 +601,7 @@ async def test_without_the_notify_lock_nothing_is_notified(
     assert await heard(ear, defined, enroll.format("kim")) == told
 
 
-async def test_a_notification_says_if_some_start_later(
-    defined: asyncpg.Connection, ear: Ear
-) -> None:
+async def test_a_notification_reports_later_starts(defined: asyncpg.Connection, ear: Ear) -> None:
     start = "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES ('s', '{}', {})"
     [payload] = await heard(ear, defined, start.format("ada", "now() + interval '1 second'"))
     due = parse(payload)
@@ -669,7 +667,7 @@ PRIVILEGES = [
 ]
 
 
-async def test_roles_may_do_what_they_are_for(defined: asyncpg.Connection) -> None:
+async def test_roles_have_their_privileges(defined: asyncpg.Connection) -> None:
     await enroll(defined, "s", "ada")
     for role, statement, allowed in PRIVILEGES:
         transaction = defined.transaction()
