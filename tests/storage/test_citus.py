@@ -209,7 +209,7 @@ async def test_a_request_by_notify_is_heard(shard: Shard, connection: asyncpg.Co
         )
 
 
-async def test_applications_do_what_their_roles_may(
+async def test_applications_use_the_privileges_of_their_roles(
     citus: Citus, shard: Shard, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))

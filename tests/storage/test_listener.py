@@ -141,7 +141,7 @@ async def test_each_is_evaluated_once_for_a_request_and_not_written(
     )
 
 
-async def test_a_request_applies_to_what_it_names(
+async def test_a_request_applies_to_the_enrollments_that_it_names(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
     for name in ("s", "t", "paused"):

@@ -42,7 +42,7 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
     return leased, {NUMBER: number % 2**32}
 
 
-async def test_only_what_has_changed_since_the_lease_is_read_again(
+async def test_only_rows_changed_since_the_lease_are_read_again(
     database: str, connection: asyncpg.Connection
 ) -> None:
     leased, transactions = await lease(connection)

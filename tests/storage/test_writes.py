@@ -140,7 +140,7 @@ COMPLETED = """SELECT count(*) FROM sequencer.enrollments AS e
 
 
 @ONE_OR_TWO
-async def test_what_is_unchanged_is_written_by_a_known_transaction(
+async def test_unchanged_rows_are_written_by_a_known_transaction(
     connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
     number = await complete(connection, await enrolled(connection, *subjects))
