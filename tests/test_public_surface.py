@@ -120,7 +120,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
     return built
 
 
-def test_what_builds_it_is_pinned() -> None:
+def test_the_build_system_is_pinned() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     for pinned in project["build-system"]["requires"]:
         assert pinned in project["dependency-groups"]["build"]

@@ -108,7 +108,7 @@ async def logged(daemon: asyncio.subprocess.Process, event: str, shard: str) -> 
     raise AssertionError(f"no line {event!r} of {shard}")
 
 
-async def test_one_daemon_serves_all_and_one_that_is_away_disturbs_no_other(
+async def test_one_daemon_serves_all_shards_and_a_missing_one_disturbs_no_other(
     shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
 ) -> None:
     a, b = shards["a"], shards["b"]
@@ -246,7 +246,7 @@ async def until_told(told: list[str], start: str) -> None:
     await eventually(lambda: any(message.startswith(start) for message in told[before:]))
 
 
-def test_a_stuck_engine_starves_the_watchdog_and_one_that_is_away_does_not(
+def test_a_stuck_engine_stops_the_watchdog_and_a_missing_shard_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fed: list[str] = []
