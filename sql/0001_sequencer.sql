@@ -2175,7 +2175,7 @@ COMMENT ON FUNCTION sequencer.arms_taken IS 'Return which arm of a Split enrollm
 -- Reads the history since that time once, in parallel. Times are counted in classes of 1%, of a sample if
 -- there are many: to sort them would take several times as long. JIT takes longer than it saves. The plan
 -- has to know the variables: otherwise the planner expects few events, and does not count them in parallel.
--- It would also sort them, expecting few.
+-- It would also sort them, expecting few, and not read the arms in parallel, expecting many rows of workers.
 CREATE FUNCTION sequencer.funnel(
     sequence text, since timestamptz DEFAULT NULL, split text DEFAULT NULL
 ) RETURNS TABLE (
@@ -2183,7 +2183,8 @@ CREATE FUNCTION sequencer.funnel(
     cancelled bigint, suppressed bigint, goals bigint, median interval, p90 interval
 )
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
-    SET jit = off SET work_mem = '128MB' SET plan_cache_mode = force_custom_plan SET enable_sort = off AS $$
+    SET jit = off SET work_mem = '128MB' SET plan_cache_mode = force_custom_plan SET enable_sort = off
+    SET parallel_tuple_cost = 0.01 AS $$
 #variable_conflict use_column
 DECLARE
     of_sequence CONSTANT text := funnel.sequence;
@@ -2263,7 +2264,7 @@ BEGIN
     RETURN QUERY
     WITH left_visits AS NOT MATERIALIZED (
         SELECT v.enrollment_id AS id, v.visit, v.step COLLATE "C" AS step, v.seconds_at_step AS seconds,
-               CASE WHEN v.action = 'next' THEN v.action
+               CASE WHEN v.action = 'next' THEN NULL -- most are, and NULL takes the least time to group by
                     WHEN v.action = 'branch' THEN 'branch ' || coalesce(v.message, '')
                     WHEN v.action = 'goal' THEN 'goal ' || coalesce(split_part(v.message, ' is met', 1), '')
                     ELSE v.action END COLLATE "C" AS way,
@@ -2271,11 +2272,11 @@ BEGIN
                     THEN (ln(greatest(v.seconds_at_step, 0.001::real)) * 100)::integer << 16
                     ELSE not_timed << 16 END AS class
           FROM sequencer.events AS v
-         WHERE v.sequence = of_sequence AND v.at >= start AND v.seconds_at_step IS NOT NULL
+         WHERE v.sequence = of_sequence AND v.seconds_at_step IS NOT NULL
            AND (v.message IS NOT NULL OR v.action <> 'completed') -- by hand alone
            AND (v.seconds_at_step < 86400 AND v.at >= a_day_later -- which needs no arithmetic
                 OR v.seconds_at_step < 864000 AND v.at >= ten_days_later
-                OR date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
+                OR v.at >= start AND date_part('epoch', v.at) - v.seconds_at_step >= start_seconds)
     ), other_visits AS NOT MATERIALIZED ( -- still there, or to be subtracted
         SELECT e.id, e.visit, e.step, NULL::real, 'waiting' AS way, not_timed << 16 AS class
           FROM sequencer.enrollments AS e
@@ -2314,13 +2315,13 @@ BEGIN
          WHERE NOT is_dense
          GROUP BY 1, 2, 5
     ), cells AS MATERIALIZED ( -- so that the conditions on it are not evaluated for each event
-        SELECT c.step, split_part(c.way, ' ', 1) AS action, c.way, nullif(c.code >> 16, not_timed) AS class,
+        SELECT c.step, split_part(w.way, ' ', 1) AS action, w.way, nullif(c.code >> 16, not_timed) AS class,
                CASE WHEN NOT is_dense THEN nullif(c.code & 65535, 0)
                     WHEN c.code & 255 > 0 AND c.code >> 8 & 255 >= ((c.code & 255) - 1) / cardinality(names)
                     THEN ((c.code & 255) - 1) % cardinality(names) + 1 END AS arm,
-               CASE WHEN c.way IN ('failed resumed', 'cancelled resumed') THEN -c.times ELSE c.times END AS times,
+               CASE WHEN w.way IN ('failed resumed', 'cancelled resumed') THEN -c.times ELSE c.times END AS times,
                c.seconds
-          FROM counted AS c
+          FROM counted AS c CROSS JOIN LATERAL (SELECT coalesce(c.way, 'next') AS way) AS w
     ), ways AS (
         SELECT c.step, c.action, c.class, c.times, c.seconds,
                names[c.arm] AS arm,
