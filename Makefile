@@ -42,7 +42,7 @@ test: install ## run the tests, or some: T=tests/core; JOBS=4 processes; THOROUG
 		$(if $(THOROUGH),--hypothesis-profile thorough) $(T)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
-quick: install ## run the fast tests: without programs, chaos, and the console on a database
+quick: install ## run the fast tests: without programs, chaos, and the console and imports on a database
 	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 \
 		--hypothesis-profile quick -m "not slow and not system" $(T)
 

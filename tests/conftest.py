@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out: modules whose tests start programs, chaos, and tests of
     the console on a database.
 
-    Single tests that start programs or take half a second have the mark themselves.
+    Tests that start programs or take 0.3 s of CPU time have the mark themselves.
     """
     for path, of_module in groupby(items, lambda item: item.path):
         all_are_slow = "chaos" in path.parts or STARTS_PROGRAMS.search(path.read_text())

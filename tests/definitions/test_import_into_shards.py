@@ -17,6 +17,8 @@ from tests.helpers.command_line import Command
 from tests.helpers.engines import until
 from tests.helpers.shards import NAMES, NOWHERE, configure
 
+pytestmark = pytest.mark.slow  # commands on three databases
+
 MANY = """
 INSERT INTO runners SELECT n, 'user-' || n, 1, 11, true, now(), NULL, now()
   FROM generate_series(100, 119) AS n

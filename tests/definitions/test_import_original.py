@@ -23,6 +23,8 @@ from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until, way
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 
+pytestmark = pytest.mark.slow  # commands on the tables of two systems: a tenth of `make quick`
+
 TABLES = """
 CREATE TABLE sequences (
     id serial PRIMARY KEY, title varchar(255), description varchar(255),

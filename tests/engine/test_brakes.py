@@ -50,6 +50,7 @@ async def reason(connection: asyncpg.Connection) -> str | None:
     return text
 
 
+@pytest.mark.slow
 async def test_two_daemons_in_one_instant_send_no_more_than_the_brake_allows(
     connection: asyncpg.Connection, database: str
 ) -> None:
@@ -315,6 +316,7 @@ async def test_without_a_brake_there_is_no_extra_query(
     assert await connection.fetchval("SELECT count(*) FROM sequencer.brakes") == 0
 
 
+@pytest.mark.slow
 async def test_commands_explain_a_pause_by_the_brake(
     sequencerd: Command, connection: asyncpg.Connection, database: str
 ) -> None:
@@ -356,6 +358,7 @@ steps:
 SEND = "  - {name: send, type: WaitForDuration, config: {amount: 1, unit: hours}}\n"
 
 
+@pytest.mark.slow
 async def test_a_brake_of_a_file_is_planned_applied_and_exported(
     sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:

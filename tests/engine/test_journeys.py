@@ -298,6 +298,7 @@ async def collected(
     return [view["data"]["batch"] for view in runner.views]
 
 
+@pytest.mark.slow
 async def test_every_item_is_in_one_batch(connection: asyncpg.Connection, database: str) -> None:
     batches = await collected(
         connection,

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
+import pytest
 
 from sequencerd.core.model import Failed, Result, Task
 from tests.helpers.databases import execute, with_database
@@ -44,6 +45,7 @@ async def keys(database: str, subjects: int = 3) -> list[str]:
     return recorder.keys
 
 
+@pytest.mark.slow
 async def test_no_two_databases_make_the_same_key(server: str, template: str) -> None:
     made: list[str] = []
     for _ in range(2):
@@ -57,6 +59,7 @@ async def test_no_two_databases_make_the_same_key(server: str, template: str) ->
     assert max(map(len, made)) <= 64
 
 
+@pytest.mark.slow
 async def test_a_restored_database_makes_keys_of_its_own(
     server: str, database: str, connection: asyncpg.Connection
 ) -> None:
@@ -83,6 +86,7 @@ async def test_a_restored_database_makes_keys_of_its_own(
     assert len(set(recorder.keys)) == 3
 
 
+@pytest.mark.slow
 async def test_the_key_is_the_same_in_every_attempt_of_every_daemon(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -39,6 +39,7 @@ def place(key: str = "ada", at_most: int = 1, per: timedelta = HOUR) -> Reservat
     return Reservation(key.encode(), "marketing", at_most, per)
 
 
+@pytest.mark.slow
 async def test_simultaneous_daemons_and_sequences_keep_a_limit(
     connection: asyncpg.Connection, database: str
 ) -> None:
@@ -181,6 +182,7 @@ async def test_attempts_of_a_visit_count_once(
     ]
 
 
+@pytest.mark.slow
 async def test_a_limit_counts_by_its_key_and_topic(
     connection: asyncpg.Connection, database: str
 ) -> None:
@@ -208,6 +210,7 @@ async def test_a_limit_counts_by_its_key_and_topic(
         assert len(notes.keys) == 4
 
 
+@pytest.mark.slow
 async def test_a_reevaluation_does_not_pass_the_limit_by(
     connection: asyncpg.Connection, database: str
 ) -> None:
@@ -322,6 +325,7 @@ async def test_the_limit_of_a_topic_holds_for_all_its_side_effects(
     )
 
 
+@pytest.mark.slow
 async def test_running_daemons_follow_a_changed_limit_of_a_topic(
     connection: asyncpg.Connection, database: str
 ) -> None:

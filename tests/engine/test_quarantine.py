@@ -395,6 +395,7 @@ async def test_a_database_that_is_not_utf8_is_refused(server: str, tmp_path: Pat
         await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.slow
 async def test_a_row_that_cannot_be_read_fails_alone(
     server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +437,7 @@ async def test_a_row_that_cannot_be_read_fails_alone(
         await execute(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.slow
 async def test_a_claim_is_bounded_by_bytes(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import asyncpg
+import pytest
 
 from sequencerd.core.model import DefinitionError
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
@@ -63,6 +64,7 @@ async def test_daemons_leave_steps_that_only_others_serve(
             ]
 
 
+@pytest.mark.slow
 async def test_a_step_is_a_problem_where_no_living_daemon_serves_it(
     database: str, connection: asyncpg.Connection
 ) -> None:

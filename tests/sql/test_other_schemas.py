@@ -21,6 +21,8 @@ from tests.helpers.databases import in_usual_schema, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.sql.test_golden_schema import GOLDEN, describe
 
+pytestmark = pytest.mark.slow  # each test migrates a schema
+
 NAME = 'My "Größe" {x} №1; --. /*'.ljust(59, "x")
 """What is allowed in a name, and in 63 bytes as many as there can be."""
 QUOTED = '"' + NAME.replace('"', '""') + '"'
@@ -98,7 +100,6 @@ async def test_settings_of_triggers_are_those_of_the_schema(
     assert (await connection.fetchval(read), await other.fetchval(read)) == ("first", "another")
 
 
-@pytest.mark.slow
 async def test_two_daemons_in_one_database_do_not_disturb_each_other(
     connection: asyncpg.Connection, other: asyncpg.Connection, database: str
 ) -> None:
@@ -134,7 +135,6 @@ async def test_two_daemons_in_one_database_do_not_disturb_each_other(
     assert await other.fetchval(future) == 0
 
 
-@pytest.mark.slow
 async def test_dropping_one_disturbs_no_other(
     connection: asyncpg.Connection, other: asyncpg.Connection, database: str
 ) -> None:
@@ -156,7 +156,6 @@ async def test_dropping_one_disturbs_no_other(
     assert await migrate.grant(other) == []
 
 
-@pytest.mark.slow
 async def test_several_are_made_at_the_same_time(database: str) -> None:
     async def make(schema: str) -> list[migrate.Ungranted]:
         opened = await connections.connect(Shard(database, schema))
@@ -185,7 +184,6 @@ async def test_locks_and_notifications_are_those_of_the_schema(
     assert heard == ["theirs"]
 
 
-@pytest.mark.slow
 async def test_commands_work_in_the_schema_that_is_set(
     sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:

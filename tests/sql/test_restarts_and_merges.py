@@ -184,6 +184,7 @@ async def test_merge_where_the_policy_allows_one_enrollment_ever(
         await enroll(defined, "s", "ada")
 
 
+@pytest.mark.slow
 async def test_merges_and_enrollments_at_the_same_time_lose_nothing(
     defined: asyncpg.Connection, database: str
 ) -> None:
@@ -270,6 +271,7 @@ async def test_collect_keeps_so_many_items_and_counts_the_rest(
 
 
 @pytest.mark.parametrize("policy", ["after_end", "always"])
+@pytest.mark.slow
 async def test_items_of_many_connections_are_all_kept(
     defined: asyncpg.Connection, database: str, policy: str
 ) -> None:

@@ -537,6 +537,7 @@ async def heard(ear: Ear, connection: asyncpg.Connection, *statements: str) -> l
     return ear.heard[:-1]
 
 
+@pytest.mark.slow
 async def test_notifications_are_short_and_folded(defined: asyncpg.Connection, ear: Ear) -> None:
     one_by_one = (
         "DO $$ BEGIN FOR n IN 1..1000 LOOP INSERT INTO sequencer.enrollments (sequence, subject)"

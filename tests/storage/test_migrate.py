@@ -169,6 +169,7 @@ async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str
     return {name: with_login(database, name) for name in names}
 
 
+@pytest.mark.slow
 async def test_all_tables_have_the_same_owner_whoever_migrates(
     connection: asyncpg.Connection, logins: dict[str, str]
 ) -> None:
