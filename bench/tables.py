@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -104,15 +105,13 @@ def figures(run: Run) -> str:
 def servers(run: Run) -> str:
     """The same workloads on two versions, in turns, and on 18 with and without its new I/O."""
     sizes = Sizes(500, 500, 10) if run.is_quick else Sizes(50_000, 20_000, 50)
-    variants = {
-        "15": ("15", {}),
-        "18": ("18", {}),
-        "18, io_method = sync": ("18", {"io_method": "sync"}),
-    }
+    variants: list[tuple[str, dict[str, str]]]
+    variants = [("15", {}), ("18", {}), ("18", {"io_method": "sync"})]
     found: Figures = {}
     for _ in range(1 if run.is_quick else 2):
-        for name, (wanted, settings) in variants.items():
+        for wanted, settings in variants:
             with postgresql.running(wanted, settings) as server:
+                name = ", ".join([server.version, *map(" = ".join, settings.items())])
                 there = Run(server, run.is_quick, run.is_kept, [])
                 arguments = sizes.arguments(sizes.subjects, sizes.wave)
                 works = ("--works", "limit,pure,w1,flat,wave,wake")
@@ -127,7 +126,7 @@ def servers(run: Run) -> str:
         ("wake", "p50_ms", "`wake`, median, ms"),
     )
     rows = []
-    for name in variants:
+    for name in dict.fromkeys(program for program, _, _ in found):
         values = [statistics.median(found[name, work, figure]) for work, figure, _ in columns]
         shown = [whole(value) if value > 1000 else f"{value:.3g}" for value in values]
         rows.append([name, *shown])
@@ -301,6 +300,7 @@ def main() -> int:
         wanted = list(TABLES)
     if unknown := [name for name in wanted if name not in TABLES]:
         parser.error(f"no table is named {unknown[0]}; available: {', '.join(TABLES)}, all")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
     failed = []
     for name in wanted:
         begun, raw = time.monotonic(), list[str]()
@@ -313,7 +313,8 @@ def main() -> int:
                 )
                 failed.append(name)
                 continue
-        text = f"{text}\n\n{compare.machine(server.version)}."
+        version = "of the first column" if name == "servers" else server.version
+        text = f"{text}\n\n{compare.machine(version)}."
         print(f"{name}, {(time.monotonic() - begun) / 60:.1f} minutes:\n\n{text}\n", flush=True)
         if not given.print:
             write(name, text)
