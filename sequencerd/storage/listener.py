@@ -144,6 +144,13 @@ class _InvalidNotifications:
             asyncio.get_running_loop().call_later(REFUSED_INTERVAL, self._report)
 
 
+def pause_after(pause: float, *took: float) -> float:
+    """Return how long to pause after the last two polls, which took so many seconds: longer if both
+    were slow. What slowed only one of them is not what they read.
+    """
+    return max(pause, min(took) / POLL_SHARE)
+
+
 async def listen(
     shard: Shard,
     receive: Callable[[Notification], None],
@@ -243,6 +250,7 @@ class _Watch:
         self._notified_at: deque[float] = deque(maxlen=OFTEN)
         self._last = DueSteps(0, frozenset())
         self._pause = POLL_INTERVALS[0]
+        self._took = 0.0  # seconds, the last poll
         connection.add_termination_listener(lambda _: self._wake.set())
 
     def on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
@@ -344,7 +352,8 @@ class _Watch:
         await self._poll_once(whole=False)
         shortest, longest = POLL_INTERVALS
         self._pause = shortest if self._last.due - known else min(2 * self._pause, longest)
-        await asyncio.sleep(max(self._pause, (loop.time() - started) / POLL_SHARE))
+        took, self._took = self._took, loop.time() - started
+        await asyncio.sleep(pause_after(self._pause, took, self._took))
 
     async def _poll_once(self, *, whole: bool) -> None:
         """Poll until it succeeds, and probe the connection meanwhile."""

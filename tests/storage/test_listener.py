@@ -305,3 +305,10 @@ async def test_an_unknown_name_is_searched_once(
         await connection.execute("DELETE FROM sequencer.sequences WHERE name = 'later'")
         await one.reload()
         assert one.catalog.should_load("later")
+
+
+def test_one_slow_poll_does_not_delay_the_next() -> None:
+    """A busy machine may slow any of them; a table with many steps slows all."""
+    assert listener.pause_after(0.01, 0.001, 0.05) == 0.01
+    assert listener.pause_after(0.01, 0.05, 0.001) == 0.01
+    assert listener.pause_after(0.01, 0.04, 0.05) == 0.04 / listener.POLL_SHARE
