@@ -42,7 +42,7 @@ from sequencerd.service.metrics import Metrics, ShardMetrics
 from sequencerd.service.public import PublicPages
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import ConsoleSettings, DatabaseSettings, Settings
-from sequencerd.storage import connections, migrate, server
+from sequencerd.storage import connections, conninfo, migrate, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.listener import DefinitionsChanged, Notification, listen, poll
@@ -144,7 +144,15 @@ def check_settings(settings: Settings) -> None:
     """Check, without a database, what a start or a reload would reject. Raises SettingsError."""
     settings.check_console()
     for name in settings.shards or (None,):
-        make_runners(settings.of_shard(name))
+        of_shard = settings.of_shard(name)
+        make_runners(of_shard)
+        for url in (of_shard.database.url, of_shard.database.listen_url):
+            if url is None:
+                continue
+            try:
+                conninfo.arguments(url.get_secret_value(), name="", timeout=0)
+            except SettingsError as error:
+                raise error if name is None else SettingsError(f"shard {name}: {error}") from error
 
 
 async def run(

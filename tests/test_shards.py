@@ -345,6 +345,13 @@ def test_settings_of_shards_that_cannot_be_meant(tmp_path: Path) -> None:
     assert set(load({}, file, secrets=()).shards) == {"a", "b"}
     with pytest.raises(SettingsError, match=r"no shard 'c'.*: a, b"):
         load({}, file, secrets=()).of_shard("c")
+    for url, message in (
+        ("mysql://db/app", "begins with mysql://"),
+        ("postgresql://db:x/app", "has a port that is not a number"),
+    ):
+        file.write_text(f'[shards]\na = {{url = "postgresql://db/app"}}\nb = {{url = "{url}"}}')
+        with pytest.raises(SettingsError, match=f"^shard b: the database's URL {message}"):
+            composition.check_settings(load({}, file))
 
 
 @pytest.mark.parametrize(
