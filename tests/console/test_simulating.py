@@ -135,7 +135,7 @@ WRONG = (
     ({"answer.Email": "x"}, "answer.Email", "'x' is none of"),
     ({"outcome": "maybe"}, "outcome", "maybe"),
     ({"answer.Score": "maybe"}, "answer.Score", "maybe"),
-    ({"answer.Score": '{"action": "maybe"}'}, "answer.Score", "Input should be"),
+    ({"answer.Score": '{"action": "maybe"}'}, "answer.Score", "must be 'next'"),
     ({"answer.Score": '{"action": '}, "answer.Score", "not JSON"),
     ({"when.1": "letr", "set.1": "{}"}, "when.1", "letter"),
     ({"when.1": "PX", "set.1": "{}"}, "when.1", "not a step, a duration"),
