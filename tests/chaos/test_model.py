@@ -39,11 +39,12 @@ from sequencerd.service.metrics import Metrics
 from sequencerd.settings import EngineSettings
 from sequencerd.storage import connections
 from sequencerd.storage.listener import listen
+from tests.chaos.world import IS_SHORT
 from tests.helpers.databases import shard
 from tests.helpers.engines import define
 from tests.helpers.waiting import PATIENCE
 
-EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "20" if IS_SHORT else "40"))
 ATTEMPTS = 3
 LEASE = 0.01  # hours: less than any step of the clock
 T = TypeVar("T")

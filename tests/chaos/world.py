@@ -33,8 +33,11 @@ from tests.helpers.engines import define, until
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
 
+IS_SHORT = "CHAOS_SECONDS" not in os.environ
+"""Whether it is a part of all tests, which takes seconds for each scenario, or `make chaos`."""
+
 LEASE = 3  # seconds
-RATE = 80  # enrollments a second
+RATE = 40 if IS_SHORT else 80  # enrollments a second
 CONNECT = TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
@@ -235,6 +238,7 @@ class World:
         self.daemons: list[Daemon] = []
         self.acknowledged: list[str] = []
         self.faulty: set[str] | None = None  # subjects, where all others are blameless
+        self.is_enough = False  # of enrollments
         self.plan: list[str] = []  # what was done, for the reader of a failure
         self.settings = ""  # of the daemons, in TOML
         self.environment: dict[str, str] = {}
@@ -283,7 +287,7 @@ class World:
         loop = asyncio.get_running_loop()
         end, number = loop.time() + seconds, 0
         connection: asyncpg.Connection | None = None
-        while loop.time() < end:
+        while loop.time() < end and not self.is_enough:
             number += 1
             try:
                 if connection is None:
