@@ -230,18 +230,23 @@ def report(figures: Figures, names: Iterable[str]) -> str:
             value = medians.get((name, work, figure))
             column = [v for (_, w, f), v in medians.items() if (w, f) == (work, figure)]
             is_best = value is not None and value == (max(column) if is_rate else min(column))
-            shown = "-" if value is None else f"{value:,.0f}" if is_rate else f"{value:.3g}"
-            cells.append(f"**{shown}**" if is_best and len(column) > 1 else shown)
+            cell = "-" if value is None else shown(value)
+            cells.append(f"**{cell}**" if is_best and len(column) > 1 else cell)
         shown_name = KNOWN[name].shown if name in KNOWN else name
         lines.append(f"| {shown_name} | " + " | ".join(cells) + " |")
     lines += ["", *alone(medians), ""]
     lines += [f"- {line}" for line in behind(medians)]
     spread = [
-        f"{name} {work} {figure} {min(values):,.4g} to {max(values):,.4g}"
+        f"{name} {work} {figure} {shown(min(values))} to {shown(max(values))}"
         for (name, work, figure), values in figures.items()
         if len(values) > 1 and (work, figure) in {column[:2] for column in COLUMNS}
     ]
     return "\n".join([*lines, *(["", "Ranges: " + "; ".join(spread)] if spread else [])])
+
+
+def shown(value: float) -> str:
+    """Return a number with three digits, or whole."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def alone(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
@@ -253,24 +258,25 @@ def alone(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
         if (value := medians.get(("sequencerd", work, figure))) is None:
             continue
         is_rate = figure.endswith("_per_s")
-        shown = f"{value:,.0f} a second" if is_rate else f"{value:.3g} ms at most, 99%"
+        cell = f"{value:,.0f} a second" if is_rate else f"{value:.3g} ms at most, 99%"
         part = f"{value / limit:.0%}" if limit and is_rate and work != "limit" else ""
-        yield f"| `{work}` | {shown} | {part} |"
+        yield f"| `{work}` | {cell} | {part} |"
 
 
 def behind(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
     """Yield a line for each column in which peers are ahead of sequencerd."""
     for work, figure, heading, is_rate in COLUMNS:
         ours = medians.get(("sequencerd", work, figure))
+        if ours is None:
+            continue
         ahead = [
-            f"{name} {value:,.4g}"
+            f"{name} {shown(value)}"
             for (name, its_work, its_figure), value in medians.items()
-            if ours is not None
-            and (its_work, its_figure) == (work, figure)
+            if (its_work, its_figure) == (work, figure)
             and (value > ours if is_rate else value < ours)
         ]
         if ahead:
-            yield f'behind in "{heading}", with {ours:,.4g}: {", ".join(ahead)}'
+            yield f'behind in "{heading}", with {shown(ours)}: {", ".join(ahead)}'
 
 
 def machine(version: str) -> str:
