@@ -127,7 +127,8 @@ async def test_histories_of_shards_are_added_up(
         assert (funnel["first"]["entered"], funnel["second"]["entered"]) == (4, 2)
         assert funnel["first"]["waiting"] == 2
         assert {*funnel["second"]["median"]} == {"a", "b"}
-        assert "of several shards they are a range" in (await client.get("/funnel?sequence=s")).text
+        page = (await client.get("/funnel?sequence=s")).text
+        assert "of several shards are shown as a range" in page
         for by in ("hour", "day"):
             activity = await rows_of(client, "activity", by=by)
             assert sum(row["entered"] for row in activity) >= 4
