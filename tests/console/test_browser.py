@@ -606,7 +606,7 @@ async def test_columns_are_ticked_in_the_page(
             await page.goto("/console/search")
             await page.locator("summary").first.click()
             await page.get_by_label("Enrolled", exact=True).check()
-            await page.get_by_label("Of the data").fill("data.name")
+            await page.get_by_label("Paths in the data").fill("data.name")
             await page.get_by_role("button", name="Apply").click()
             await shows(page, "th", "data.name")
             await page.wait_for_url("**/search?columns=*created_at*data.name*")

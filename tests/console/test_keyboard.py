@@ -133,7 +133,7 @@ async def test_a_wrong_filter_is_corrected(
         await page.locator("summary").click()
         await page.locator("#where").fill("name is Ada")
         await page.keyboard.press("Enter")
-        await shows(page, "#found [role=alert]", "Write the filter of data such as")
+        await shows(page, "#found [role=alert]", "Write the data filter as in")
         await check_accessible(page)
         assert await page.locator("#where").input_value() == "name is Ada"
         await page.locator("#where").fill("data.name = Ada")
