@@ -134,14 +134,13 @@ class Batch(EnrollmentWrites):
         leased.executor.reserve(1)
         self.leased.append(leased)
 
-    def wakes(self) -> dict[StepKey, datetime]:
-        """Return the first wake time of the waiting enrollments at each step."""
-        wakes = dict(self.entered)
+    def wakes(self) -> dict[StepKey, tuple[datetime, datetime]]:
+        """Return the first and the last wake time of the waiting enrollments at each step."""
+        wakes = {step_key: (at, at) for step_key, at in self.entered.items()}
         for row in self.rows:
-            if row.wake_at is not None and row.leased_by is None:
-                step_key = (row.sequence, row.step)
-                if step_key not in wakes or row.wake_at < wakes[step_key]:
-                    wakes[step_key] = row.wake_at
+            if (at := row.wake_at) is not None and row.leased_by is None:
+                first, last = wakes.get((row.sequence, row.step), (at, at))
+                wakes[row.sequence, row.step] = min(first, at), max(last, at)
         return wakes
 
     def invalid_steps(self) -> set[StepKey]:

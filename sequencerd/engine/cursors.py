@@ -112,11 +112,17 @@ class Cursors:
         cursor = self._by_step.get(step_key)
         return 0 if cursor is None else cursor.fruitless
 
-    def report(self, step_key: StepKey, at: datetime, now: datetime) -> None:
-        """Report that an enrollment at a step is, or will be, due from a time on."""
+    def report(
+        self, step_key: StepKey, at: datetime, now: datetime, *, is_later: bool = False
+    ) -> None:
+        """Report that an enrollment at a step is, or will be, due from a time on, and whether
+        others may be due later: by then, the first one may have been claimed.
+        """
         if (cursor := self._by_step.get(step_key)) is not None:
             cursor.lower(max(at, EARLIEST_WAKE))
-            if at > now:
+            if is_later:
+                cursor.lower_ahead(EARLIEST_WAKE)
+            elif at > now:
                 cursor.lower_ahead(at)
 
     def report_notified(
@@ -125,9 +131,7 @@ class Cursors:
         """Report a notification: an enrollment is due at a step `since` a time, if that is known,
         and others may be due later. The database's clock may be ahead of `now`.
         """
-        self.report(step_key, since or EARLIEST_WAKE, now)
-        if (is_later or since is None) and (cursor := self._by_step.get(step_key)) is not None:
-            cursor.lower_ahead(EARLIEST_WAKE)
+        self.report(step_key, since or EARLIEST_WAKE, now, is_later=is_later or since is None)
 
     def forget_ahead(self) -> None:
         """Report that enrollments may wake at any step."""

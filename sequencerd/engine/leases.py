@@ -27,15 +27,16 @@ MAX_TRANSACTIONS = 1000  # transactions that are remembered
 
 
 class Leases:
-    """The leases. `wakes` receives the steps to which a batch has moved enrollments, and their
-    first wake times; `invalid` receives the steps at which enrollments have failed as invalid.
+    """The leases. `wakes` receives the steps to which a batch has moved enrollments, the first wake
+    time at each, and whether there are later ones; `invalid` receives the steps at which
+    enrollments have failed as invalid.
     """
 
     def __init__(
         self,
         pool: asyncpg.Pool,
         executors: Executors,
-        wakes: Callable[[StepKey, datetime], None],
+        wakes: Callable[[StepKey, datetime, bool], None],
         invalid: Callable[[StepKey], None],
         *,
         clock: Clock,
@@ -130,8 +131,8 @@ class Leases:
         self._metrics.written(sum(map(len, batch.rows.values())), batch.events, batch.failures())
 
     def _report(self, batch: Batch) -> None:
-        for step_key, at in batch.wakes().items():
-            self._wakes(step_key, at)
+        for step_key, (first, last) in batch.wakes().items():
+            self._wakes(step_key, first, last > first)
         for step_key in batch.invalid_steps():
             self._invalid(step_key)
 

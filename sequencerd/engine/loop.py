@@ -332,9 +332,11 @@ class Engine:
         if at < NEVER and self._heap.push(step_key, at):
             self._wake.set()
 
-    def _report_wake(self, step_key: StepKey, at: datetime) -> None:
-        """Record that an enrollment has been moved to a step, and when it wakes."""
-        self._cursors.report(step_key, at, self._clock.now())
+    def _report_wake(self, step_key: StepKey, at: datetime, is_later: bool) -> None:
+        """Record that enrollments have been moved to a step, when the first one wakes, and whether
+        others wake later.
+        """
+        self._cursors.report(step_key, at, self._clock.now(), is_later=is_later)
         if not self._executors.is_waited_for(step_key):
             self._push(step_key, at)
 
@@ -428,10 +430,12 @@ class Engine:
             self._cursors.forget_unused(self._clock.now())
         return wakes
 
-    def _report_wakes(self, wakes: Iterable[tuple[StepKey, datetime]]) -> None:
+    def _report_wakes(
+        self, wakes: Iterable[tuple[StepKey, datetime]], *, is_later: bool = False
+    ) -> None:
         now = self._clock.now()
         for step_key, at in wakes:
-            self._cursors.report(step_key, at, now)
+            self._cursors.report(step_key, at, now, is_later=is_later)
             self._push(step_key, at)
 
     async def find_due(self, whole: bool) -> DueSteps:
@@ -460,7 +464,7 @@ class Engine:
             async with connections.borrow(self._pool) as connection:
                 await self.catalog.revive(connection, fixed)
                 names = changed | {sequence for sequence, _ in fixed}
-                self._report_wakes(await first_wakes_of(connection, names))
+                self._report_wakes(await first_wakes_of(connection, names), is_later=True)
         self._fixed -= fixed
         return bool(changed)
 

@@ -171,7 +171,10 @@ class Model:
                 kept_at = min(self.wakes.pop(id_), one.now)
                 if size % 4 == 1:
                     self.add(kept_at)
-                    self.cursors.report(HERE, kept_at, self.daemon_now)
+                    is_later = size % 8 == 1  # of the same batch, and reported with it
+                    if is_later:
+                        self.add(kept_at + timedelta(seconds=2))
+                    self.cursors.report(HERE, kept_at, self.daemon_now, is_later=is_later)
                     break
             one.manager.__exit__(None, None, None)
 

@@ -771,6 +771,29 @@ async def test_answers_may_bring_data_and_ask_to_come_again(
     ]
 
 
+async def test_what_wakes_later_than_others_of_its_batch_is_found_without_a_sweep(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """The first one is due already when the batch has been written."""
+
+    seen = set()
+
+    async def come_again(task: Task) -> Result:
+        if (id_ := task.view["id"]) in seen:
+            return Answer(Action.NEXT)
+        seen.add(id_)
+        pause = timedelta(seconds=task.view["data"]["pause"])
+        return Answer(Action.NOOP, "first time", retry_after=pause)
+
+    async with running_engine(database, {"Twice": Recorder(come_again)}, sweep=3600):
+        await define(connection, "s", ("work", "Twice", "{}", None))
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+            """ VALUES ('s', 'ada', '{"pause": 0.0001}'), ('s', 'bob', '{"pause": 0.3}')"""
+        )
+        await until(connection, ALL_ENDED)
+
+
 async def test_numbers_come_back_from_a_runner_to_the_last_digit(
     database: str, connection: asyncpg.Connection
 ) -> None:
