@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         all_are_slow = "chaos" in path.parts or STARTS_PROGRAMS.search(path.read_text())
         for item in of_module:
             fixtures = getattr(item, "fixturenames", ())
-            if all_are_slow or ("console" in path.parts and "database" in fixtures):
+            if all_are_slow or ("console" in path.parts and "server" in fixtures):
                 item.add_marker("slow")
 
 
