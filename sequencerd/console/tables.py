@@ -20,7 +20,7 @@ from sequencerd.core.describe import plain, text
 ROOT_PATH = "/console"
 
 place: ContextVar[str] = ContextVar("place", default="")
-"""The path of one shard's pages, below ROOT."""
+"""The path of one shard's pages, below ROOT_PATH."""
 
 Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list", "counts"]
 

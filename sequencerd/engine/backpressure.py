@@ -60,7 +60,7 @@ class Backlog:
 
     @contextmanager
     def flood(self) -> Iterator[None]:
-        """Hold results back while a step is claimed batch after batch, for HOLD at most."""
+        """Hold results back while a step is claimed batch after batch, for MAX_HOLD at most."""
         loop = asyncio.get_running_loop()
         if not self._floods and loop.time() >= self._hold_until:
             self._hold_until = loop.time() + MAX_HOLD

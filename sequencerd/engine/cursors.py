@@ -30,7 +30,7 @@ OVERLAP = timedelta(seconds=0.2)
 not notify, commits within this time is found by the next claim; what takes longer, by a poll or by
 the sweep.
 """
-KEPT_FOR = timedelta(minutes=10)  # seconds for which an unused cursor is kept
+KEPT_FOR = timedelta(minutes=10)  # after its last check, an unused cursor is removed
 
 
 @dataclass(slots=True, eq=False)

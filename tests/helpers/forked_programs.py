@@ -1,8 +1,9 @@
 """Start `python -m sequencerd` as a fork of one process that has imported it.
 
-The imports take a second of CPU time, which is most of what a short program uses. A program is a
-child of the process that starts it, as any other: only how it was started differs. One that needs
-an interpreter of its own (other paths of modules, another user) is started as usual.
+The imports take a second of CPU time, which is most of the time of a short program. A forked
+program is a child of the process that starts it, with its own signals, streams and exit code. A
+program that needs an interpreter of its own (other paths of modules, another user) is started as
+usual.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ PLAIN = {
     "start_new_session": False,
     "process_group": -1,
 }
-usual: dict[str, str] = {}
-"""These variables, as the process that forks has them."""
-LONGEST = 2**20  # bytes of a request
+own_variables: dict[str, str] = {}
+"""These variables of the process that forks: a program with others needs its own interpreter."""
+MAX_REQUEST = 2**20  # bytes
 SET_CHILD_SUBREAPER = 36  # of prctl(): orphans below this process become its children
 LOCK = threading.Lock()
 
 
 def use() -> None:
-    """Start the programs of this process so, where the operating system can."""
+    """Fork the programs that this process starts from now on, on Linux."""
     if sys.platform == "linux":
-        usual.update(_read_at_start(os.environ))
+        own_variables.update(_read_at_start(os.environ))
         subprocess.Popen = _Popen  # type: ignore[misc]
 
 
@@ -79,7 +80,7 @@ class _Popen(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def _is_plain(wanted: Mapping[str, Any]) -> bool:
-    """Whether it is a program that any interpreter runs in the same way."""
+    """Return whether a program can be forked: it needs no interpreter of its own."""
     arguments, variables = wanted["args"], wanted["env"] or os.environ
     there = Path(wanted["cwd"] or ".") / "sequencerd"
     return (
@@ -87,7 +88,7 @@ def _is_plain(wanted: Mapping[str, Any]) -> bool:
         and list(arguments[: len(PROGRAM)]) == PROGRAM
         and all(wanted[name] == value for name, value in PLAIN.items())
         and (not there.exists() or there.samefile(PACKAGE))  # `python -m` looks there first
-        and _read_at_start(variables) == usual
+        and _read_at_start(variables) == own_variables
     )
 
 
@@ -103,7 +104,7 @@ def _start(request: bytes, files: list[int]) -> int:
         prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         try:
             socket.send_fds(forker, [request], files)
-            return int(forker.recv(LONGEST))
+            return int(forker.recv(MAX_REQUEST))
         finally:
             prctl(SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -115,7 +116,7 @@ def _forker() -> socket.socket:
     arguments = [sys.executable, "-m", __name__, str(theirs.fileno())]
     os.posix_spawn(sys.executable, arguments, os.environ)
     theirs.close()
-    ours.recv(LONGEST)  # it has imported
+    ours.recv(MAX_REQUEST)  # it has imported
     return ours
 
 
@@ -132,17 +133,17 @@ def serve(requests: socket.socket) -> None:
     gc.freeze()
     requests.send(b"ready")
     while True:
-        request, files, _, _ = socket.recv_fds(requests, LONGEST, 3)
+        request, files, _, _ = socket.recv_fds(requests, MAX_REQUEST, 3)
         if not request:
             return
         read, write = os.pipe()
         if (between := os.fork()) == 0:
             if program := os.fork():
                 os.write(write, str(program).encode())
-                os._exit(0)  # whose child has no parent now: it gets the one who asked
+                os._exit(0)  # its child becomes a child of the process that requested it
             _run(files, **json.loads(request))
         os.waitpid(between, 0)
-        requests.send(os.read(read, LONGEST))
+        requests.send(os.read(read, MAX_REQUEST))
         for number in (read, write, *files):
             os.close(number)
 
