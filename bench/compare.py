@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 PEERS = HERE / "peers"
 NODE = PEERS / "node_modules/.bin/node"
 DISTURBED = 0.1  # cores that other processes may use
+SILENCE = 600  # seconds in which a program prints a line, or has stopped
 COMMON = ("psycopg[binary]==3.3.9", "uvloop==0.23.0")
 
 
@@ -174,9 +176,10 @@ def run(
     name: str, command: Sequence[str], server: postgresql.Server, *, is_kept: bool = False
 ) -> list[Line] | None:
     """Run one program, print its lines, and return them; None if other processes disturbed it,
-    unless they are kept all the same.
+    unless they are kept all the same. A program that prints nothing for SILENCE is stopped.
     """
     lines: list[Line] = []
+    signal.signal(signal.SIGALRM, _give_up)
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     begun, busy, served = time.monotonic(), cpu.machine(), cpu.tree(server.process)
     own = os.times()
@@ -184,9 +187,20 @@ def run(
         [*command, "--dsn", server.dsn], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(f"{name:16} {line}", end="", flush=True, file=sys.stderr)
-            lines.append(json.loads(line))
+        try:
+            signal.alarm(SILENCE)
+            for line in process.stdout:
+                signal.alarm(SILENCE)
+                print(f"{name:16} {line}", end="", flush=True, file=sys.stderr)
+                lines.append(json.loads(line))
+        except TimeoutError:
+            print(f"{name}: stopped, as it printed nothing for {SILENCE} s", file=sys.stderr)
+            process.terminate()
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            signal.alarm(0)
     if process.returncode:
         print(f"{name}: ended with status {process.returncode}", file=sys.stderr)
     seconds = time.monotonic() - begun
@@ -199,6 +213,10 @@ def run(
         file=sys.stderr,
     )
     return lines if is_kept else None
+
+
+def _give_up(_: int, __: object) -> None:
+    raise TimeoutError
 
 
 def collect(name: str, lines: Iterable[Line], figures: Figures) -> None:
