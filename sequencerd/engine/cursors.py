@@ -113,25 +113,18 @@ class Cursors:
         return 0 if cursor is None else cursor.fruitless
 
     def report(
-        self, step_key: StepKey, at: datetime, now: datetime, *, is_later: bool = False
+        self, step_key: StepKey, at: datetime | None, now: datetime, *, is_later: bool = False
     ) -> None:
         """Report that an enrollment at a step is, or will be, due from a time on, and whether
-        others may be due later: by then, the first one may have been claimed.
+        others may be due later: by then, the first one may have been claimed. `at` is None if
+        nothing is known about the times. The database's clock may be ahead of `now`.
         """
         if (cursor := self._by_step.get(step_key)) is not None:
-            cursor.lower(max(at, EARLIEST_WAKE))
-            if is_later:
+            cursor.lower(max(at or EARLIEST_WAKE, EARLIEST_WAKE))
+            if is_later or at is None:
                 cursor.lower_ahead(EARLIEST_WAKE)
             elif at > now:
                 cursor.lower_ahead(at)
-
-    def report_notified(
-        self, step_key: StepKey, since: datetime | None, is_later: bool, now: datetime
-    ) -> None:
-        """Report a notification: an enrollment is due at a step `since` a time, if that is known,
-        and others may be due later. The database's clock may be ahead of `now`.
-        """
-        self.report(step_key, since or EARLIEST_WAKE, now, is_later=is_later or since is None)
 
     def forget_ahead(self) -> None:
         """Report that enrollments may wake at any step."""

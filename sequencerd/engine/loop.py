@@ -267,7 +267,7 @@ class Engine:
         """Handle a notification."""
         match message:
             case EnrollmentDue(due=step_key, since=since, later=is_later):
-                self._cursors.report_notified(step_key, since, is_later, self._clock.now())
+                self._cursors.report(step_key, since, self._clock.now(), is_later=is_later)
                 self._check_soon(step_key)
             case DefinitionsChanged():
                 self._reloads.request()

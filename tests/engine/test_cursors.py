@@ -98,7 +98,7 @@ class Model:
     def deliver(self, _: int) -> None:
         if self.messages:
             since, is_later = self.messages.pop(0)
-            self.cursors.report_notified(HERE, since, is_later, self.daemon_now)
+            self.cursors.report(HERE, since, self.daemon_now, is_later=is_later)
 
     def lock(self, size: int) -> None:
         if free := sorted(self.wakes.keys() - self.locked):

@@ -507,8 +507,9 @@ SELECT {number_unless_changed} AS number
  WHERE (SELECT yes FROM all_free);
 
 -- name: write_one_unchanged
--- Write the new state of one enrollment and its events, like write_unchanged: only if it has not been written
--- since the transaction $26 and is not locked, and if its sequence $28 still has the revision $27.
+-- Write the new state of one enrollment and its events, like write_unchanged, without its arrays of states:
+-- a lone enrollment starts sooner. Only if it has not been written since the transaction $26 and is not
+-- locked, and if its sequence $28 still has the revision $27.
 WITH written AS (
     UPDATE sequencer.enrollments
        SET sequence = $2, step = $3, status = $4,
