@@ -26,7 +26,6 @@ from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.javascript.templates import check_partial
 from sequencerd.core.languages import FILE, TEXT_SCHEMA, check_locale_path
 from sequencerd.core.model import (
-    ALT_NEXT,
     DefinitionError,
     Fault,
     InvalidStep,
@@ -37,7 +36,13 @@ from sequencerd.core.model import (
     printable,
 )
 from sequencerd.core.schedule import EnrollConfig, Span
-from sequencerd.core.step_types import is_instant, is_message, is_seeded, named_steps
+from sequencerd.core.step_types import (
+    is_instant,
+    is_message,
+    is_seeded,
+    may_take_alt_next,
+    named_steps,
+)
 from sequencerd.core.step_types.durations import Duration, FixedDuration, elapsed
 from sequencerd.core.step_types.effects import Topic
 from sequencerd.core.window_config import WindowConfig
@@ -524,9 +529,7 @@ def _check_target(
 
 def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
     """Warn about a side effect that can end an enrollment because its altNext is omitted."""
-    if isinstance(step.behaviour, SideEffect) and ALT_NEXT.path in {
-        exit_.path for exit_ in step.behaviour.exits
-    }:
+    if isinstance(step.behaviour, SideEffect) and may_take_alt_next(step.type, step.config):
         cause = (
             "its config has altNext" if is_message(step.type) else "its runner may answer altNext"
         )

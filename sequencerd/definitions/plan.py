@@ -354,9 +354,10 @@ async def _unlisted_topics(
     connection: asyncpg.Connection, definition: Definition
 ) -> tuple[str, ...]:
     """Describe topics missing from sequencer.topics, if it has any: they may be misspelt."""
-    effects = (step.behaviour for step in definition.sequence.steps.values())
-    used = {effect.topic for effect in effects if isinstance(effect, SideEffect)}
-    used = (used | {definition.sequence.topic}) - {None}
+    behaviours = (step.behaviour for step in definition.sequence.steps.values())
+    effects = [one for one in behaviours if isinstance(one, SideEffect)]
+    used = {effect.topic for effect in effects} | {definition.sequence.topic}
+    used = (used | {effect.limit.topic for effect in effects if effect.limit}) - {None}
     listed = [row["name"] for row in await connection.fetch(QUERIES["topics"])] if used else []
     if not listed:
         return ()

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from sequencerd.core.config import in_order
-from sequencerd.core.step_types import config_in_order
+from sequencerd.core.step_types import config_in_order, may_take_alt_next
 from sequencerd.definitions.diff import SequenceDocument
 from sequencerd.definitions.files import FileSequence
 
@@ -102,7 +102,8 @@ def _step(step: SequenceDocument, following: str | None) -> dict[str, Any]:
         shown["config"] = config_in_order(step["type"], step["config"])
     if step["next"] != following:
         shown["next"] = step["next"]
-    if step["altNext"] is not None:
+    # null is the default, but `check` warns if it is not written where a side effect may take it
+    if step["altNext"] is not None or may_take_alt_next(step["type"], step["config"]):
         shown["altNext"] = step["altNext"]
     if "seed" in step:
         shown["seed"] = step["seed"]

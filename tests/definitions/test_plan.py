@@ -6,7 +6,7 @@ import ast
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ import asyncpg
 import pytest
 
 from sequencerd.core.advance import advance
-from sequencerd.core.model import Enrollment, Sequence
-from sequencerd.core.step_types import BUILT_IN, named_steps
+from sequencerd.core.model import Enrollment, InvalidStep, Sequence
+from sequencerd.core.step_types import BUILT_IN, is_instant, named_steps
+from sequencerd.core.step_types.effects import EffectConfig
 from sequencerd.definitions import files, plan
-from sequencerd.definitions.compiler import from_rows
+from sequencerd.definitions.compiler import Definition, compile_behaviour, from_rows
 from sequencerd.definitions.diff import compare, is_same
+from sequencerd.definitions.files import FileSequence
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage.sequences import read_definitions
 from sequencerd.storage.statements import QUERIES
 from sequencerd.testing import load
+from tests.definitions.test_check import RUNNERS as FILE_RUNNERS
+from tests.definitions.test_step_types import CASES
 from tests.helpers.engines import ALL_ENDED, enroll, running_engine, until
 from tests.helpers.plans import RUNNERS, Applying
 
@@ -224,6 +228,7 @@ steps:
           amount: 7
           unit: days
         then: skip
+    altNext: null
 """
     await apply(text)
     document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
@@ -247,6 +252,8 @@ async def test_a_topic_is_planned_applied_and_exported(
     await connection.execute("INSERT INTO sequencer.topics (name, title) VALUES ('marketin', 'x')")
     hint = "topic 'marketing' is not in the table topics; did you mean 'marketin'?"
     assert hint in await apply.lines(about)
+    limited = "limit: {topic: marketing, at_most: 1, per: {days: 1}}"
+    assert hint in await apply.lines(GOOD.replace("{text: Hello}", f"{{{limited}}}"))
     await connection.execute("UPDATE sequencer.topics SET name = 'marketing'")
     assert hint not in await apply.lines(about)
 
@@ -888,3 +895,56 @@ steps:
         f"stop cancels sequence 'nope', {missing}",
         f"jump leads to step 'bye' of sequence 'other', {missing}",
     ]
+
+
+def with_null(type_: str, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config as it is, and with null for each key that may be null."""
+    models = [BUILT_IN[type_].config] if type_ in BUILT_IN else []
+    models += [] if is_instant(type_) else [EffectConfig]
+    keys = [field.alias or name for one in models for name, field in one.model_fields.items()]
+    for found in (config, *({**config, key: None} for key in keys)):
+        if not isinstance(compile_behaviour(type_, found, FILE_RUNNERS), InvalidStep):
+            yield dict(found)
+
+
+async def test_null_for_any_key_is_applied_and_exported(
+    connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    configs = [(type_, found) for type_, config in CASES for found in with_null(type_, config)]
+    assert len(configs) > 4 * len(CASES)
+    nulls = dict.fromkeys(("next", "altNext", "seed", "renamedFrom"))
+    end = {"name": "there", "type": "GoTo", "config": {}}
+    steps = [
+        {"name": f"{type_} {number}", "type": type_, "config": config, **(nulls if even else {})}
+        for number, (type_, config) in enumerate(configs)
+        for even in [number % 2 == 0]
+    ]
+    file = tmp_path / "file.yaml"
+
+    def read(*documents: Mapping[str, Any]) -> tuple[list[Definition], list[files.FileFinding]]:
+        file.write_text("\n---\n".join(map(json.dumps, documents)))
+        return files.read_files([file], FILE_RUNNERS)
+
+    keys: dict[str, Any] = {"name": "s"}
+    for key in FileSequence.model_fields.keys() - {"name", "steps"}:
+        if not read({"name": "s", key: None, "steps": [end]})[1]:
+            keys[key] = None
+    assert len(keys) > 5
+    found, findings = read({**keys, "steps": [*steps, end]}, {"name": "other", "steps": [end]})
+    assert not [one for one in findings if one.is_error]
+    async with connection.transaction():
+        await plan.apply(connection, found, FILE_RUNNERS)
+    assert not await plan.make(connection, found, FILE_RUNNERS)
+
+    exported = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
+    file.write_text(to_yaml(exported) + "---\n{name: other, steps: [{name: there, type: GoTo}]}")
+    again, remarks = files.read_files([file], FILE_RUNNERS)
+    assert not await plan.make(connection, again, FILE_RUNNERS)
+    assert {(one.step, one.message) for one in remarks} <= {
+        (one.step, one.message) for one in findings
+    }
+    read_again, written = (
+        [(step.name, step.config, step.next_step, step.alt_next_step) for step in steps.values()]
+        for steps in (again[0].sequence.steps, found[0].sequence.steps)
+    )
+    assert read_again == written

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sequencerd.core.config import in_order, parse_config
 from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import called_partials, compile_template
-from sequencerd.core.model import DefinitionError, InstantStep, KeyPath
+from sequencerd.core.model import ALT_NEXT, DefinitionError, InstantStep, KeyPath
 from sequencerd.core.step_types import branches, data, effects, journeys, waits
 from sequencerd.core.step_types.condition_config import condition_roots, read_condition
 from sequencerd.core.step_types.record import StepType, find, texts
@@ -64,6 +64,18 @@ def config_in_order(type_: str, config: Mapping[str, Any]) -> dict[str, Any]:
         dict(config), *own, *(() if is_instant(type_) else (effects.EffectConfig,))
     )
     return ordered
+
+
+def may_take_alt_next(type_: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a step with a side effect may continue at altNext; False for other steps."""
+    if is_instant(type_):
+        return False
+    given = {key: config[key] for key in effects.EFFECT_KEYS & config.keys()}
+    with suppress(DefinitionError):
+        common = parse_config(effects.EffectConfig, given)
+        exits = effects.effect_exits(common, is_message=is_message(type_))
+        return any(exit_.path == ALT_NEXT.path for exit_ in exits)
+    return False
 
 
 def describe_wait(type_: str | None, config: Mapping[str, Any]) -> str:
