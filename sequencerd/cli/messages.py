@@ -27,7 +27,7 @@ from sequencerd.core.model import (
 from sequencerd.definitions import files, step_message
 from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.options import read_object
-from sequencerd.definitions.simulator import choose
+from sequencerd.definitions.simulator import check_lookup, choose
 from sequencerd.definitions.step_message import StepMessage
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
@@ -128,7 +128,10 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
     name = arguments.sequence if is_file(path) else arguments.target
     sequence = definitions[choose(definitions, name)]
     enrollment = Enrollment(*found[0][:-1]) if found else _enrollment(arguments)
-    external = {} if arguments.lookup is None else read_object(arguments.lookup, "--lookup")
+    external = {}
+    if arguments.lookup is not None:
+        check_lookup(definitions, sequence.name, [sequence])
+        external = read_object(arguments.lookup, "--lookup")
     if arguments.locale is not None:
         place = sequence.shared.locale or DEFAULT_LOCALE
         enrollment, external = _in_language(enrollment, external, place, arguments.locale)

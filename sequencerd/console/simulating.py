@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -23,9 +23,7 @@ from sequencerd.console.context import (
 from sequencerd.console.mail import FRAME_POLICY
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
-from sequencerd.core.graph import reach
 from sequencerd.core.model import Sequence, SideEffect
-from sequencerd.definitions import drawing
 from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import (
@@ -34,6 +32,7 @@ from sequencerd.definitions.simulator import (
     OutcomeWord,
     Simulator,
     choose,
+    reached,
     read_result,
     read_time,
     read_when,
@@ -131,7 +130,7 @@ async def simulate(request: Request) -> Response:
         enrollment=query.get("enrollment"),
         outcomes=OUTCOME_WORDS,
         types=_types(definitions, chosen, query),
-        has_lookup=any(one.lookup for one in _reached(definitions, chosen))
+        has_lookup=any(one.lookup for one in reached(definitions, chosen))
         or query.get("external") is not None,
         steps=list(definitions[chosen].steps) if chosen in definitions else [],
         changes=_rows(query),
@@ -143,21 +142,9 @@ async def simulate(request: Request) -> Response:
     return answer
 
 
-def _reached(definitions: Mapping[str, Sequence], name: str) -> list[Sequence]:
-    """Return a sequence and those that an enrollment can enter from there."""
-
-    def following(name: str) -> Iterator[str]:
-        for edge in drawing.edges(definitions[name]):
-            if edge.sequence in definitions and edge.target:
-                yield str(edge.sequence)
-
-    names = reach([name], following) if name in definitions else ()
-    return [definitions[name] for name in sorted(names)]
-
-
 def _types(definitions: Mapping[str, Sequence], name: str, query: Query) -> list[str]:
     """Return the step types whose side effects need answers in a simulation."""
-    steps = (step for one in _reached(definitions, name) for step in one.steps.values())
+    steps = (step for one in reached(definitions, name) for step in one.steps.values())
     used = {step.type for step in steps if isinstance(step.behaviour, SideEffect)}
     given = {key.removeprefix("answer.") for key in query.given if key.startswith("answer.")}
     return sorted(used | given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from sequencerd.core import model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
+from sequencerd.core.graph import reach
 from sequencerd.core.model import (
     Answer,
     Enrollment,
@@ -97,6 +98,9 @@ class Simulator:
         enrolled: Collection[str] = (),
     ) -> Simulation:
         """Simulate an enrollment that has started. Raises UsageError."""
+        if external is not None:
+            name = enrollment.sequence
+            check_lookup(self.definitions, name, reached(self.definitions, name))
         steps = {name for sequence in self.definitions.values() for name in sequence.steps}
         return simulate(
             self.definitions,
@@ -134,6 +138,31 @@ def choose(definitions: Mapping[str, model.Sequence], name: str | None) -> str:
     if name not in definitions:
         raise UsageError(f"sequence {name!r} does not exist; {nearest(name, list(definitions))}")
     return name
+
+
+def reached(definitions: Mapping[str, model.Sequence], name: str) -> list[model.Sequence]:
+    """Return a sequence and those that an enrollment can enter from there."""
+
+    def following(name: str) -> set[str]:
+        exits = (exit_ for step in definitions[name].steps.values() for exit_ in step.exits)
+        entered = {exit_.sequence for exit_ in exits if exit_.target and exit_.sequence}
+        return entered & definitions.keys()
+
+    names = reach([name], following) if name in definitions else ()
+    return [definitions[name] for name in sorted(names)]
+
+
+def check_lookup(
+    definitions: Mapping[str, model.Sequence], name: str, used: Iterable[model.Sequence]
+) -> None:
+    """Raise UsageError if none of the sequences `used` has a lookup: nothing would read the result
+    that is given for the sequence `name`.
+    """
+    if any(one.lookup for one in used):
+        return
+    known = sorted(other for other, one in definitions.items() if one.lookup)
+    others = f"those with one: {', '.join(known)}" if known else "no sequence has one"
+    raise UsageError(f"sequence {name!r} has no lookup that could return this result; {others}")
 
 
 def read_time(given: str | datetime, name: str) -> datetime:

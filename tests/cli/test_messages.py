@@ -21,6 +21,7 @@ from tests.helpers.servers import Answer, Request, http_server, smtp_server
 FILE = """
 name: trial
 timezone: Europe/Berlin
+lookup: app.plans
 steps:
   - name: welcome
     type: Email

@@ -264,6 +264,21 @@ def test_errors_are_reported(tmp_path: Path, wrong: dict[str, Any], words: str) 
         sequences.simulate(**({"start": START} | wrong))
 
 
+def test_a_result_without_a_lookup_is_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "{name: entry, steps: [{name: a, type: GoTo, config: {sequence: plans, step: a}}]}\n"
+        "---\n{name: plans, lookup: app.plans, steps: [{name: a, type: GoTo}]}\n"
+        "---\n{name: other, steps: [{name: a, type: GoTo}]}\n"
+    )
+    made = load(file)
+    for name in ("entry", "plans"):
+        assert made.simulate(name, start=START, external={}).status == "completed"
+    words = "'other' has no lookup that could return this result; those with one: plans"
+    with pytest.raises(UsageError, match=words):
+        made.simulate("other", start=START, external={})
+
+
 # --- the command line
 
 
