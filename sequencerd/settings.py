@@ -618,7 +618,7 @@ class Settings(Section):
             return self
         if name not in self.shards:
             known = ", ".join(self.shards) or "none"
-            raise SettingsError(f"there is no shard {name!r} in the settings; there are: {known}")
+            raise SettingsError(f"there is no shard {name!r} in the settings; available: {known}")
         shard = self.shards[name]
         own = {key: getattr(shard, key) for key in ShardSettings.model_fields}
         return self.model_copy(update={"database": self.database.model_copy(update=own)})

@@ -435,8 +435,8 @@ async def test_a_shard_is_migrated_with_the_login_of_its_owner(
 def test_an_unknown_shard_is_refused(
     shards: dict[str, asyncpg.Connection], sequencerd: Command
 ) -> None:
-    sequencerd("status", "--shard", "c", code=2)
-    assert "no shard 'c' in the settings; there are: a, b" in sequencerd.errors
+    sequencerd("status", "--shard", "c", code=1)
+    assert "no shard 'c' in the settings; available: a, b" in sequencerd.errors
 
 
 async def test_enroll_finds_the_shard_of_the_subject(

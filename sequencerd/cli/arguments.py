@@ -505,7 +505,11 @@ def _add_change(commands: Commands, name: str, about: str, example: str) -> argp
     command.add_argument("ids", nargs="*", type=ids.parse, metavar="ID")
     for option in ("subject", "sequence", "step"):
         command.add_argument(f"--{option}", metavar=option.upper())
-    command.add_argument("--failure", metavar="CODE", help="failed with this code, such as error")
+    command.set_defaults(failure=None)
+    if name != "reevaluate":  # which applies to none that failed
+        command.add_argument(
+            "--failure", metavar="CODE", help="failed with this code, such as error"
+        )
     command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     command.add_argument(
         "--dry-run", action="store_true", help="show the selected enrollments, change nothing"

@@ -11,7 +11,15 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, fetch, on_shards, reading, tell
+from sequencerd.cli.commands import (
+    check_sequence,
+    connect,
+    explain,
+    fetch,
+    on_shards,
+    reading,
+    tell,
+)
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core.describe import text
 from sequencerd.definitions import files, plan, plan_of_shards
@@ -119,8 +127,8 @@ async def history_command(
     )
     revisions = _revisions(answers.found)
     if not revisions:
-        tell(answers)
-        raise UsageError(f"sequence {name!r} does not exist")
+        await check_sequence(arguments, answers)
+        raise UsageError(f"sequence {name!r} has no revisions")
     if arguments.json:
         is_sharded = shards[0].name is not None
         say_json(
@@ -180,9 +188,10 @@ async def export_command(
     for shard, ((document,),) in answers.found.items():
         found.setdefault(document, []).append(str(shard.name))
     if {*found} == {None}:
-        tell(answers)
-        revision = "" if arguments.revision is None else f" in revision {arguments.revision}"
-        raise UsageError(f"sequence {arguments.sequence!r} does not exist{revision}")
+        await check_sequence(arguments, answers)
+        missing = "definition" if arguments.revision is None else f"revision {arguments.revision}"
+        name = arguments.sequence
+        raise UsageError(f"sequence {name!r} has no {missing}; see: history {name}")
     document, *others = found
     if document is None or others:
         groups = "; ".join(", ".join(names) for names in found.values())

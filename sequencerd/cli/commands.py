@@ -36,7 +36,7 @@ from sequencerd.settings import Settings, load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import READ_ONLY, TRANSIENT_ERRORS, with_hint
-from sequencerd.storage.every_shard import Explain, ShardAnswers
+from sequencerd.storage.every_shard import Explain, ShardAnswers, ask
 from sequencerd.storage.statements import QUERIES
 
 _T = TypeVar("_T")
@@ -55,7 +55,8 @@ ShardsCommand = Callable[[argparse.Namespace, Settings, Sequence[Shard]], Corout
 
 
 def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
-    """Return the settings, with the options of the command line. Raises SettingsError.
+    """Return the settings, with the options of the command line. Raises SettingsError, and
+    UsageError for an unknown shard.
 
     `secrets` names the sections whose secrets the command reads; commands that call servers read
     all.
@@ -66,6 +67,10 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
     if wanted and arguments.database and not arguments.shard:
         wanted -= {"database", "shards"}
     settings = load(os.environ, arguments.config, secrets=wanted)
+    for name in arguments.shard or ():
+        if name not in settings.shards:
+            hint = nearest(name, [*settings.shards])
+            raise UsageError(f"there is no shard {name!r} in the settings; {hint}")
     if not arguments.database:
         return settings
     url = {"url": SecretStr(arguments.database), "listen_url": None}
@@ -76,7 +81,6 @@ def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
         raise ArgumentError(
             "--database is the URL of a single shard: specify the shard with --shard"
         )
-    settings.of_shard(arguments.shard[0])  # exists
     shards = {
         name: shard.model_copy(update=url) if name in arguments.shard else shard
         for name, shard in settings.shards.items()
@@ -310,6 +314,19 @@ async def fetch(shard: Shard, query: str, *parameters: object) -> list[asyncpg.R
     return rows
 
 
+async def check_sequence(arguments: argparse.Namespace, answers: ShardAnswers[Any]) -> None:
+    """Raise UsageError if the sequence that a command names exists in none of the shards that
+    answered; report the others.
+    """
+    tell(answers)
+
+    async def check(shard: Shard) -> None:
+        async with reading(shard) as connection:
+            await check_names(connection, arguments.sequence)
+
+    await ask(explain(arguments), answers.found, check)
+
+
 async def check_names(
     connection: asyncpg.Connection,
     sequence: str | None,
@@ -317,20 +334,20 @@ async def check_names(
     failure: str | None = None,
 ) -> None:
     """Raise UsageError for a sequence, a step or a code of failures that a command names and that
-    does not exist.
+    does not exist. Enrollments may be in a sequence, or at a step, that was removed.
     """
     if sequence is not None:
         known = [row["name"] for row in await connection.fetch(QUERIES["known_sequences"])]
         if sequence not in known and not await _has_enrollments(connection, sequence, None):
-            raise UsageError(f"sequence {sequence!r} does not exist{_hint(sequence, known)}")
+            raise UsageError(f"sequence {sequence!r} does not exist; {nearest(sequence, known)}")
     if step is not None:
         known = [row["name"] for row in await connection.fetch(QUERIES["known_steps"], sequence)]
         if step not in known and not await _has_enrollments(connection, sequence, step):
             where = f"sequence {sequence!r} has no step" if sequence else "no sequence has a step"
-            raise UsageError(f"{where} {step!r}{_hint(step, known)}")
+            raise UsageError(f"{where} {step!r}; {nearest(step, known)}")
     if failure in (None, *FAILURES) or await connection.fetchval(QUERIES["has_failures"], failure):
         return
-    raise UsageError(f"no failure has the code {failure!r}{_hint(str(failure), [*FAILURES])}")
+    raise UsageError(f"no failure has the code {failure!r}; {nearest(str(failure), [*FAILURES])}")
 
 
 async def _has_enrollments(
@@ -338,7 +355,3 @@ async def _has_enrollments(
 ) -> bool:
     found: bool = await connection.fetchval(QUERIES["has_enrollments"], sequence, step)
     return found
-
-
-def _hint(name: str, known: list[str]) -> str:
-    return f"; {nearest(name, known)}" if known else ""

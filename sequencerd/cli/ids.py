@@ -35,7 +35,8 @@ def parse(text: str) -> Id:
 
 def shard_of_id(shards: Sequence[Shard], id_: Id) -> Shard:
     """Return the shard of an enrollment, among those that a command works on. Raises UsageError."""
-    from sequencerd.errors import ArgumentError  # noqa: PLC0415 - parsing arguments needs none
+    from sequencerd.core.config import nearest  # noqa: PLC0415 - parsing arguments needs none
+    from sequencerd.errors import ArgumentError, UsageError  # noqa: PLC0415
 
     names = [str(shard.name) for shard in shards if shard.name is not None]
     if id_.shard is None:
@@ -46,8 +47,8 @@ def shard_of_id(shards: Sequence[Shard], id_: Id) -> Shard:
     for shard in shards:
         if shard.name == id_.shard:
             return shard
-    known = ", ".join(names) or "none"
-    raise ArgumentError(f"enrollment {id_}: there is no shard {id_.shard!r}; there are: {known}")
+    hint = nearest(id_.shard, names)
+    raise UsageError(f"enrollment {id_}: there is no shard {id_.shard!r}; {hint}")
 
 
 def by_shard(shards: Sequence[Shard], ids: Sequence[Id]) -> dict[Shard, list[int]]:

@@ -16,6 +16,7 @@ import asyncpg
 from sequencerd.cli.commands import (
     STATEMENT_TIMEOUT,
     check_names,
+    check_sequence,
     connect,
     explain,
     on_shards,
@@ -31,7 +32,7 @@ from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.every_shard import ask
+from sequencerd.storage.every_shard import ShardAnswers, ask
 from sequencerd.storage.statements import QUERIES
 
 NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
@@ -57,9 +58,7 @@ async def status_command(
 
     answers = await ask(explain(arguments), shards, read)
     rows = added_up({shard: found for shard, (found, _, _) in answers.found.items()})
-    if arguments.sequence and not rows:
-        tell(answers)
-    _check_found(rows, arguments.sequence)
+    await _check_found(arguments, answers, rows)
     descriptions = [text for _, text, _ in answers.found.values() if text]
     if descriptions and not arguments.json:
         for line in descriptions[0].splitlines():
@@ -110,9 +109,13 @@ def _together(name: str, rows: Mapping[Shard, Mapping[str, Any]]) -> Any:
     return "; ".join(f"{shard.name}: {row[name]}" for shard, row in rows.items() if row[name])
 
 
-def _check_found(rows: Sequence[object], sequence: str | None) -> None:
-    if sequence and not rows:
-        raise UsageError(f"sequence {sequence!r} does not exist or has no steps")
+async def _check_found(
+    arguments: argparse.Namespace, answers: ShardAnswers[Any], rows: Sequence[object]
+) -> None:
+    if arguments.sequence is not None and not rows:
+        await check_sequence(arguments, answers)
+        name = arguments.sequence
+        raise UsageError(f"sequence {name!r} was removed; its enrollments: list --sequence {name}")
 
 
 @on_shards
@@ -134,7 +137,7 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequ
             answers = await ask(explain(arguments), shards, read)
             rows = added_up(answers.found)
             if not answers.missing:  # which may have the sequence
-                _check_found(rows, arguments.sequence)
+                await _check_found(arguments, answers, rows)
             for row in rows:
                 row.pop("shards", None)
                 place = row["sequence"], row["step"]

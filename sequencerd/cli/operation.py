@@ -47,6 +47,7 @@ async def enroll_command(
     async def work(shard: Shard) -> int:
         connection = await connect(shard)
         try:
+            await check_names(connection, arguments.sequence, arguments.step)
             return await bulk.enroll(
                 connection,
                 arguments.sequence,
@@ -193,6 +194,8 @@ async def _check_step(
     sequence: str | None,
 ) -> None:
     sequences = {group["sequence"] for group in groups} or ({sequence} if sequence else set())
+    if not sequences:
+        await check_names(connection, None, step)
     if missing := await bulk.without_step(connection, sequences, step):
         await check_names(connection, missing[0], step)
         raise UsageError(f"sequence {missing[0]!r} has no step {step!r}")
@@ -279,6 +282,8 @@ async def set_status_command(
     async def work(shard: Shard) -> list[asyncpg.Record]:
         connection = await connect(shard)
         try:
+            for name in names:
+                await check_names(connection, name)
             reason = bulk.changed_by(arguments.reason)
             return await bulk.set_status(connection, names, words.status, reason)
         finally:

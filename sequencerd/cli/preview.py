@@ -184,8 +184,8 @@ def _check_types(arguments: argparse.Namespace, definitions: Mapping[str, model.
     served = {step.type for step in steps if not is_instant(step.type)}
     for type_ in _outcomes(arguments):
         if type_ not in served:
-            hint = f"; {nearest(type_, sorted(served))}" if served else ""
-            raise UsageError(f"--runner {type_}: no step has this type of side effect{hint}")
+            hint = nearest(type_, sorted(served))
+            raise UsageError(f"--runner {type_}: no step has this type of side effect; {hint}")
 
 
 def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:

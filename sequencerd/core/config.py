@@ -252,7 +252,7 @@ def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
         for holder in _models_at(model, path[:-1])
         for own, field in holder.model_fields.items()
     ]
-    return f"{message}; {nearest(str(key), known)}" if known else message
+    return f"{message}; {nearest(str(key), known)}"
 
 
 def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
@@ -318,5 +318,7 @@ def nearest(name: str, known: list[str]) -> str:
     near = get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
+    if not known:
+        return "there are none"
     names = sorted(set(known))
     return f"available: {', '.join(names[:MAX_KNOWN])}{', ...' if names[MAX_KNOWN:] else ''}"

@@ -264,7 +264,7 @@ async def test_sequences_are_paused_and_resumed(
     assert told == {"name": "s", "before": "paused", "active": 1, "status": "active"}
     assert "t is archived" in sequencerd("archive", "t")
     sequencerd("pause", "s", "nowhere", code=1)
-    assert "'nowhere' does not exist; nothing was changed" in sequencerd.errors
+    assert "'nowhere' does not exist; available: s, t" in sequencerd.errors
     statuses = await defined.fetch("SELECT status FROM sequencer.sequences ORDER BY name")
     assert [one["status"] for one in statuses] == ["active", "archived"]
 

@@ -105,20 +105,20 @@ def test_pages_of_a_list_go_through_all_shards(filled: Command) -> None:
 def test_an_id_names_its_shard(filled: Command, database: str, tmp_path: Path) -> None:
     assert json.loads(filled("show", "b/2", "--json"))["shard"] == "b"
     assert "b2" in filled("show", "2", "--shard", "b")
-    for arguments, message in (
-        (["show", "2"], "specify the shard of enrollment 2: a/2 or b/2"),
-        (["show", "c/2"], "there is no shard 'c'; there are: a, b"),
-        (["show", "b/2", "--shard", "a"], "there is no shard 'b'; there are: a"),
-        (["retry", "a/1", "2"], "specify the shard of enrollment 2"),
-        (["show", "b/x"], "'x' is not a positive integer"),
+    for arguments, code, message in (
+        (["show", "2"], 2, "specify the shard of enrollment 2: a/2 or b/2"),
+        (["show", "c/2"], 1, "there is no shard 'c'; available: a, b"),
+        (["show", "b/2", "--shard", "a"], 1, "there is no shard 'b'; available: a"),
+        (["retry", "a/1", "2"], 2, "specify the shard of enrollment 2"),
+        (["show", "b/x"], 2, "'x' is not a positive integer"),
     ):
-        filled(*arguments, code=2)
+        filled(*arguments, code=code)
         assert message in filled.errors
     filled("show", "b/9", code=1)
     assert "enrollment b/9 does not exist" in filled.errors
     alone = Command(database, tmp_path)
-    alone("show", "b/1", code=2)
-    assert "there is no shard 'b'; there are: none" in alone.errors
+    alone("show", "b/1", code=1)
+    assert "there is no shard 'b'; there are none" in alone.errors
 
 
 async def test_wrong_ids_change_nothing_in_any_shard(

@@ -138,7 +138,7 @@ def _wanted(
     ]
     for name in only:
         if name not in known:
-            hint = nearest(name, [*names.values()]) if names else "there are none"
+            hint = nearest(name, [*names.values()])
             raise UsageError(f"--only {name}: the original has no such sequence; {hint}")
     return [
         row
