@@ -2005,12 +2005,15 @@ BEGIN
     END IF;
     LOOP
         BEGIN
-            -- in a statement of its own, because Citus sends its nodes no settings of functions
-            SET LOCAL lock_timeout = '50ms';
             -- enrollments inserted meanwhile would be locked in another order, so merges wait for each other
-            PERFORM pg_advisory_xact_lock(hashtextextended('sequencer.merge ' || subject, 0))
-               FROM unnest(ARRAY[least(from_subject, into_subject COLLATE "C"),
-                                 greatest(from_subject, into_subject COLLATE "C")]) AS subject;
+            IF NOT (SELECT bool_and(pg_try_advisory_xact_lock(
+                        hashtextextended('sequencer.merge ' || subject, 0)))
+                      FROM unnest(ARRAY[from_subject, into_subject]) AS subject) THEN
+                RAISE lock_not_available USING
+                    MESSAGE = 'another merge of one of the subjects is in progress';
+            END IF;
+            -- in a statement of its own, because Citus sends its nodes no settings of functions
+            SET LOCAL lock_timeout = '1ms';
             PERFORM FROM sequencer.enrollments
               WHERE subject IN (from_subject, into_subject) ORDER BY id FOR UPDATE NOWAIT;
             FOR pair IN
@@ -2058,8 +2061,8 @@ BEGIN
             EXECUTE format('SET LOCAL lock_timeout = %L', lock_timeout);
             RETURN count;
         EXCEPTION WHEN unique_violation OR lock_not_available OR deadlock_detected THEN
-            -- one is locked, or was enrolled meanwhile and will now be locked as well; nothing is locked while
-            -- waiting for it, so that no deadlock fails the other session
+            -- one is locked, or is being enrolled: nothing is locked while waiting for it, so that no deadlock
+            -- fails the other session. (Only the index can tell that one is being enrolled: it waits for 1 ms.)
             IF clock_timestamp() > give_up_at THEN
                 RAISE;
             END IF;

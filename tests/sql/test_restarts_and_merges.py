@@ -226,6 +226,28 @@ async def test_a_merge_is_in_no_deadlock_with_changes_in_another_order(
     await merging.close()
 
 
+async def test_a_merge_gives_way_to_a_transaction_that_is_enrolling(
+    defined: asyncpg.Connection, database: str
+) -> None:
+    """It waits for an enrollment with others locked, but not for as long as the other session waits
+    before it looks for deadlocks.
+    """
+    await defined.execute("SET deadlock_timeout = '30ms'")
+    first = await enroll(defined, "s", "anonymous-7")
+    merging = await asyncpg.connect(database)
+    async with defined.transaction():
+        await enroll(defined, "s", "ada")
+        merge = asyncio.create_task(merging.fetchval(MERGE))
+        await until(defined, IS_WAITING, merging.get_server_pid())
+        for _ in range(20):
+            savepoint = defined.transaction()
+            await savepoint.start()
+            await defined.execute(TOUCH, first)
+            await savepoint.rollback()
+    assert await merge == 1
+    await merging.close()
+
+
 # --- collect
 
 
