@@ -432,11 +432,28 @@ async def test_a_shard_is_migrated_with_the_login_of_its_owner(
     assert "a: applied" in sequencerd("--database", database, "migrate", "--shard", "a")
 
 
-def test_an_unknown_shard_is_refused(
+def test_an_unknown_shard_is_refused(sequencerd: Command, configure: Callable[..., None]) -> None:
+    configure("a", "b")
+    for command in ("status --shard", "run --shard", "run --check --shard"):
+        for names, unknown in (("c", "c"), ("a,c", "c"), ("", ""), ("a,", "")):
+            sequencerd(*command.split(), names, code=1)
+            assert f"no shard {unknown!r} in the settings; available: a, b" in sequencerd.errors
+    sequencerd.variables["SEQUENCERD_INSTANCE"] = "c"  # of sequencerd@c.service
+    for command in ("run", "run --check"):
+        sequencerd(*command.split(), code=2)
+        assert "sequencerd@c serves the shard 'c', which is not in the" in sequencerd.errors
+        assert "available: a, b" in sequencerd.errors
+    assert "valid" in sequencerd("run", "--check", "--shard", "a")
+
+
+async def test_shards_are_used_in_the_order_of_the_settings(
     shards: dict[str, asyncpg.Connection], sequencerd: Command
 ) -> None:
-    sequencerd("status", "--shard", "c", code=1)
-    assert "no shard 'c' in the settings; available: a, b" in sequencerd.errors
+    """Otherwise two of `apply` could wait for each other."""
+    sequencerd("migrate")
+    for names in (["b,a"], ["b", "--shard", "a"], ["b,a,b"]):
+        printed = sequencerd("migrate", "--shard", *names)
+        assert printed == "a: the schema is up to date\nb: the schema is up to date\n"
 
 
 async def test_enroll_finds_the_shard_of_the_subject(

@@ -8,8 +8,8 @@ import os
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Collection,
     Coroutine,
-    Iterable,
     Iterator,
     Sequence,
 )
@@ -189,21 +189,38 @@ def _shards(arguments: argparse.Namespace, settings: Settings) -> Iterator[Seque
     """Provide the shards of the settings, or those that --shard names; without [shards], the one
     database.
     """
-    wanted: Sequence[str] = arguments.shard or ()
-    if arguments.command == "run" and not wanted:
-        instance = os.environ.get("SEQUENCERD_INSTANCE", "")
-        wanted = [instance] if instance in settings.shards else ()
-    if not settings.shards and not wanted:
+    wanted = wanted_shards(arguments, settings)
+    if not wanted:
         with _database(settings) as shard:
             yield [shard]
         return
-    yield shards_of(settings, wanted or settings.shards)
+    yield shards_of(settings, wanted)
 
 
-def shards_of(settings: Settings, names: Iterable[str]) -> list[Shard]:
-    """Return shards of the settings. Raises SettingsError for an unknown name."""
+def wanted_shards(arguments: argparse.Namespace, settings: Settings) -> Collection[str]:
+    """Return the names of the shards that a command works on: those that --shard names, or that of
+    the unit sequencerd@NAME, or all. Raises SequencerdError for an unknown name.
+    """
+    wanted: Collection[str] = arguments.shard or ()
+    instance = os.environ.get("SEQUENCERD_INSTANCE")
+    if arguments.command == "run" and instance and settings.shards and not wanted:
+        if instance not in settings.shards:
+            raise SettingsError(
+                f"sequencerd@{instance} serves the shard {instance!r}, which is not in the "
+                f"settings; available: {', '.join(settings.shards)}"
+            )
+        wanted = [instance]
+    for name in wanted:
+        settings.of_shard(name)
+    return wanted or settings.shards
+
+
+def shards_of(settings: Settings, names: Collection[str]) -> list[Shard]:
+    """Return shards of the settings, in the order of these."""
     found = []
-    for name in dict.fromkeys(names):
+    for name in settings.shards:
+        if name not in names:
+            continue
         database = settings.of_shard(name).database
         url = database.listen_url or database.url
         assert url is not None  # it is required

@@ -19,6 +19,7 @@ from sequencerd.cli.commands import (
     read_settings,
     shards_of,
     tell,
+    wanted_shards,
 )
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import DatabaseError, UsageError
@@ -68,6 +69,7 @@ def console_password_command(_: argparse.Namespace, __: Settings) -> int:
 def run_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.check:
         daemon.check_settings(settings)
+        wanted_shards(arguments, settings)
         say("the settings are valid")
         return 0
     return on_shards(_run)(arguments, settings)
