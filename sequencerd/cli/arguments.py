@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sequencerd import __version__
 from sequencerd.cli import ids
 from sequencerd.cli.ids import positive
 
@@ -59,12 +60,10 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version  # noqa: PLC0415 - see above
-
-        from sequencerd.storage.migrations import available  # noqa: PLC0415
+        from sequencerd.storage.migrations import available  # noqa: PLC0415 - see above
 
         schema = available()[-1].name.removesuffix(".sql")
-        sys.stdout.write(f"{version('sequencerd')}, schema {schema}\n")
+        sys.stdout.write(f"{__version__}, schema {schema}\n")
         parser.exit()
 
 

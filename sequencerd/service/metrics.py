@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from importlib.metadata import version
 from itertools import groupby
 
 from prometheus_client import (
@@ -26,6 +25,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sequencerd import __version__
 from sequencerd.core.model import Event, Result, outcome
 
 MAX_PLACES = 1000
@@ -200,7 +200,7 @@ class Metrics(Collector):
             registry=self.registry,
         )
         info = Gauge("sequencerd_info", "This daemon", ["version"], registry=self.registry)
-        info.labels(version("sequencerd")).set(1)
+        info.labels(__version__).set(1)
         self.registry.register(self)
         if of_process:
             _register_process(self.registry)
