@@ -52,6 +52,14 @@ def newest_release(changelog: str) -> str | None:
     return None if heading[1] == "Unreleased" else heading[1]
 
 
+def previous_release(changelog: str) -> str | None:
+    """The version before that of the first heading, which is the one in work; None if there is
+    none.
+    """
+    headings = re.findall(r"^## (\S+)", changelog, re.MULTILINE)
+    return headings[1] if len(headings) > 1 else None
+
+
 def unrecorded(
     release: str | None, records: Iterable[Record], migrations: Iterable[Migration]
 ) -> list[Record]:

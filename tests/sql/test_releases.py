@@ -25,6 +25,7 @@ from tests.helpers.releases import (
     copy_release,
     newest_release,
     next_migration,
+    previous_release,
     read_records,
     unrecorded,
     wrong_files,
@@ -69,6 +70,8 @@ def test_the_record_of_a_release() -> None:
     old = Record("1.0.0", first.name, first.checksum)
     assert newest_release("# Changelog\n\n## Unreleased\n\n## 1.0.0 (2027-01-01)\n") is None
     assert newest_release("# Changelog\n\n## 1.1.0 (2027-01-01)\n\n## 1.0.0\n") == "1.1.0"
+    assert previous_release("# Changelog\n\n## 1.0.0 (2027-01-01)\n") is None
+    assert previous_release("# Changelog\n\n## Unreleased\n\n## 1.0.0 (2027-01-01)\n") == "1.0.0"
     assert unrecorded(None, [], [first]) == []
     assert unrecorded("1.0.0", [], [first]) == [old]
     new = Record("1.1.0", second.name, second.checksum)
