@@ -111,11 +111,3 @@ async def test_a_removed_sequence_has_a_history_and_no_status(
     assert "sequence 'onboarding' does not exist; there are none" in sequencerd.errors
     assert "added welcome" in sequencerd("history", "onboarding")
     assert "name: onboarding" in sequencerd("export", "onboarding", "--revision", "1")
-
-
-async def test_a_missing_revision_is_named(
-    connection: asyncpg.Connection, sequencerd: Command
-) -> None:
-    await define(connection, "onboarding", ("welcome", "GoTo", "{}", None))
-    sequencerd("export", "onboarding", "--revision", "99", code=1)
-    assert "has no revision 99; see: history onboarding" in sequencerd.errors
