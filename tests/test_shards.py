@@ -329,7 +329,7 @@ async def test_a_daemon_serves_the_shard_of_its_option(
         assert await shards["a"].fetchval("SELECT count(*) FROM sequencer.daemons") == 0
 
 
-def test_settings_of_shards_that_cannot_be_meant(tmp_path: Path) -> None:
+def test_invalid_settings_of_shards(tmp_path: Path) -> None:
     file = tmp_path / "sequencerd.toml"
     for text, message in (
         ('[shards.a]\nschema = "x"', "shards.a.url"),

@@ -398,7 +398,7 @@ async def test_no_log_can_be_written(world: World) -> None:
 
 
 @pytest.mark.parametrize("listening", ["direct", "off"])
-async def test_a_pooler_is_between(world: World, tmp_path: Path, listening: str) -> None:
+async def test_daemons_work_through_a_pooler(world: World, tmp_path: Path, listening: str) -> None:
     option = f'listen_url = "{world.database}"' if listening == "direct" else "listen = false"
     world.settings += f"[database]\n{option}\n"
     with pgbouncer(world.database, tmp_path) as world.used:

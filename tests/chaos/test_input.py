@@ -267,7 +267,7 @@ async def test_an_endless_loop_leaves_slots_for_others(
         await until(connection, "SELECT max(visit) > 3 FROM sequencer.enrollments")
 
 
-def test_text_that_is_none_is_refused_by_a_command(tmp_path: Path) -> None:
+def test_texts_that_no_database_accepts_are_refused_by_a_command(tmp_path: Path) -> None:
     """Lone surrogates and NUL: no database takes them."""
     file = tmp_path / "f.json"
     for text in ("\\ud800", "\\u0000"):

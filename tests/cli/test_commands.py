@@ -141,7 +141,7 @@ def test_names_that_do_not_exist_are_reported(
         assert words in capsys.readouterr().err, arguments
 
 
-def test_a_second_time_is_refused(applied: Command) -> None:
+def test_a_second_enrollment_is_refused(applied: Command) -> None:
     applied("enroll", "s", "ada")
     applied("enroll", "s", "ada", code=1)
     assert "already" in applied.errors

@@ -35,7 +35,7 @@ async def examine(url: str, **settings: Any) -> Findings:
     return {finding.about: finding async for finding in command.examine(shard(url), read)}
 
 
-async def test_all_is_well(database: str, connection: asyncpg.Connection) -> None:
+async def test_doctor_finds_no_problem(database: str, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None))
     async with running_engine(database):
         found = await examine(database)
@@ -198,13 +198,13 @@ async def test_a_user_with_too_few_privileges(
     assert "GRANT sequencer_daemon" in found["roles"].advice
 
 
-async def test_a_database_that_is_not_there() -> None:
+async def test_an_unreachable_database() -> None:
     found = await examine("postgresql://127.0.0.1:1/x")
     assert list(found) == ["database"]
     assert "cannot connect" in found["database"].seen
 
 
-async def test_a_notification_that_does_not_come(
+async def test_a_notification_that_does_not_arrive(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "ROUND_TRIP", 0.2)
@@ -214,7 +214,7 @@ async def test_a_notification_that_does_not_come(
     assert "direct connection" in finding.advice
 
 
-async def test_nothing_is_listened_to(database: str, connection: asyncpg.Connection) -> None:
+async def test_polling_instead_of_listen(database: str, connection: asyncpg.Connection) -> None:
     finding = (await examine(database, database={"listen": False}))["notifications"]
     assert finding.level == "warning"
     assert "poll every 1 s" in finding.seen
@@ -252,7 +252,7 @@ def closed_port() -> int:
     return port
 
 
-async def test_endpoints_that_are_there(database: str, connection: asyncpg.Connection) -> None:
+async def test_reachable_endpoints(database: str, connection: asyncpg.Connection) -> None:
     async def respond(request: Request) -> Answer:
         seen.append((request.method, request.target))
         return Answer(status=200 if request.target.endswith(".json") else 405)
@@ -292,7 +292,7 @@ async def test_endpoints_that_are_there(database: str, connection: asyncpg.Conne
     assert {method for method, _ in seen} == {"GET"}  # what changes nothing
 
 
-async def test_endpoints_that_are_not(database: str, connection: asyncpg.Connection) -> None:
+async def test_unreachable_endpoints(database: str, connection: asyncpg.Connection) -> None:
     port = closed_port()
     await define(connection, "s", ("a", "Email", "{}", None))
 

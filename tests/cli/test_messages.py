@@ -157,7 +157,7 @@ def test_a_page_shows_inline_images_and_texts_without_html() -> None:
     assert page(b"Subject: x\r\n\r\na <b>\r\n").endswith("<pre>a &lt;b&gt;\r\n</pre>\n")
 
 
-async def test_a_test_is_sent_outside_of_any_journey(
+async def test_a_test_is_sent_without_an_enrollment(
     sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
     (tmp_path / "trial.yaml").write_text(

@@ -60,7 +60,7 @@ async def last_message(connection: asyncpg.Connection, id_: int, action: str) ->
 # --- what a command selects
 
 
-async def test_retry_takes_the_failed_and_records_the_operator_and_the_reason(
+async def test_retry_resumes_failed_enrollments_and_records_the_operator_and_the_reason(
     sequencerd: Command, defined: asyncpg.Connection
 ) -> None:
     ada, bob = [await enroll(defined, "s", name) for name in ("ada", "bob")]
@@ -93,7 +93,7 @@ async def test_retry_takes_the_failed_and_records_the_operator_and_the_reason(
         (["--step", "wait"], []),
     ],
 )
-async def test_options_choose(
+async def test_filters_select_enrollments(
     sequencerd: Command, defined: asyncpg.Connection, options: list[str], who: list[str]
 ) -> None:
     for name, code in (
@@ -191,7 +191,9 @@ async def test_skip_continues_after_the_failed_step(
     assert await way(defined, last) == ["send failed", "send completed"]
 
 
-async def test_cancel_ends_the_failed_too(sequencerd: Command, defined: asyncpg.Connection) -> None:
+async def test_cancel_ends_failed_enrollments_too(
+    sequencerd: Command, defined: asyncpg.Connection
+) -> None:
     ada, bob = [await enroll(defined, "s", name) for name in ("ada", "bob")]
     await fail(defined, ada, code="bad_data")
     sequencerd("cancel", str(ada), str(bob), "--yes")
@@ -325,7 +327,9 @@ async def many(defined: asyncpg.Connection) -> asyncpg.Connection:
 CANCELLED = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'cancelled'"
 
 
-async def test_many_are_changed_in_batches(sequencerd: Command, many: asyncpg.Connection) -> None:
+async def test_many_enrollments_are_changed_in_batches(
+    sequencerd: Command, many: asyncpg.Connection
+) -> None:
     assert "cancel: 2,500 enrollments" in sequencerd("cancel", "--sequence", "s", "--yes")
     assert await many.fetchval(CANCELLED) == 2500
     transactions = await many.fetchval(

@@ -509,7 +509,7 @@ async def test_apply_over_a_server_that_stops_before_its_commit(
     assert await have_revision(shards) == ["a"]
 
 
-async def test_two_at_the_same_time_do_not_wait_for_each_other(
+async def test_two_applies_at_the_same_time_do_not_deadlock(
     filled: Command, tmp_path: Path, shards_url: str
 ) -> None:
     (tmp_path / "s.yaml").write_text(EDITED)

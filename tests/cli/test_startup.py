@@ -59,7 +59,7 @@ def test_every_command_has_its_function() -> None:
         assert callable(getattr(import_module(f"sequencerd.cli.{module}"), function))
 
 
-def test_the_choices_in_the_arguments_are_those_that_there_are() -> None:
+def test_the_choices_of_arguments_agree_with_the_code() -> None:
     parser = make_parser()
     for name in drawing.FORMATS:
         assert parser.parse_args(["graph", "x", "--format", name]).format == name

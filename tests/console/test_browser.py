@@ -354,7 +354,7 @@ async def test_a_failed_enrollment_is_retried_in_the_page(
         assert await page.get_by_role("button", name="Retry").count() == 0
 
 
-async def test_by_keyboard_alone(
+async def test_a_sequence_is_operated_by_keyboard_alone(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
     await people(connection)

@@ -100,7 +100,9 @@ async def _change(client: httpx.AsyncClient) -> None:
     assert made.headers["location"] == "/console/changes/1", made.text
 
 
-async def test_by_keyboard_from_all_shards_into_one(filled: Command, browser: Browser) -> None:
+async def test_from_all_shards_into_one_shard_by_keyboard(
+    filled: Command, browser: Browser
+) -> None:
     async with console(filled, "console") as client:
         await counted(client, "steps", sequence="s")
         async with window(browser, client) as page:

@@ -29,7 +29,7 @@ async def test_the_documentation_of_the_console_is_correct(
     assert languages == {"toml", "sql", "sh", "ini"}
 
 
-def test_its_pictures_are_small() -> None:
+def test_the_pictures_of_the_documentation_are_small() -> None:
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGE.read_text())
     assert len(pictures) == 4
     for name in pictures:

@@ -121,7 +121,7 @@ async def test_nonsense_in_query_parameters(
                 _check(await client.get(f"{path}?{variant}"), f"{path}?{variant}")
 
 
-async def test_in_forms(
+async def test_nonsense_in_forms(
     database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
 ) -> None:
     values = _nonsense()

@@ -269,7 +269,7 @@ async def test_problems_are_described_by_their_kind(
                 assert words in page
 
 
-async def test_counts_have_an_end(
+async def test_counts_are_limited(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "MAX_DUE", 3)
@@ -521,7 +521,7 @@ async def test_pages_of_unknown_objects(database: str, connection: asyncpg.Conne
             assert page.headers["allow"]
 
 
-async def test_an_error_of_ours_shows_nothing(
+async def test_an_internal_error_shows_no_details(
     database: str,
     connection: asyncpg.Connection,
     monkeypatch: pytest.MonkeyPatch,

@@ -288,7 +288,7 @@ def test_masked_values_in_other_spellings(text: str) -> None:
     assert shown.endswith(" done")
 
 
-def test_a_role_that_there_is_not() -> None:
+def test_an_unknown_role() -> None:
     with pytest.raises(SettingsError, match=r"console\.mask_for"):
         load({"SEQUENCERD_CONSOLE_MASK_FOR": "reader"})
     found = load({"SEQUENCERD_CONSOLE_MASK_FOR": "viewer operator"}).console

@@ -214,7 +214,7 @@ def test_a_go_to_an_unknown_step_fails(config: Mapping[str, Any], message: str) 
     assert message in decision.message
 
 
-def test_a_paused_sequence_is_entered_and_no_more() -> None:
+def test_an_enrollment_enters_a_paused_sequence_and_waits() -> None:
     definitions = {
         **sequence(step("a", "GoTo", {"step": "x", "sequence": "other"})),
         "other": replace(
@@ -316,12 +316,12 @@ def test_of_several_goals_the_last_of_the_definition_wins() -> None:
     assert set(advanced.enrollment.goals_met) == {"paid", "late"}
 
 
-def test_a_goal_pulls_once() -> None:
+def test_a_goal_moves_an_enrollment_once() -> None:
     met = at("wait", '{"paid": true}', goals_met=("paid",))
     assert advance(GOALS, met, NOW).enrollment.step == "wait"
 
 
-def test_a_goal_that_was_passed_does_not_pull_back() -> None:
+def test_a_goal_that_was_passed_does_not_move_an_enrollment_back() -> None:
     passed = advance(GOALS, at("paid", '{"paid": true}'), NOW).enrollment
     assert passed.step == "thanks"
     again = advance(GOALS, passed._replace(step="end"), NOW)
@@ -414,7 +414,7 @@ def test_failures_of_the_server_spend_no_attempt() -> None:
         (replace(EFFECT, topic=None, follows_topic=False), None),
     ],
 )
-def test_the_topic_of_a_step_beats_that_of_its_sequence(
+def test_the_topic_of_a_step_precedes_that_of_the_sequence(
     effect: SideEffect, topic: str | None
 ) -> None:
     definitions = sequence(step("mail", "Email", effect=effect))
@@ -617,7 +617,7 @@ def test_a_step_that_kills_the_daemon_is_tried_less_often_and_at_last_given_up()
     assert "the daemon died in 21 attempts" in decision.message
 
 
-def test_a_result_can_be_taken_alone() -> None:
+def test_a_result_can_be_applied_alone() -> None:
     advanced = advance(
         MAIL,
         at("mail", attempt=1, leased_by="host:1"),
@@ -686,7 +686,7 @@ def test_a_wait_for_external_data_is_evaluated_every_recheck() -> None:
     assert pulled.decision == Wait(NOW + timedelta(days=1))  # nothing more to be asked for
 
 
-def test_a_lookup_does_not_hide_that_a_side_effect_was_cut_off() -> None:
+def test_a_lookup_does_not_hide_an_interrupted_side_effect() -> None:
     once = replace(EFFECT, at_most_once=True)
     definitions = looking_up(step("mail", "Email", effect=once), step("goal", "Goal", EXTERNAL))
     cut_off = advance(definitions, at("mail", attempt=1, leased_by="host:1"), NOW)
@@ -991,7 +991,7 @@ def test_cycles_with_a_wait_continue() -> None:
     assert isinstance(decision, Wait)
 
 
-def test_a_goal_that_pulls_from_a_side_effect_and_a_retry_are_no_loop() -> None:
+def test_a_goal_that_moves_from_a_side_effect_and_a_retry_are_no_loop() -> None:
     here = advance(MAIL, at("mail", attempt=1, leased_by="host:1"), NOW, Failed("later")).enrollment
     again = advance(MAIL, here, NOW + timedelta(minutes=5))
     assert isinstance(again.decision, Execute)
@@ -1393,7 +1393,7 @@ def test_two_executions_of_a_step_have_a_wait_between_them(
 
 
 @given(worlds(), enrollments)
-def test_every_goal_pulls_at_most_once(
+def test_every_goal_moves_an_enrollment_at_most_once(
     definitions: dict[str, Sequence], enrollment: Enrollment
 ) -> None:
     now, here, pulls = NOW, enrollment, 0

@@ -88,7 +88,7 @@ def test_a_part_that_is_not_needed_is_not_evaluated() -> None:
         holds({"all": [throws, truth("a")]}, {"a": False})
 
 
-def test_all_that_is_read_is_known_before() -> None:
+def test_the_paths_that_a_combination_reads_are_known() -> None:
     condition = {
         "all": [
             {"not": {"any": [truth("a"), {"lodashCommand": "isNil", "value": get("external.x")}]}},

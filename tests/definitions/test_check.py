@@ -63,7 +63,7 @@ def test_paths_begin_with_the_fields_of_an_enrollment() -> None:
     assert set(view(enrollment, "UTC", now, {})) == set(ROOT_KEYS)
 
 
-def test_the_examples_are_beyond_doubt() -> None:
+def test_the_examples_have_neither_errors_nor_warnings() -> None:
     files = sorted(REPOSITORY.glob("examples/*.yaml"))
     found, findings = read_files(files, {**RUNNERS, "Score": Recorder()})
     assert (len(found), findings) == (len(files), [])
@@ -97,7 +97,7 @@ steps:
     assert "no partial 'footer'" in found[1][1]
 
 
-def test_a_runner_of_ones_own_for_messages_need_not_have_our_templates(tmp_path: Path) -> None:
+def test_a_custom_runner_for_messages_need_not_have_the_built_in_templates(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text("name: s\nsteps: [{name: a, type: SMS, config: {body: '{{'}}]")
     assert read_files([file], {"SMS": Recorder()})[1] == []
@@ -346,7 +346,7 @@ def test_unreadable_files_are_errors(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"], ids=["aliases", "merges"])
-def test_a_billion_laughs_are_few(tmp_path: Path, form: str) -> None:
+def test_aliases_that_expand_without_end_are_refused(tmp_path: Path, form: str) -> None:
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{n + 1}: &a{n + 1} {form.format(', '.join([f'*a{n}'] * 9))}" for n in range(20)]
     began = time.process_time()
@@ -411,7 +411,7 @@ def test_findings_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("empty.yaml", "there is no sequence in it"),
     ],
 )
-def test_files_that_are_none(
+def test_paths_that_are_not_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
 ) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n---\n")
@@ -420,7 +420,7 @@ def test_files_that_are_none(
     assert words in out
 
 
-def test_a_line_is_a_line_whatever_the_names_are(tmp_path: Path) -> None:
+def test_a_finding_is_one_line_for_any_names(tmp_path: Path) -> None:
     text = json.dumps({"name": "a\nb\x1b[31m", "steps": [{"name": "x\ty", "type": "Nope"}]})
     (finding,) = check(tmp_path / "f.json", text)
     assert str(finding).isprintable()

@@ -144,7 +144,7 @@ async def test_a_name_that_one_shard_has_is_reported_with_it(
 # --- failures in the middle
 
 
-async def test_a_shard_that_is_lost_in_the_middle_leaves_nothing_in_any(
+async def test_a_shard_that_is_lost_during_the_import_leaves_nothing_in_any_shard(
     sharded: Command,
     original: asyncpg.Connection,
     shards: Shards,

@@ -253,7 +253,7 @@ async def test_names_are_unique_and_a_subject_may_be_in_a_sequence_twice(
     assert [tuple(row) for row in policies] == [("Same 1", "always"), ("Same 2", "after_end")]
 
 
-async def test_the_original_may_be_elsewhere(
+async def test_the_original_may_be_in_another_database(
     sequencerd: Command, original: asyncpg.Connection, database: str
 ) -> None:
     await original.execute(
@@ -492,7 +492,9 @@ async def test_the_reentry_policy_decides_about_a_second_enrollment(
 # --- partly
 
 
-async def test_some_sequences_only(sequencerd: Command, original: asyncpg.Connection) -> None:
+async def test_only_selected_sequences_are_imported(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
     await original.execute("UPDATE steps SET type = 'Scoar' WHERE id = 10")
     text = sequencerd("import-original", "--apply", "--only", "Trial", "--conditional", "branch")
     assert text == "Trial: is created; enrollments: 1 completed, 1 cancelled\n"
@@ -503,7 +505,7 @@ async def test_some_sequences_only(sequencerd: Command, original: asyncpg.Connec
     assert "Trial: exists already" in sequencerd("import-original", "--only", "2")
 
 
-async def test_a_draft_keeps_nothing_back(
+async def test_a_draft_does_not_prevent_the_import(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     await original.execute(
@@ -629,7 +631,7 @@ async def test_settings_of_ours_in_a_custom_config_are_reported(
     assert await original.fetchval("SELECT array_agg(name) FROM sequencer.sequences") == ["Trial"]
 
 
-async def test_ids_keep_their_meaning(letters: Any) -> None:
+async def test_templates_and_paths_read_the_original_ids(letters: Any) -> None:
     sms = {
         "from": "+4915112345678",
         "to": "{{external.phone}}",
@@ -653,7 +655,7 @@ async def test_ids_keep_their_meaning(letters: Any) -> None:
         assert (await letters("Conditional", condition))["value"]["value"] == renamed
 
 
-async def test_later_ids_are_others_than_the_originals(
+async def test_later_ids_differ_from_the_original_ids(
     sequencerd: Command, original: asyncpg.Connection
 ) -> None:
     await original.execute("UPDATE runners SET id = id + 1000")

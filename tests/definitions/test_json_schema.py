@@ -155,7 +155,7 @@ def test_good_steps_are_valid(step: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_wrong_files_are_not(document: object) -> None:
+def test_wrong_files_are_invalid(document: object) -> None:
     assert not is_valid(document)
 
 

@@ -501,7 +501,7 @@ async def test_renames_keep_enrollments_and_goals(
         ),
     ],
 )
-async def test_renames_that_cannot_be_are_explained(apply: Applying, text: str, words: str) -> None:
+async def test_impossible_renames_are_explained(apply: Applying, text: str, words: str) -> None:
     with pytest.raises(FileError, match=words):
         await apply(text)
 
@@ -686,9 +686,7 @@ def dealt_by(definitions: Mapping[str, Sequence], name: str, step: str) -> list[
     return [advance(definitions, one, now).enrollment.step for one in subjects]
 
 
-async def test_renames_deal_no_subject_anew(
-    apply: Applying, connection: asyncpg.Connection
-) -> None:
+async def test_renames_reassign_no_subject(apply: Applying, connection: asyncpg.Connection) -> None:
     await apply(SPLIT)
     before = await dealt(connection)
     assert set(before) == {"a", "b"}
@@ -714,7 +712,7 @@ async def test_renames_deal_no_subject_anew(
     assert await dealt(connection, "t", "share") == before
 
 
-async def test_a_new_split_of_an_old_name_deals_independently(
+async def test_a_new_split_with_a_former_name_assigns_subjects_independently(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(SPLIT)

@@ -215,7 +215,9 @@ def test_a_simulation_always_ends_and_time_never_goes_back(
     assert simulation.status in ("active", "failed")
 
 
-async def test_the_engine_does_the_same(database: str, connection: asyncpg.Connection) -> None:
+async def test_the_engine_agrees_with_the_simulation(
+    database: str, connection: asyncpg.Connection
+) -> None:
     steps = (
         ("begin", "WaitForDuration", '{"amount": 5, "unit": "ms"}', "work"),
         ("work", "Note", "{}", "set"),

@@ -146,7 +146,7 @@ async def test_attempts_that_fail_count(connection: asyncpg.Connection, database
     assert len(note.views) == 2
 
 
-async def test_another_sequence_is_not_concerned(
+async def test_side_effects_of_another_sequence_do_not_count(
     connection: asyncpg.Connection, database: str
 ) -> None:
     await braked(connection, 1)
@@ -387,7 +387,7 @@ async def test_a_brake_of_a_file_is_planned_applied_and_exported(
         ("  per: {minutes: 90}", 5, "per: "),
     ],
 )
-def test_errors_have_their_line(
+def test_errors_of_a_brake_name_the_line(
     sequencerd: Command, tmp_path: Path, written: str, line: int, words: str
 ) -> None:
     file = tmp_path / "trial.yaml"

@@ -19,7 +19,7 @@ MAIL = {
 STATE = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE subject = $1 AND failure = $2"
 
 
-async def test_a_changed_partial_holds_at_once_and_a_missing_one_is_the_definitions_fault(
+async def test_a_changed_partial_takes_effect_at_once_and_a_missing_partial_is_an_invalid_step(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async def layout(partials: dict[str, str] | None) -> None:

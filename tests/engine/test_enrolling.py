@@ -121,7 +121,7 @@ async def test_a_function_is_called_and_a_cron_expression_waits(
         assert (await defined.fetchrow(RUN))["next_run_at"].hour == 9
 
 
-async def test_more_than_at_most_enrolls_none_until_it_is_raised(
+async def test_a_run_with_more_than_at_most_enrolls_no_subject_until_the_limit_is_raised(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await schedule(defined, {**HOURLY, "at_most": 2})
@@ -138,7 +138,7 @@ async def test_more_than_at_most_enrolls_none_until_it_is_raised(
         assert len(await defined.fetchval(SUBJECTS)) == 4
 
 
-async def test_rows_that_cannot_be_enrolled_are_reported_and_hurt_no_others(
+async def test_rows_that_cannot_be_enrolled_are_reported_and_the_others_are_enrolled(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await defined.execute(
@@ -174,7 +174,7 @@ async def test_rows_that_cannot_be_enrolled_are_reported_and_hurt_no_others(
         ("app.secret", "grant SELECT or EXECUTE on app.secret to the daemon's user"),
     ],
 )
-async def test_a_query_that_fails_is_reported_and_hurts_no_other_sequence(
+async def test_a_query_that_fails_is_reported_and_other_sequences_enroll(
     defined: asyncpg.Connection, database: str, source: str, words: str
 ) -> None:
     await defined.execute(
@@ -243,7 +243,9 @@ async def test_a_sequence_that_is_not_active_is_left_alone(
     assert len(await defined.fetchval(SUBJECTS)) == 3
 
 
-async def test_of_several_daemons_one_enrolls(defined: asyncpg.Connection, database: str) -> None:
+async def test_only_one_of_several_daemons_enrolls(
+    defined: asyncpg.Connection, database: str
+) -> None:
     await defined.execute("UPDATE sequencer.sequences SET reentry = 'always'")
     async with daemon(database) as one, daemon(database) as other, daemon(database) as third:
         for _ in range(3):

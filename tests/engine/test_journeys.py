@@ -84,7 +84,7 @@ async def test_a_step_enrolls_and_cancels_others(
     assert [view["data"] for view in runner.views] == [{"plan": "pro"}, {}]
 
 
-async def test_many_that_share_an_outcome_enroll_each_its_own_subject(
+async def test_enrollments_that_share_an_outcome_each_enroll_another_subject(
     connection: asyncpg.Connection, database: str
 ) -> None:
     await define(connection, "b", DAYS)

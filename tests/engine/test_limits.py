@@ -211,7 +211,7 @@ async def test_a_limit_counts_by_its_key_and_topic(
 
 
 @pytest.mark.slow
-async def test_a_reevaluation_does_not_pass_the_limit_by(
+async def test_a_reevaluation_does_not_bypass_the_limit(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """Nor does a changed definition, or what follows an entry that was refused."""

@@ -268,7 +268,7 @@ async def test_a_changed_goal_is_checked_for_all_enrollments(
     assert await way(connection, id_) == ["pause goal", "pause completed"]
 
 
-async def test_another_zone_re_times(
+async def test_another_time_zone_reschedules(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     id_ = await at_pause(connection, "ada", DAY)
@@ -286,7 +286,7 @@ async def test_another_zone_re_times(
 # --- the status
 
 
-async def test_paused_nothing_is_executed_and_clocks_run_on(
+async def test_a_paused_sequence_executes_nothing_and_waits_keep_running(
     apply: Applying, connection: asyncpg.Connection, database: str
 ) -> None:
     held = Held(batch_size=1, concurrency=1)
@@ -309,7 +309,7 @@ async def test_paused_nothing_is_executed_and_clocks_run_on(
     assert len(held.keys) == len(set(held.keys)) == 6
 
 
-async def test_an_archived_sequence_admits_none_and_existing_enrollments_continue(
+async def test_an_archived_sequence_admits_no_enrollment_and_existing_enrollments_continue(
     apply: Applying, connection: asyncpg.Connection, note: Recorder
 ) -> None:
     id_ = await at_pause(connection, "ada", 4 * DAY)

@@ -175,7 +175,7 @@ async def test_a_commit_whose_answer_is_lost_is_detected(
         ]
 
 
-async def test_a_lost_answer_begins_nothing_twice_that_was_given_back_and_taken_again(
+async def test_a_lost_answer_starts_no_side_effect_twice_that_was_returned_and_leased_again(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """What was not started is leased anew, with the same attempt and another number."""
@@ -262,7 +262,7 @@ async def test_a_claim_beside_a_held_snapshot_skips_finished_rows(
     )
 
 
-async def test_a_lease_that_was_rolled_back_is_not_taken_for_a_later_one(
+async def test_a_lease_that_was_rolled_back_is_not_mistaken_for_a_later_lease(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the rows are asked what became of one transaction, another leases the same enrollment:
@@ -745,7 +745,7 @@ async def test_a_paused_sequence_executes_nothing_until_it_is_resumed(
         await until(connection, ENDED, id_)
 
 
-async def test_answers_may_bring_data_and_ask_to_come_again(
+async def test_answers_may_contain_data_and_a_time_for_the_next_execution(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async def twice(task: Task) -> Result:
@@ -771,7 +771,7 @@ async def test_answers_may_bring_data_and_ask_to_come_again(
     ]
 
 
-async def test_what_wakes_later_than_others_of_its_batch_is_found_without_a_sweep(
+async def test_enrollments_that_wake_later_than_their_batch_are_found_without_a_sweep(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """The first one is due already when the batch has been written."""
@@ -898,7 +898,7 @@ async def test_a_lease_is_extended_during_the_side_effect(
     assert recorder.visits == [f"{id_}:1"]
 
 
-async def test_a_lease_of_a_dead_daemon_runs_out(
+async def test_a_lease_of_a_dead_daemon_expires(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define(connection, "s", ("work", "Note", "{}", None))
@@ -1001,7 +1001,7 @@ async def test_a_wait_between_side_effects_makes_no_loop(
     assert len(recorder.keys) >= 6
 
 
-async def test_a_goal_of_another_sequence_with_the_same_name_pulls(
+async def test_a_goal_of_another_sequence_with_the_same_name_moves_the_enrollment(
     database: str, connection: asyncpg.Connection
 ) -> None:
     recorder = Recorder()
@@ -1110,7 +1110,7 @@ async def test_an_archived_sequence_is_not_entered_by_a_jump(
     assert await gone(connection, id_) == ("s", "over", "failed", "archived")
 
 
-async def test_of_enrollments_that_jump_together_one_is_admitted(
+async def test_one_of_several_simultaneous_jumps_is_admitted(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await define_jump(connection)

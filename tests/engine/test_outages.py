@@ -120,7 +120,7 @@ def closed_port() -> int:
 
 
 @pytest.mark.slow
-async def test_a_mail_server_that_is_down_fails_none_and_all_continue_at_once(
+async def test_a_mail_server_that_is_down_fails_no_enrollment(
     database: str, connection: asyncpg.Connection
 ) -> None:
     port = closed_port()
@@ -159,7 +159,7 @@ async def test_a_mail_server_that_is_down_fails_none_and_all_continue_at_once(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 600])
 @pytest.mark.slow
-async def test_an_endpoint_that_answers_500_to_all_fails_none(
+async def test_an_endpoint_that_answers_500_to_every_call_fails_no_enrollment(
     database: str, connection: asyncpg.Connection, count: int
 ) -> None:
     async with endpoint() as (server, runner):

@@ -246,7 +246,7 @@ async def test_a_result_is_recorded_although_the_next_step_is_refused(
     assert [row["action"] for row in actions] == ["enrolled", "next"]
 
 
-async def test_a_row_that_refuses_keeps_no_lease_of_another_from_being_extended(
+async def test_the_leases_of_other_rows_are_extended_beside_a_refused_row(
     database: str, connection: asyncpg.Connection, gate: Gate
 ) -> None:
     await define(connection, "s", ("call", "Slow", "{}", None))
@@ -342,7 +342,7 @@ BREAK_AND_FIX = {
     ],
 )
 @pytest.mark.slow
-async def test_an_error_of_the_environment_passes_and_fails_none(
+async def test_an_error_of_the_environment_fails_no_enrollment(
     database: str,
     connection: asyncpg.Connection,
     daemon_login: str,

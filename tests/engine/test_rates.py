@@ -101,7 +101,7 @@ async def permits_of(database: str, calls: int, count: int, per_second: float) -
 
 
 @pytest.mark.parametrize(("count", "per_second"), [(20, 100.0), (1, 4.0), (200, 1000.0)])
-async def test_all_of_the_rate_is_handed_out_to_those_that_wait(
+async def test_the_whole_rate_is_used_while_calls_wait(
     connection: asyncpg.Connection, database: str, count: int, per_second: float
 ) -> None:
     start = await connection.fetchval("SELECT clock_timestamp()")
@@ -150,7 +150,7 @@ async def test_nothing_passes_while_the_row_is_locked_or_the_database_refuses(
         await pool.close()
 
 
-async def test_a_rate_that_was_far_too_low_delays_for_seconds_only(
+async def test_a_rate_that_is_raised_takes_effect_within_seconds(
     connection: asyncpg.Connection, database: str
 ) -> None:
     pool = await connections.connect_pool(shard(database), 1)

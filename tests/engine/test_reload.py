@@ -214,7 +214,7 @@ async def test_only_changed_steps_are_compiled_without_blocking_the_loop(
         assert len(engine.catalog.sequences["s"].steps) == count
 
 
-async def test_sequences_that_change_names_are_known_by_their_new_ones(
+async def test_sequences_that_swap_names_are_loaded_by_the_new_names(
     database: str, connection: asyncpg.Connection
 ) -> None:
     recorder = Recorder()

@@ -65,7 +65,7 @@ async def make_past(connection: asyncpg.Connection, number: int) -> str:
     return name(first)
 
 
-async def test_without_settings_everything_stays(
+async def test_without_settings_everything_is_kept(
     defined: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     old = await make_past(defined, 30)
@@ -231,7 +231,7 @@ async def test_every_table_can_be_published(defined: asyncpg.Connection) -> None
     assert nameless == []
 
 
-async def test_each_part_is_done_whatever_comes_of_the_others(
+async def test_each_part_of_retention_runs_even_if_another_fails(
     defined: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:
     old = await make_past(defined, 14)
@@ -259,7 +259,7 @@ ENDED = """
 """
 
 
-async def test_each_batch_begins_where_the_last_one_ended(
+async def test_each_batch_of_deletions_begins_at_the_end_of_the_last_batch(
     database: str, defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise it reads what is already deleted, while another session keeps a snapshot open."""
@@ -280,7 +280,7 @@ async def test_each_batch_begins_where_the_last_one_ended(
     assert await defined.fetchval(read) < 3000
 
 
-async def test_each_batch_continues_in_the_sequence_where_the_last_one_ended(
+async def test_each_batch_of_deletions_continues_in_the_sequence_of_the_last_batch(
     defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for sequence in ("r", "t"):
@@ -304,7 +304,7 @@ async def test_each_batch_continues_in_the_sequence_where_the_last_one_ended(
     ]
 
 
-async def test_null_takes_nothing_away(defined: asyncpg.Connection) -> None:
+async def test_null_deletes_nothing(defined: asyncpg.Connection) -> None:
     old = await make_past(defined, 14)
     await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")

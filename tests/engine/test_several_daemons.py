@@ -142,7 +142,7 @@ async def test_lone_enrollments_start_once_where_two_daemons_are_notified(
     assert len(recorder.keys) == 40
 
 
-async def test_a_lone_enrollment_starts_beside_one_whose_lease_a_living_daemon_cannot_extend(
+async def test_a_lone_enrollment_starts_beside_a_lease_that_a_living_daemon_cannot_extend(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """Then that daemon dies."""

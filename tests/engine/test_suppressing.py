@@ -40,7 +40,7 @@ async def test_suppressions_are_written_with_the_result(
     )
 
 
-async def test_a_stale_result_suppresses_its_address_all_the_same(
+async def test_a_stale_result_suppresses_the_address(
     database: str, connection: asyncpg.Connection
 ) -> None:
     begun, moved = asyncio.Event(), asyncio.Event()

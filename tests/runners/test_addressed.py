@@ -30,7 +30,7 @@ def task(number: int, topic: str | None = None, **data: Any) -> Task:
     return Task(f"{number}:1:x", {"subject": f"user-{number}", "data": data}, None, topic)
 
 
-async def test_the_runner_gets_those_that_are_not_suppressed() -> None:
+async def test_the_runner_gets_the_tasks_that_are_not_suppressed() -> None:
     recorder = Recorder()
     entries = (("push", "b", "*"), ("push", "c", "news"), ("push", "user-4", "*"))
     made = AddressedRunner(recorder, suppressing(*entries))
@@ -57,7 +57,7 @@ async def test_addresses_of_other_channels_are_compared_as_they_are() -> None:
     assert await made.run(mail, [task(1, token="A@X.org")]) == [Suppressed("not sent to A@X.org")]
 
 
-async def test_without_both_keys_they_are_the_runners_own() -> None:
+async def test_a_single_key_of_an_address_belongs_to_the_runner() -> None:
     recorder = Recorder()
     made = AddressedRunner(recorder, suppressing(("#general", "x", "*")))
     for own in ({"channel": "#general"}, {"address": ["x"]}, {}):

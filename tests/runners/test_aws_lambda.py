@@ -88,7 +88,7 @@ async def test_credentials_come_from_where_aws_tools_look(
         assert await run(server, monkeypatch) == [Answer()]
 
 
-async def test_a_wrong_key_is_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_wrong_key_is_the_operators_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
     async with http_server(aws({ARN: score})) as server:
         (failed,) = await run(server, monkeypatch)
@@ -97,7 +97,7 @@ async def test_a_wrong_key_is_the_operators(monkeypatch: pytest.MonkeyPatch) -> 
     assert "other" not in failed.message
 
 
-async def test_a_function_that_does_not_exist_is_the_operators(
+async def test_a_function_that_does_not_exist_is_the_operators_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with http_server(aws({ARN: score})) as server:

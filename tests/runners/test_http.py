@@ -300,7 +300,7 @@ async def test_a_name_that_leads_to_a_private_address() -> None:
     assert len(server.requests) == 1
 
 
-async def test_a_public_name_is_called_at_the_address_that_was_looked_at() -> None:
+async def test_a_public_name_is_called_at_the_address_that_was_checked() -> None:
     web = HttpClient(timeout=1, connections=1, allow_private=False)
     targets = await web._targets(httpx.URL("https://8.8.2056:8443/x"))
     await web.close()

@@ -56,7 +56,7 @@ async def test_a_batch_is_split_below_the_usual_limit() -> None:
     assert all("413" not in str(result) for result in results)
 
 
-async def test_a_batch_of_small_ones_is_one_call() -> None:
+async def test_a_batch_of_small_enrollments_is_one_call() -> None:
     async with http_server(limited(100 * 1000)) as server:
         assert await run(server, 100) == [Answer()] * 100
     assert len(server.requests) == 1
@@ -144,7 +144,7 @@ async def test_an_id_is_a_number_or_its_text(id_: str) -> None:
         ),
     ],
 )
-async def test_an_answer_without_our_ids_names_those_that_came(body: bytes, says: str) -> None:
+async def test_an_answer_with_other_ids_is_reported_with_these_ids(body: bytes, says: str) -> None:
     async def respond(_: Request) -> servers.Answer:
         return servers.Answer(body=body)
 

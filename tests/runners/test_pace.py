@@ -73,7 +73,7 @@ async def test_a_call_that_waits_too_long_is_given_back(
     assert not await Pace(Limits(1, per_second=1000), "Email", take).turn()
 
 
-async def test_an_answer_that_took_long_is_read_by_the_faster_ones() -> None:
+async def test_the_age_of_permits_is_measured_by_the_fastest_answers() -> None:
     """Its permits are as old as they are, and lapse; those of the next one do not."""
     loop = asyncio.get_running_loop()
     ages = [0.0, 3.0, 0.0]  # by which the answers are late

@@ -118,7 +118,7 @@ async def test_exceptions_of_functions_are_retried(error: BaseException, is_asyn
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_refused_is_for_good(is_async: bool) -> None:
+async def test_refused_fails_permanently(is_async: bool) -> None:
     def coupon(config: Any, runner: Any) -> None:
         raise Refused("no such customer")
 
@@ -177,7 +177,7 @@ async def test_a_batch_that_raises() -> None:
     assert await run(coupons, 1, 2) == [Failed("all of you", permanent=True)] * 2
 
 
-async def test_a_config_by_its_model() -> None:
+async def test_a_config_is_validated_by_the_model() -> None:
     class Config(BaseModel):
         percent: int
 

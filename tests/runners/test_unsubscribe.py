@@ -47,7 +47,7 @@ def headers(config: dict[str, Any], one: Task, **options: Any) -> dict[str, str]
 
 
 @given(st.builds(Subscription, *[st.text(max_size=20)] * 4))
-def test_a_token_is_good_for_what_it_was_made_for(subscription: Subscription) -> None:
+def test_a_token_contains_the_subscription(subscription: Subscription) -> None:
     made = token(LINKS.link(subscription))
     assert LINKS.read(made) == subscription
     assert made.isascii()
@@ -85,7 +85,7 @@ def test_a_message_has_the_link_in_its_text_and_its_header() -> None:
     assert link in found["html"]
 
 
-def test_a_message_without_a_topic_ends_all() -> None:
+def test_a_message_without_a_topic_unsubscribes_from_all() -> None:
     found = headers(MAIL, task(None, email="ada@x.org"))
     link = token(found["List-Unsubscribe"].strip("<>"))
     assert LINKS.read(link) == Subscription("email", "ada@x.org", "*")

@@ -106,7 +106,7 @@ async def test_one_click(
     assert await entries(connection) == [("email", "ada@x.org", "news", "unsubscribe")]
 
 
-async def test_all_messages_and_back(
+async def test_unsubscribing_from_all_messages_and_back(
     web: httpx.AsyncClient, connection: asyncpg.Connection
 ) -> None:
     await connection.execute(
@@ -158,7 +158,7 @@ async def test_invalid_requests_change_nothing(
     assert await entries(connection) == []
 
 
-async def test_nothing_runs_in_the_page(web: httpx.AsyncClient) -> None:
+async def test_no_script_runs_in_the_page(web: httpx.AsyncClient) -> None:
     evil = ADA._replace(address="<script>alert(1)</script>", topic="n")
     page = await web.get(path(evil))
     assert "<script" not in page.text

@@ -74,7 +74,7 @@ async def test_json_null_is_no_data(session: asyncpg.Connection) -> None:
         assert await session.fetchval(BEGUN, "ada")
 
 
-async def test_null_for_enroll_is_not_given(session: asyncpg.Connection) -> None:
+async def test_null_as_an_argument_of_enroll_means_not_given(session: asyncpg.Connection) -> None:
     async with session.transaction():
         assert await session.fetchval(
             "SELECT sequencer.enroll('s', 'ada', data => NULL, timezone => NULL, wake_at => NULL,"

@@ -61,7 +61,7 @@ async def test_nothing_names_the_usual_schema(other: asyncpg.Connection) -> None
         assert not own.search(re.sub("--.*", "", text)), text
 
 
-async def test_every_statement_runs_there(
+async def test_every_statement_runs_in_another_schema(
     connection: asyncpg.Connection, other: asyncpg.Connection
 ) -> None:
     await connection.execute("DROP SCHEMA sequencer CASCADE")  # what names it fails
@@ -135,7 +135,7 @@ async def test_two_daemons_in_one_database_do_not_disturb_each_other(
     assert await other.fetchval(future) == 0
 
 
-async def test_dropping_one_disturbs_no_other(
+async def test_dropping_a_schema_does_not_affect_another(
     connection: asyncpg.Connection, other: asyncpg.Connection, database: str
 ) -> None:
     before, ours = await describe(connection), Recorder()
@@ -156,7 +156,7 @@ async def test_dropping_one_disturbs_no_other(
     assert await migrate.grant(other) == []
 
 
-async def test_several_are_made_at_the_same_time(database: str) -> None:
+async def test_several_schemas_are_created_at_the_same_time(database: str) -> None:
     async def make(schema: str) -> list[migrate.Ungranted]:
         opened = await connections.connect(Shard(database, schema))
         try:

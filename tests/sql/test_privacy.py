@@ -193,7 +193,7 @@ async def test_an_address_that_only_messages_name_is_forgotten_with_its_suppress
 
 
 @pytest.mark.parametrize("subject", ["7", "a+b (c)*", "[x", "back\\slash", "it's", "ä" * 300])
-async def test_a_subject_is_a_word_and_no_pattern(
+async def test_a_subject_matches_whole_words_and_is_no_pattern(
     connection: asyncpg.Connection, subject: str
 ) -> None:
     await define(connection, "s", ("send", "Note", "{}", None))
@@ -223,7 +223,7 @@ async def test_a_subject_is_a_word_and_no_pattern(
         ("+49 (0)151 234567-8", "to +49151/2345678: no"),
     ],
 )
-async def test_whatever_the_pattern_matches_is_found(
+async def test_texts_that_match_the_pattern_are_found(
     connection: asyncpg.Connection, subject: str, message: str
 ) -> None:
     await define(connection, "s", ("send", "Note", "{}", None))
@@ -243,7 +243,7 @@ async def test_whatever_the_pattern_matches_is_found(
     )
 
 
-async def test_data_of_others_are_left_and_reported(held: asyncpg.Connection) -> None:
+async def test_data_of_other_subjects_stay_and_are_reported(held: asyncpg.Connection) -> None:
     invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
     same = await enroll(held, "s", EMAIL)
     owner = await enroll(held, "s", "invoice-10", json.dumps({"customer": SUBJECT}))
@@ -285,7 +285,7 @@ async def test_nothing_is_forgotten_while_a_side_effect_runs(
     assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 0
 
 
-async def test_a_lease_that_has_expired_keeps_nothing(connection: asyncpg.Connection) -> None:
+async def test_an_expired_lease_does_not_prevent_forgetting(connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("send", "Note", "{}", None))
     await enroll(connection, "s", "ada")
     await connection.execute(
@@ -300,7 +300,7 @@ async def test_a_lease_that_has_expired_keeps_nothing(connection: asyncpg.Connec
     assert (await forget(connection, "ada"))["enrollments"] == 1
 
 
-async def test_an_export_has_all_that_is_held(held: asyncpg.Connection) -> None:
+async def test_an_export_has_all_data_of_a_subject(held: asyncpg.Connection) -> None:
     invoice = await enroll(held, "s", "invoice-9", json.dumps({"to": EMAIL}))
     text = await held.fetchval("SELECT sequencer.export_subject($1)", SUBJECT)
     exported = json.loads(text)

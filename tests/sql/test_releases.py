@@ -35,7 +35,7 @@ from tests.sql.test_golden_schema import describe
 # --- the files
 
 
-def test_released_files_are_as_they_were() -> None:
+def test_released_files_are_unchanged() -> None:
     assert list(wrong_files(read_records(), available())) == []
 
 
@@ -136,7 +136,7 @@ async def upgrade(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, len(ALL)), ids=[one.name for one in ALL[:-1]])
-async def test_an_upgraded_schema_is_as_a_new_one_and_loses_nothing(
+async def test_an_upgraded_schema_equals_a_new_schema_and_keeps_all_rows(
     connection: asyncpg.Connection, database: str, count: int
 ) -> None:
     """From the schema of each version that had a last file of its own."""

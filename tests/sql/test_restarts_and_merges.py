@@ -157,7 +157,9 @@ async def test_merge_keeps_the_further_enrollment_with_the_data_of_both(
     assert await defined.fetchval("SELECT sequencer.merge('ada', 'ada')") == 0
 
 
-async def test_of_two_as_far_merge_keeps_the_older(defined: asyncpg.Connection) -> None:
+async def test_merge_keeps_the_older_enrollment_after_as_many_visits(
+    defined: asyncpg.Connection,
+) -> None:
     older, newer = await begun(defined, "ada"), await begun(defined, "anonymous-7")
     await defined.execute("SELECT sequencer.merge('anonymous-7', 'ada')")
     status = dict(map(tuple, await defined.fetch("SELECT id, status FROM sequencer.enrollments")))
@@ -165,9 +167,7 @@ async def test_of_two_as_far_merge_keeps_the_older(defined: asyncpg.Connection) 
 
 
 @pytest.mark.parametrize("subject", ["ada", "anonymous-7"])
-async def test_merge_where_the_policy_allows_one_enrollment_ever(
-    defined: asyncpg.Connection, subject: str
-) -> None:
+async def test_merge_with_the_policy_never(defined: asyncpg.Connection, subject: str) -> None:
     """An enrollment that has ended is further than one that has not."""
     await defined.execute("UPDATE sequencer.sequences SET reentry = 'never'")
     ids = {name: await begun(defined, name) for name in ("ada", "anonymous-7")}
@@ -209,7 +209,7 @@ async def test_merges_and_enrollments_at_the_same_time_lose_nothing(
         await session.close()
 
 
-async def test_a_merge_is_in_no_deadlock_with_changes_in_another_order(
+async def test_a_merge_and_changes_in_another_order_do_not_deadlock(
     defined: asyncpg.Connection, database: str
 ) -> None:
     """The other session looks for deadlocks at once, and would be the one that fails."""
@@ -269,7 +269,7 @@ async def test_collect_enrolls_or_adds(defined: asyncpg.Connection) -> None:
         await defined.fetchval("SELECT sequencer.collect('t', 'ada', '1')")
 
 
-async def test_collect_where_the_policy_refuses(defined: asyncpg.Connection) -> None:
+async def test_collect_follows_the_reentry_policy(defined: asyncpg.Connection) -> None:
     await defined.execute("UPDATE sequencer.sequences SET reentry = 'never'")
     await defined.fetchval(ADD, "ada", "1")
     await defined.execute("UPDATE sequencer.enrollments SET status = 'completed'")
@@ -279,7 +279,7 @@ async def test_collect_where_the_policy_refuses(defined: asyncpg.Connection) -> 
         await defined.fetchval(ADD, "bob", "2")
 
 
-async def test_collect_keeps_so_many_items_and_counts_the_rest(
+async def test_collect_keeps_items_up_to_the_limit_and_counts_the_rest(
     defined: asyncpg.Connection,
 ) -> None:
     await defined.execute(
@@ -363,7 +363,7 @@ async def test_reentry_after_a_time_counts_an_end_that_is_not_committed(
     await other.close()
 
 
-async def test_entries_at_the_same_time_after_the_time_is_over_are_one(
+async def test_concurrent_entries_after_the_reentry_time_enroll_once(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await defined.execute(REENTRY_AFTER, timedelta(days=90))
@@ -379,7 +379,7 @@ async def test_entries_at_the_same_time_after_the_time_is_over_are_one(
         await session.close()
 
 
-async def test_a_sequence_can_take_and_leave_the_policy_after(defined: asyncpg.Connection) -> None:
+async def test_the_policy_after_can_be_set_and_removed(defined: asyncpg.Connection) -> None:
     for _ in range(3):
         await enroll(defined, "s", "ada")
         await defined.execute(
@@ -408,7 +408,7 @@ async def test_a_sequence_can_take_and_leave_the_policy_after(defined: asyncpg.C
         "reentry = 'after', reentry_after = '1 month 3 days'",
     ],
 )
-async def test_a_policy_after_without_one_time_is_refused(
+async def test_the_policy_after_needs_a_time_of_one_unit(
     defined: asyncpg.Connection, change: str
 ) -> None:
     with pytest.raises(asyncpg.CheckViolationError):

@@ -230,7 +230,7 @@ async def test_each_role_has_only_its_privileges(
         raise AssertionError(f"{role} may {statement}")
 
 
-async def test_a_view_of_ones_own_is_enough_to_enroll(
+async def test_a_view_is_enough_to_enroll(
     sessions: dict[str, asyncpg.Connection], connection: asyncpg.Connection, database: str
 ) -> None:
     await connection.execute(

@@ -261,7 +261,7 @@ async def test_reentry_always_and_never(defined: asyncpg.Connection) -> None:
         await enroll(defined, "s", "ada")
 
 
-async def test_an_archived_sequence_admits_none(defined: asyncpg.Connection) -> None:
+async def test_an_archived_sequence_admits_no_enrollment(defined: asyncpg.Connection) -> None:
     await defined.execute("UPDATE sequencer.sequences SET status = 'archived'")
     with pytest.raises(asyncpg.CheckViolationError, match="archived"):
         await enroll(defined, "s", "ada")
@@ -329,7 +329,7 @@ async def test_renames_keep_the_enrollments_at_a_step(defined: asyncpg.Connectio
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 0
 
 
-async def test_every_change_of_a_definition_counts_its_revision_up(
+async def test_every_change_of_a_definition_gets_a_new_revision(
     defined: asyncpg.Connection,
 ) -> None:
     async def revision() -> int:
@@ -395,7 +395,7 @@ async def test_a_revision_is_never_drawn_twice(connection: asyncpg.Connection) -
         assert {name: latest[name] for name in touched} == {name: now[name] for name in touched}
 
 
-async def test_no_edit_takes_a_revision_away(connection: asyncpg.Connection) -> None:
+async def test_no_edit_removes_a_revision(connection: asyncpg.Connection) -> None:
     kept: dict[int, str] = {}
 
     async def change(statement: str) -> None:
@@ -423,7 +423,7 @@ async def test_no_edit_takes_a_revision_away(connection: asyncpg.Connection) -> 
     assert len(kept) == 6
 
 
-async def test_settings_set_by_hand_enroll_none_where_nothing_is(
+async def test_settings_set_by_hand_do_not_bypass_the_entry_policy(
     defined: asyncpg.Connection,
 ) -> None:
     await define(defined, "archived", ("first", "GoTo", "{}", None))
@@ -568,7 +568,9 @@ async def test_reevaluate_wakes_enrollments_after_a_silent_load(
     assert await defined.fetchval(later)
 
 
-async def test_a_status_is_complete_when_data_change_with_it(defined: asyncpg.Connection) -> None:
+async def test_a_status_that_is_set_together_with_data_is_completed(
+    defined: asyncpg.Connection,
+) -> None:
     id_ = await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.enrollments SET entered_at = now()")
     await defined.execute("UPDATE sequencer.enrollments SET status = 'failed', failure = 'error'")
@@ -704,7 +706,7 @@ async def test_a_renamed_step_is_remembered_as_executed(connection: asyncpg.Conn
         ),
     ],
 )
-async def test_by_hand_a_loop_begins_anew(defined: asyncpg.Connection, change: str) -> None:
+async def test_a_manual_move_is_no_part_of_a_loop(defined: asyncpg.Connection, change: str) -> None:
     await enroll(defined, "s", "ada")
     await defined.execute("UPDATE sequencer.enrollments SET executed = '{s/first}'")
     await defined.execute(change)
@@ -742,7 +744,7 @@ async def test_goals_are_of_their_sequence_and_follow_its_name(
     assert await goals() == (["paid"], None)
 
 
-async def test_entries_are_kept_as_addresses_are_compared(
+async def test_entries_are_stored_in_the_form_that_is_compared(
     connection: asyncpg.Connection,
 ) -> None:
     await connection.execute(
@@ -755,7 +757,7 @@ async def test_entries_are_kept_as_addresses_are_compared(
     assert [tuple(row) for row in kept] == [("email", "a@x.org", "*"), ("push", "fH7:Xy", "news")]
 
 
-async def test_an_entry_with_a_name_is_kept_as_its_address(
+async def test_an_entry_with_a_name_is_stored_as_the_address(
     connection: asyncpg.Connection,
 ) -> None:
     kept = await connection.fetchval(

@@ -29,7 +29,7 @@ async def test_sql_finds_the_same_shard(connection: asyncpg.Connection) -> None:
     assert [number for (number,) in found] == NUMBERS
 
 
-async def test_a_number_of_shards_that_is_none(connection: asyncpg.Connection) -> None:
+async def test_an_invalid_number_of_shards_is_rejected(connection: asyncpg.Connection) -> None:
     assert await connection.fetchval("SELECT sequencer.shard_of(NULL, 4)") is None
     with pytest.raises(asyncpg.DivisionByZeroError):
         await connection.fetchval("SELECT sequencer.shard_of('user-42', 0)")
@@ -72,7 +72,7 @@ def run(*command: str | Path, folder: Path) -> list[int]:
     return found
 
 
-def test_python_as_in_the_docs(repository: Path) -> None:
+def test_the_python_example_of_the_docs(repository: Path) -> None:
     module: dict[str, object] = {}
     exec(example(repository, "python"), module)
     found = module["shard_of"]
@@ -81,7 +81,7 @@ def test_python_as_in_the_docs(repository: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="there is no node")
-def test_node_as_in_the_docs(repository: Path, tmp_path: Path) -> None:
+def test_the_node_example_of_the_docs(repository: Path, tmp_path: Path) -> None:
     program = example(repository, "js") + NODE
     assert run("node", "-e", program, folder=tmp_path) == NUMBERS
 

@@ -58,7 +58,7 @@ async def test_the_server_is_found_after_a_crash(folder: Path) -> None:
             assert postmaster(again) != pid
 
 
-async def test_a_long_path_is_no_hindrance(folder: Path) -> None:
+async def test_a_data_folder_with_a_long_path_works(folder: Path) -> None:
     with embedded.running(folder / ("long" * 30), settings=FAST_SETTINGS) as server:
         assert "PostgreSQL" in await version(server)
 
@@ -77,7 +77,7 @@ def test_only_the_owner_can_connect(folder: Path) -> None:
             assert path.stat().st_uid != 0
 
 
-def test_a_command_without_a_database_uses_one_of_its_own(folder: Path) -> None:
+def test_a_command_without_a_database_uses_the_embedded_database(folder: Path) -> None:
     folder.mkdir()
     variables = {**os.environ, "XDG_DATA_HOME": str(folder)}
     done = subprocess.run(
@@ -92,7 +92,7 @@ def test_a_command_without_a_database_uses_one_of_its_own(folder: Path) -> None:
     assert f"using the embedded one in {folder}/sequencerd/postgresql" in done.stderr
 
 
-def test_data_are_kept_where_xdg_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_are_stored_in_xdg_data_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(folder))
     assert embedded.default_folder() == folder / "sequencerd/postgresql"
     monkeypatch.delenv("XDG_DATA_HOME")

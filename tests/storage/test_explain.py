@@ -56,7 +56,7 @@ HOT = {
 
 
 @pytest.mark.slow
-async def test_no_hot_statement_reads_the_table_through(connection: asyncpg.Connection) -> None:
+async def test_no_hot_statement_scans_the_whole_table(connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("a", "GoTo", "{}", None), ("b", "GoTo", "{}", None))
     await connection.execute("ALTER TABLE sequencer.enrollments SET (autovacuum_enabled = false)")
     for begins, ends in ((1, 1000), (1001, SLEEPERS)):

@@ -91,7 +91,7 @@ def divided(among: list[str]) -> list[set[str]]:
 ENROLL = "INSERT INTO sequencer.enrollments (sequence, subject) SELECT 's', unnest($1::text[])"
 
 
-async def test_enrolling_one_and_many(
+async def test_enrolling_a_single_subject_and_many(
     application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
 ) -> None:
     insert = "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ('s', $1, $2)"
@@ -157,7 +157,7 @@ async def test_no_subject_is_left_in_the_shard_of_another(
     assert await subjects(shards) == divided(SUBJECTS)
 
 
-async def test_one_shard_is_asked_where_the_condition_names_it(
+async def test_only_one_shard_is_queried_if_the_condition_names_it(
     application: asyncpg.Connection,
 ) -> None:
     """A condition on the subject alone is sent to all shards."""
@@ -185,7 +185,7 @@ async def test_a_row_that_changes_meanwhile_is_an_error_to_be_retried(
     assert await application.execute(change) == "UPDATE 1"
 
 
-async def test_one_row_returns_its_id(
+async def test_a_single_row_returns_the_id(
     application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
 ) -> None:
     insert = "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', $1) RETURNING id"

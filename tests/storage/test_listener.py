@@ -113,7 +113,7 @@ async def times(evaluated: Counter[int], total: int) -> None:
 
 
 @pytest.mark.slow
-async def test_each_is_evaluated_once_for_a_request_and_not_written(
+async def test_each_enrollment_is_evaluated_once_for_a_request_and_not_written(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
     count = 2_000
@@ -168,7 +168,7 @@ async def test_a_request_applies_to_the_enrollments_that_it_names(
             assert dict(evaluated) == wanted, payload
 
 
-async def test_too_many_requests_become_one_for_all(
+async def test_too_many_requests_become_one_request_for_all_enrollments(
     database: str,
     connection: asyncpg.Connection,
     evaluated: Counter[int],

@@ -170,7 +170,7 @@ async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str
 
 
 @pytest.mark.slow
-async def test_all_tables_have_the_same_owner_whoever_migrates(
+async def test_all_tables_have_the_same_owner_for_any_migrating_user(
     connection: asyncpg.Connection, logins: dict[str, str]
 ) -> None:
     await connection.execute("DROP SCHEMA sequencer CASCADE")

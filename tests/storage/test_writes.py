@@ -170,7 +170,7 @@ async def test_nothing_is_written_if_anything_has_changed(
 
 
 @ONE_OR_TWO
-async def test_nothing_is_written_and_waited_for_if_one_is_locked(
+async def test_nothing_is_written_or_waited_for_if_a_row_is_locked(
     database: str, connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
     before = await enrolled(connection, *subjects)
@@ -186,7 +186,7 @@ async def test_nothing_is_written_and_waited_for_if_one_is_locked(
 
 
 @ONE_OR_TWO
-async def test_a_transaction_is_not_known_where_triggers_of_others_change_what_it_writes(
+async def test_no_transaction_is_returned_if_triggers_of_others_may_change_the_rows(
     connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
     before = await enrolled(connection, *subjects)

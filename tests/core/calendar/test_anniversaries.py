@@ -28,7 +28,7 @@ BERLIN = dates.zone("Europe/Berlin")
         ("1990-03-29T01:30:00Z", "2026-01-01T00:00:00Z", "2026-03-29T01:30:00Z"),  # 3:30 is shown
     ],
 )
-def test_the_next_one_comes_after(first: str, after: str, found: str) -> None:
+def test_the_next_anniversary_comes_after_the_arrival(first: str, after: str, found: str) -> None:
     assert next_anniversary(at(first), at(after), BERLIN) == at(found)
 
 

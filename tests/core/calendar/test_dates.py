@@ -188,7 +188,7 @@ def test_format_and_parse_agree_to_the_millisecond(instant: datetime) -> None:
     assert abs(at(dates.format_iso(instant)) - instant) < timedelta(milliseconds=1)
 
 
-def test_getters_answer_as_moment_did() -> None:
+def test_getters_agree_with_moment() -> None:
     cases = [json.loads(line) for line in CASES.read_text("utf-8").split("\n") if line]
     getters = [case for case in cases if case["op"] == "get" and case["result"] is not None]
     assert len(getters) > 300

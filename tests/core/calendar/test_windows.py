@@ -146,7 +146,7 @@ SPREAD = Window(frozenset(range(5)), time(9), time(17), spread=timedelta(minutes
         ("2026-04-01T14:50:00Z", "2026-04-02T07:05:00Z", "2026-04-02T07:15:00Z"),
     ],
 )
-def test_those_that_wait_for_an_opening_are_spread(since: str, now: str, begins: str) -> None:
+def test_enrollments_that_wait_for_an_opening_are_spread(since: str, now: str, begins: str) -> None:
     found = begin(SPREAD, at(now), BERLIN, since=at(since), share=lambda: 0.5)
     assert found == at(begins)
 

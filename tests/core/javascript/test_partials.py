@@ -79,7 +79,7 @@ def test_a_partial_by_itself() -> None:
         check_partial("x" * 300_000)
 
 
-def test_a_layout_that_is_missing_is_its_block() -> None:
+def test_a_missing_layout_renders_the_block() -> None:
     source = "a\n{{#> layuot}}x{{/layuot}}"
     assert rendered(source) == "a\nx"
     (told,) = missing_layouts(source, PARTIALS)
@@ -116,7 +116,7 @@ def test_which_partials_a_template_uses() -> None:
     }
 
 
-def test_a_strict_template_can_be_rendered_for_ever() -> None:
+def test_a_strict_template_can_be_rendered_any_number_of_times() -> None:
     template = compile_template("{{data.name}}", escape=True, strict=True)
     for _ in range(5000):
         assert template.render('{"data":{"name":"Ada"}}') == "Ada"

@@ -65,7 +65,9 @@ def everything_answers() -> None:
         ("invokeMap", "x" * 2_000, "a." * 2_000),
     ],
 )
-def test_no_command_takes_long_or_much(command: str, value: object, other: object) -> None:
+def test_no_command_exceeds_the_limits_of_time_and_memory(
+    command: str, value: object, other: object
+) -> None:
     began = time.process_time()
     with suppress(EvaluationError):
         holds(command, value, other, {"data": []})
@@ -104,7 +106,7 @@ def test_a_limit_is_reported_with_the_command() -> None:
         "JSON.parse('['.repeat(1e6))",
     ],
 )
-def test_whatever_runs_is_stopped(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_evaluation_can_be_stopped(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = sandbox._current()
     with pytest.raises(Exception, match=r"interrupted|memory|stack|null") as caught:
         made._context.eval(code)

@@ -262,7 +262,7 @@ def test_all_errors_of_a_template_are_reported() -> None:
         ("{{upper (default missing (lower name))}}", "ADA & CO"),
     ],
 )
-def test_all_of_handlebars_is_there(source: str, expected: str) -> None:
+def test_all_syntax_of_handlebars_is_supported(source: str, expected: str) -> None:
     assert render(source) == expected
 
 

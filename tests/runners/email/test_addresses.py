@@ -130,7 +130,7 @@ def test_mailboxes_end_where_the_template_ends_them(
         ("{{data.v}} > <ada@x.org>", "x"),
     ],
 )
-def test_a_value_never_becomes_two(source: str, value: object) -> None:
+def test_a_value_never_becomes_two_addresses(source: str, value: object) -> None:
     with pytest.raises(RenderError, match=r"^to: "):
         boxes(source, v=value)
 

@@ -315,7 +315,7 @@ def test_forbidden_hosts(url: str) -> None:
     assert "password" not in str(refused.value)
 
 
-async def test_one_of_many_hosts_is_not_a_private_one() -> None:
+async def test_a_host_that_only_matches_a_wildcard_must_be_public() -> None:
     async with smtp_server() as mail:
         made = EmailRunner(f"smtp://{HOST}:{mail.port}", attachments_from=["http://local*:8000"])
         result = failed(await send(made, {"url": "http://localhost.localdomain:8000/x"}))

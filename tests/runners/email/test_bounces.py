@@ -216,7 +216,7 @@ def test_plain_bounces(text: str) -> None:
     assert report.marks == (MARK,)
 
 
-def test_an_answer_that_quotes_a_bounce_is_none() -> None:
+def test_a_reply_that_quotes_a_bounce_is_no_bounce() -> None:
     answer = EXIM.replace("Mail Delivery System <Mailer-Daemon@", "Ada <ada@")
     assert read_report(answer.encode()).dead == ()
     assert read_report(EXIM.replace("5.1.1 ", "").encode()).dead == ()
@@ -246,7 +246,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from([piece.encode() for piece in PIECES]) | st.binary(max_size=40)))
-def test_nothing_that_arrives_raises(pieces: list[bytes]) -> None:
+def test_no_incoming_message_raises(pieces: list[bytes]) -> None:
     read_report(b"".join(pieces))
 
 

@@ -242,7 +242,7 @@ async def test_strict_a_message_with_a_gap_is_not_sent() -> None:
     assert len(server.messages) == 1
 
 
-async def test_strict_holds_for_addresses() -> None:
+async def test_strict_applies_to_addresses() -> None:
     async with smtp_server() as server:
         for change, where in (
             ({"to": ["{{data.email}}", "{{data.boss}}"]}, "to: data.boss"),
@@ -295,7 +295,7 @@ async def test_a_refused_recipient_does_not_affect_the_others() -> None:
     )
 
 
-async def test_an_addressee_refused_for_now_holds_the_message_back_for_all() -> None:
+async def test_a_temporarily_refused_addressee_delays_the_message_for_all() -> None:
     async with smtp_server() as server:
         server.refused = {"ada@example.com": "450 4.2.0 greylisted"}
         result = failed(await send(server, {"cc": "bob@example.com"}))
@@ -345,7 +345,7 @@ async def test_refusals(command: str, answer: str, permanent: bool, fault: str) 
     assert server.messages == []
 
 
-async def test_all_recipients_refused_is_permanent_only_if_all_are() -> None:
+async def test_refused_recipients_are_permanent_only_if_all_refusals_are() -> None:
     async with smtp_server() as server:
         server.refused = {"ada@example.com": "550 5.1.1 gone", "bob@example.com": "450 4.2.0 wait"}
         mixed = failed(await send(server, {"cc": "bob@example.com"}))
@@ -481,7 +481,7 @@ async def test_the_greeting_refuses_the_service() -> None:
     assert "554 no service for you" in result.message
 
 
-async def test_no_smtp_at_all() -> None:
+async def test_a_server_that_does_not_speak_smtp() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await writer.drain()
@@ -608,7 +608,7 @@ async def test_a_message_is_refused_for_its_one_recipient() -> None:
         assert not result.undeliverable
 
 
-async def test_one_question_serves_many_messages() -> None:
+async def test_suppressions_of_many_messages_are_read_together() -> None:
     asked: list[list[SuppressionKey]] = []
 
     async def ask(keys: list[SuppressionKey]) -> set[SuppressionKey]:

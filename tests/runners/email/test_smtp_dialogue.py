@@ -123,7 +123,7 @@ async def test_large_commands_and_replies_cannot_deadlock() -> None:
     assert len(replies) == 10_000
 
 
-async def test_the_last_word_of_a_server_holds_for_all_commands() -> None:
+async def test_a_reply_that_closes_the_connection_applies_to_all_commands() -> None:
     async with dialogue(saying(b"421 4.3.2 shutting down\r\n")) as made:
         assert await made.ask("MAIL", "RCPT", "RCPT") == [SmtpReply(421, "4.3.2 shutting down")] * 3
         assert not made.is_open
@@ -141,7 +141,7 @@ async def test_the_last_word_of_a_server_holds_for_all_commands() -> None:
         (b"", "closed the connection"),
     ],
 )
-async def test_answers_that_are_none(answer: bytes, words: str) -> None:
+async def test_invalid_replies(answer: bytes, words: str) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
         writer.write(answer)

@@ -127,7 +127,7 @@ async def test_the_name_can_be_set() -> None:
             EmailRunner("smtp://mail.example.com", hello_name=bad)
 
 
-async def test_a_name_that_is_refused_is_the_operators() -> None:
+async def test_a_refused_hello_name_is_the_operators_fault() -> None:
     refusal = "504 5.5.2 <mailer>: Helo command rejected: need fully-qualified hostname"
     async with scripted(answers={"RCPT": [refusal]}) as server, runner(server) as made:
         result = failed(await send(made))
@@ -511,7 +511,7 @@ async def test_a_token_that_was_withdrawn_is_replaced_at_once() -> None:
     assert len(asked) == 2
 
 
-async def test_a_fresh_token_that_is_refused_is_the_operators() -> None:
+async def test_a_fresh_token_that_is_refused_is_the_operators_fault() -> None:
     _, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
         server.answers["AUTH"] = ["535 5.7.3 Authentication unsuccessful token-1 token-2"] * 2
@@ -523,7 +523,7 @@ async def test_a_fresh_token_that_is_refused_is_the_operators() -> None:
     assert "token-2" not in result.message
 
 
-async def test_an_endpoint_without_tokens_is_the_operators() -> None:
+async def test_an_endpoint_without_tokens_is_the_operators_fault() -> None:
     _, respond = tokens_of(status=401)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
         made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))

@@ -43,7 +43,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize(("text", "expected"), list(WRITTEN.items()))
-def test_numbers_as_they_are_written(text: str, expected: str) -> None:
+def test_numbers_in_common_notations(text: str, expected: str) -> None:
     assert normalise(text) == expected
     assert expected in forms("sms", text)
 
@@ -100,7 +100,7 @@ async def entry(connection: asyncpg.Connection, text: str) -> str:
     return kept
 
 
-async def test_the_database_keeps_numbers_as_they_are_sent_to(
+async def test_the_database_stores_numbers_in_the_form_used_for_sending(
     connection: asyncpg.Connection,
 ) -> None:
     for text, expected in WRITTEN.items():

@@ -116,7 +116,7 @@ async def test_refusals(status: int, code: int | None, permanent: bool, fault: s
 @pytest.mark.parametrize(
     ("status", "code", "fault"), [(429, 63038, "server"), (400, 30027, "enrollment")]
 )
-async def test_a_cap_of_a_day_waits_for_the_day(status: int, code: int, fault: str) -> None:
+async def test_a_daily_cap_is_retried_on_the_next_day(status: int, code: int, fault: str) -> None:
     message = "Account exceeded the 50 daily messages limit"
     body = {"code": code, "message": message, "status": status}
     before = rest_of_day(datetime.now(UTC))
@@ -166,7 +166,7 @@ async def test_accepted_and_failed_at_once(body: Any, permanent: bool, fault: st
         (servers.Answer(raw=b""), False, False),
     ],
 )
-async def test_no_json_is_judged_by_its_status(
+async def test_an_answer_without_json_is_judged_by_the_status(
     answer: servers.Answer, sent: bool, permanent: bool
 ) -> None:
     result, _ = await send(answer)
