@@ -225,7 +225,7 @@ async def http(dsn: str, subjects: int) -> None:
         called = HttpEndpoint(
             f"http://127.0.0.1:{port}/", timeout=limits.timeout, connections=limits.concurrency
         )
-        runner = BatchRunner(called, name="Call", limits=limits)
+        runner = BatchRunner(called, name="Call", limits=limits, batch_bytes=BATCH * 1000)
         await steps_in_a_row(dsn, subjects, "http", ("Call", "{}"), {"Call": runner})
         await runner.close()
 

@@ -8,7 +8,7 @@ same answers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sequencerd.core.model import (
@@ -19,6 +19,7 @@ from sequencerd.core.model import (
     NotStarted,
     Reservation,
     Result,
+    StateView,
     Step,
     Suppressed,
     data_view,
@@ -35,7 +36,7 @@ class Start(NamedTuple):
     executor: Executor
     step: Step
     program: object
-    view: Mapping[str, Any]  # of the state
+    view: StateView
     expires: float | None  # a time of the event loop's clock
     topic: str | None
     revision: int

@@ -26,7 +26,7 @@ from sequencerd.core.model import (
     View,
 )
 from sequencerd.runners import tracing
-from sequencerd.runners.answers import check_json, read_outcome
+from sequencerd.runners.answers import ANSWERS_OF_WORDS, check_json, read_outcome
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import (
     MAX_ANSWER,
@@ -230,9 +230,12 @@ class BatchRunner:
                 more = ", ..." if len(by_id) > MAX_IDS else ""
                 said += f"; ids received: {one_line(came, 200)}{more}"
             return Failed(f"{self._name} answered {said}", unknown=True)
-        if items[0].get("action") is None:
+        (item,) = items
+        action = item.get("action")
+        if action is None:
             return Failed(f"{self._name} answered no action for the id {id_}", unknown=True)
-        result = read_outcome(items[0])
+        is_plain = isinstance(action, str) and len(item) == 2
+        result = (ANSWERS_OF_WORDS.get(action) if is_plain else None) or read_outcome(item)
         if isinstance(result, Failed):
             return replace(result, message=f"{self._name}: {result.message}")
         return result
@@ -247,10 +250,12 @@ def _write(task: Task) -> str | None:
     PostgreSQL; None if a lookup returned a number that JSON does not have (1e999).
     """
     view = task.view
-    try:
-        json.dumps(view["external"] if isinstance(view, View) else view, allow_nan=False)
-    except ValueError:
-        return None
+    unchecked = view["external"] if isinstance(view, View) else view
+    if unchecked:
+        try:
+            json.dumps(unchecked, allow_nan=False)
+        except ValueError:
+            return None
     text = view.text if isinstance(view, View) else json.dumps(view)
     return f'{text[:-1]}, "idempotencyKey": {json.dumps(task.key)}}}'
 

@@ -56,6 +56,13 @@ async def test_a_batch_is_split_below_the_usual_limit() -> None:
     assert all("413" not in str(result) for result in results)
 
 
+async def test_plain_answers_are_one_object_so_that_their_enrollments_move_together() -> None:
+    async with http_server(limited(100 * 1000)) as server:
+        results = await run(server, 30, size=5_000)
+    assert len(server.requests) > 1
+    assert all(result is results[0] for result in results)
+
+
 async def test_a_batch_of_small_enrollments_is_one_call() -> None:
     async with http_server(limited(100 * 1000)) as server:
         assert await run(server, 100) == [Answer()] * 100
