@@ -73,7 +73,9 @@ class Commands:
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(self, name: str, run: str, about: str, example: str) -> argparse.ArgumentParser:
+    def add(
+        self, name: str, run: str, about: str, example: str, *, has_database: bool = True
+    ) -> argparse.ArgumentParser:
         """Add a command and return its parser. `run` is "module.function" within this package."""
         command = self._parsers.add_parser(
             name,
@@ -81,14 +83,15 @@ class Commands:
             description=f"{about[0].upper()}{about[1:]}.",
             epilog=f"Example: sequencerd {example}",
         )
-        command.add_argument(
-            "--shard",
-            action="extend",
-            type=lambda text: text.split(","),
-            metavar="NAME",
-            help="only this shard of the settings, or several: a,b (default: all)",
-        )
-        command.set_defaults(run=run)
+        if has_database:
+            command.add_argument(
+                "--shard",
+                action="extend",
+                type=lambda text: text.split(","),
+                metavar="NAME",
+                help="only this shard of the settings, or several: a,b (default: all)",
+            )
+        command.set_defaults(run=run, shard=None)
         return command
 
 
@@ -103,6 +106,7 @@ def _add_demo(commands: Commands) -> None:
         "demo.demo_command",
         "show sequencerd at work in twenty seconds, with a temporary database and servers",
         "demo",
+        has_database=False,
     )
     shown.add_argument(
         "--psql",
@@ -140,7 +144,7 @@ def _add_service(commands: Commands) -> None:
     commands.add(
         "fdw",
         "front.fdw_command",
-        "print the SQL of one table over all shards, by postgres_fdw",
+        "print the SQL for one table over all shards, with postgres_fdw",
         "fdw | psql front",
     )
     commands.add(
@@ -148,12 +152,14 @@ def _add_service(commands: Commands) -> None:
         "service.console_password_command",
         "ask for a password and print its hash, for console.password_hash",
         "console-password",
+        has_database=False,
     )
     completion = commands.add(
         "completion",
         "completion.completion_command",
         "print the completion of commands and options for a shell",
         "completion bash | sudo tee /etc/bash_completion.d/sequencerd",
+        has_database=False,
     )
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
     service = commands.add(
@@ -161,6 +167,7 @@ def _add_service(commands: Commands) -> None:
         "service.install_service_command",
         "write the systemd units for this installation",
         "install-service --user app",
+        has_database=False,
     )
     service.add_argument(
         "--user", metavar="USER", help="run as this user (default: a dynamic user)"
@@ -199,6 +206,7 @@ def _add_authoring(commands: Commands) -> None:
         "authoring.schema_command",
         "print the JSON Schema of sequence files, for editors",
         "schema > sequencer.schema.json",
+        has_database=False,
     )
 
 

@@ -818,6 +818,7 @@ async def test_a_step_that_a_config_names_cannot_be_deleted(
 async def test_the_database_finds_the_step_names_of_the_records(
     connection: asyncpg.Connection,
 ) -> None:
+    """With sequencer.named_steps, for types that several statements list."""
     wrong = [1, None, {"step": 1}, {"step": "b", "sequence": 1}, {"cases": 1}, {"ways": [1, {}]}]
     right = [
         {"step": "b"},
@@ -826,7 +827,8 @@ async def test_the_database_finds_the_step_names_of_the_records(
         {"ways": [{"step": "b"}, {"name": "c"}]},
     ]
     for type_ in (*BUILT_IN, "Note"):
-        for config in (*wrong, *right):
+        cases = (config for of_type, config in CASES if of_type == type_)
+        for config in (*wrong, *right, *cases):
             rows = await connection.fetch(
                 "SELECT * FROM sequencer.named_steps($1, 's', $2)", type_, json.dumps(config)
             )
@@ -835,6 +837,17 @@ async def test_the_database_finds_the_step_names_of_the_records(
                 (tuple(map(str, path)), step, sequence or "s")
                 for path, step, sequence in named_steps(type_, config)
             }, (type_, config)
+    statements = await connection.fetch(
+        "SELECT prosrc FROM pg_proc WHERE pronamespace = 'sequencer'::regnamespace"
+        " UNION ALL SELECT pg_get_indexdef('sequencer.steps_naming'::regclass)"
+    )
+    texts = "\n".join([*(text for (text,) in statements), QUERIES["named_elsewhere"]])
+    lists = re.findall(r"type (?:IN|= ANY) \((?:ARRAY\[)?([^])]*'GoTo'[^])]*)", texts)
+    assert len(lists) == 4
+    for listed in lists:
+        assert {*re.findall(r"'(\w+)'", listed)} == {
+            type_ for type_, record in BUILT_IN.items() if record.steps
+        }
 
 
 async def test_the_history_and_the_overview_show_branches(
