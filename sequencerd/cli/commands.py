@@ -47,11 +47,8 @@ STATEMENT_TIMEOUT = 60.0
 Command = Callable[[argparse.Namespace, Settings], int]
 """Does the work of a command and returns the exit code: 0 done, 1 failed."""
 
-DatabaseCommand = Callable[[argparse.Namespace, Settings, Shard], Coroutine[Any, Any, int]]
-"""The same, with a connection to the database."""
-
 ShardsCommand = Callable[[argparse.Namespace, Settings, Sequence[Shard]], Coroutine[Any, Any, int]]
-"""The same, with the databases of several shards."""
+"""The same, with the shards, or the one database."""
 
 
 def read_settings(arguments: argparse.Namespace, *secrets: str) -> Settings:
@@ -107,23 +104,6 @@ def role_for(arguments: argparse.Namespace) -> str:
     if getattr(arguments, "skip", False):  # it moves enrollments
         return "sequencer_editor"
     return _ROLES.get(arguments.command, "sequencer_enroller")
-
-
-def on_database(run: DatabaseCommand) -> Command:
-    """Return a command that works on the configured database, or else on the embedded one; or on
-    one shard.
-    """
-
-    async def on_one(
-        arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
-    ) -> int:
-        shard, *others = shards
-        if others:
-            known = ", ".join(str(one.name) for one in shards)
-            raise ArgumentError(f"specify a shard with --shard; available: {known}")
-        return await run(arguments, settings.of_shard(shard.name), shard)
-
-    return on_shards(on_one)
 
 
 def on_shards(run: ShardsCommand) -> Command:
