@@ -53,7 +53,6 @@ from sequencerd.runners.protocol import MessageRunner
 
 Runners = Mapping[str, Runner]
 
-MAX_STEPS = 20_000  # of a sequence; the same in sequencer.record_revision
 MAX_HINTS = 20  # misspelt names of steps in configs, each of which is compared with all names
 
 

@@ -17,7 +17,6 @@ second count includes what was committed late.
 
 MAX_PAST = timedelta(days=92)  # how far in the past counting begins
 CATCH_UP_SPAN = timedelta(days=1)  # counted in one transaction while catching up
-HOUR = timedelta(hours=1)
 MINUTE = timedelta(minutes=1)
 ON_TIME = timedelta(seconds=10)  # delay from which on a step begins late
 MAX_LATENESS_ROWS = 10_000  # rows of lateness that one transaction sums up

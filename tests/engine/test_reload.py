@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
 from sequencerd.daemon import ReloadableParts
-from sequencerd.definitions.compiler import MAX_STEPS, build
+from sequencerd.definitions.compiler import build
 from sequencerd.engine import catalog
 from sequencerd.engine.catalog import MAX_BLOCKING
 from sequencerd.errors import SettingsError
@@ -311,9 +311,9 @@ async def test_a_sequence_has_a_bounded_number_of_steps(connection: asyncpg.Conn
         "INSERT INTO sequencer.steps (sequence, name, type)"
         " SELECT 's', 'step-' || n, 'GoTo' FROM generate_series($1::int, $2::int) AS n"
     )
-    await connection.execute(insert, 1, MAX_STEPS)
+    await connection.execute(insert, 1, 20_000)
     with pytest.raises(asyncpg.PostgresError, match="has 20001 steps; at most 20000"):
-        await connection.execute(insert, MAX_STEPS + 1, MAX_STEPS + 1)
+        await connection.execute(insert, 20_001, 20_001)
 
 
 @pytest.mark.parametrize(("count", "steps"), [(150, 1), (8, 20)])
