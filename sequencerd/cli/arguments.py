@@ -119,7 +119,7 @@ def _add_demo(commands: Commands) -> None:
 def _add_service(commands: Commands) -> None:
     """Add these commands."""
     run = commands.add(
-        "run", "service.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
+        "run", "run.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
     run.add_argument("--check", action="store_true", help="only check the settings, and exit")
     console = commands.add(

@@ -1,4 +1,4 @@
-"""Commands that install and run the daemon: run, migrate, console-password, install-service."""
+"""Commands that install the daemon: migrate, grants, console-password, install-service."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from sequencerd import daemon, passwords
+from sequencerd import passwords
 from sequencerd.cli import install_service
 from sequencerd.cli.commands import (
     apply_migrations,
     connect,
     explain,
     on_shards,
-    read_settings,
     shards_of,
     tell,
-    wanted_shards,
 )
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import DatabaseError, UsageError
-from sequencerd.service.logs import make_log
 from sequencerd.settings import Settings
 from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
@@ -63,20 +60,6 @@ def console_password_command(_: argparse.Namespace, __: Settings) -> int:
     if len(password) < MIN_PASSWORD_LENGTH:
         raise UsageError(f"the password must have at least {MIN_PASSWORD_LENGTH} characters")
     say(passwords.make_hash(password))
-    return 0
-
-
-def run_command(arguments: argparse.Namespace, settings: Settings) -> int:
-    if arguments.check:
-        daemon.check_settings(settings)
-        wanted_shards(arguments, settings)
-        say("the settings are valid")
-        return 0
-    return on_shards(_run)(arguments, settings)
-
-
-async def _run(arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]) -> int:
-    await daemon.run(shards, settings, make_log(settings), lambda: read_settings(arguments))
     return 0
 
 

@@ -24,6 +24,7 @@ DAEMON = {"sequencerd.daemon", "sequencerd.engine.loop", "sequencerd.console", "
         ("cli.operation", {*DAEMON, *SLOW, "sequencerd.runners", "aiosmtplib"}),
         ("cli.console", {"sequencerd.daemon", "sequencerd.engine.loop"}),
         ("cli.doctor", {*DAEMON, *SLOW, "sequencerd.runners", "structlog"}),
+        ("cli.service", {*DAEMON, *SLOW, "sequencerd.runners", "structlog"}),
         ("cli.authoring", DAEMON - {"httpx"}),
         ("cli.changes", DAEMON - {"httpx"}),
         ("testing", DAEMON - {"httpx"}),
