@@ -74,8 +74,9 @@ def test_the_steps_install_what_the_image_runs(tmp_path: Path) -> None:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": sysconfig.get_path("purelib"),  # for what the network would bring
+        "PIP_NO_COMPILE": "0",  # pip's way to say: compile nothing
         "PIP_NO_DEPS": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say: build with what is installed
+        "PIP_NO_BUILD_ISOLATION": "0",  # and: build with what is installed
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
     for word, text in instructions():

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from importlib import import_module
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import sequencerd
+from tests.helpers.packages import Packages
 from tests.test_readme import REPOSITORY
 
 LOCKS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("packaging/*.txt"))
@@ -80,13 +80,9 @@ def test_a_plug_in_sees_the_types(tmp_path: Path) -> None:
     assert "'active'" in done.stdout, done.stdout
 
 
-def test_the_wheel_has_the_licenses_and_the_types(tmp_path: Path) -> None:
-    """Built from the source archive, as a distribution's builder does."""
-    source = build("sdist", REPOSITORY, tmp_path)
-    with tarfile.open(source) as archive:
-        archive.extractall(tmp_path, filter="data")
-    unpacked = tmp_path / source.name.removesuffix(".tar.gz")
-    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as wheel:
+def test_the_wheel_has_the_licenses_and_the_types(packages: Packages) -> None:
+    unpacked = packages.unpacked
+    with zipfile.ZipFile(packages.wheel) as wheel:
         names = wheel.namelist()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         fields = email.message_from_bytes(wheel.read(metadata))
@@ -106,18 +102,6 @@ def test_the_wheel_has_the_licenses_and_the_types(tmp_path: Path) -> None:
         "fish/vendor_completions.d/sequencerd.fish",
         "zsh/site-functions/_sequencerd",
     }
-
-
-def build(kind: str, source: Path, folder: Path) -> Path:
-    before = set(folder.iterdir())
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)],
-        cwd=source,
-        check=True,
-        capture_output=True,
-    )
-    (built,) = set(folder.iterdir()) - before
-    return built
 
 
 def test_the_build_system_is_pinned() -> None:

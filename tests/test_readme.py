@@ -21,6 +21,7 @@ from sequencerd.runners.registry import make_runners
 from sequencerd.storage import migrate
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import until
+from tests.helpers.packages import Packages
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -28,11 +29,12 @@ REPOSITORY = Path(__file__).parent.parent
 # changing the machine, and the whole test suite, which is what is running.
 SHIMS = {
     # an environment uses the pip of this one: to install another takes seconds of CPU time
-    "python3": f'"{sys.executable}" "$@" --without-pip\n'
-    """printf '#!/bin/sh\\nexec "%s" -m pip "$@"\\n' "$3/bin/python" > "$3/bin/pip"\n"""
-    'chmod +x "$3/bin/pip"',
+    "python3": f'"{sys.executable}" "$@" --without-pip\nln -s "$HOME/bin/pip" "$3/bin/"',
+    "python": f'exec "{sys.executable}" "$@"',
+    # what it would build is built once for all tests; that of the Dockerfile builds for itself
+    "pip": 'for one; do shift; [ "$one" != . ] || one="$HOME"/*.whl; set -- "$@" $one; done\n'
+    'exec "$(dirname "$0")/python" -m pip "$@"',
     "make": f'exec {shutil.which("make")} --dry-run VENV="$PWD/.venv" "$@"',
-    "pip": f'exec "{sys.executable}" -m pip "$@"',
     "sequencerd": f'exec "{sys.executable}" -m sequencerd "$@"',
     "sudo": 'exec env -u PIP_TARGET "$@"',
     "docker": 'echo "$@" >> "$HOME/docker"',
@@ -55,10 +57,11 @@ async def empty_database(server: str) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A copy of the repository, as after a clone, and the shims beside it."""
+def home(tmp_path: Path, packages: Packages) -> Path:
+    """A copy of the repository, as after a clone, and the shims and the wheel beside it."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "build")
     shutil.copytree(REPOSITORY, tmp_path / "clone", ignore=ignored)
+    shutil.copy(packages.wheel, tmp_path)
     (tmp_path / "bin").mkdir()
     for name, script in SHIMS.items():
         shim = tmp_path / "bin" / name
@@ -77,8 +80,9 @@ def environment(home: Path, url: str) -> Mapping[str, str]:
         "PYTHONPATH": f"{site}:{sysconfig.get_path('purelib')}",
         "PIP_TARGET": str(site),
         "PIP_NO_INDEX": "1",
+        "PIP_NO_COMPILE": "0",  # pip's way to say: compile nothing
+        "PIP_IGNORE_INSTALLED": "1",
         "PIP_NO_DEPS": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say: build with what is installed
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_QUIET": "1",
         "SEQUENCERD_DATABASE": url,
