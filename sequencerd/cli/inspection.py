@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -32,7 +32,7 @@ from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.every_shard import ShardAnswers, ask
+from sequencerd.storage.every_shard import ShardAnswers, ask, differences
 from sequencerd.storage.statements import QUERIES
 
 NO_SEQUENCES = "no sequences yet; create one with sequencerd apply FILE"
@@ -42,36 +42,51 @@ TAIL_OVERLAP = timedelta(seconds=10)
 """Rows are not committed in the order of their times, so this much of the past is read again."""
 
 
+class _Status(NamedTuple):
+    """What `status` reads of one shard."""
+
+    steps: list[asyncpg.Record]
+    description: str | None
+    problems: list[asyncpg.Record]
+    definitions: dict[str, str]
+
+
 @on_shards
 async def status_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    async def read(shard: Shard) -> tuple[list[asyncpg.Record], str | None, list[asyncpg.Record]]:
+    name = arguments.sequence
+
+    async def read(shard: Shard) -> _Status:
         async with reading(shard) as connection:
-            return (
-                await connection.fetch(QUERIES["status"], arguments.sequence),
-                await connection.fetchval(QUERIES["description"], arguments.sequence),
-                await connection.fetch(
-                    QUERIES["reported_problems"], arguments.sequence, MAX_PROBLEMS
-                ),
+            return _Status(
+                await connection.fetch(QUERIES["status"], name),
+                await connection.fetchval(QUERIES["description"], name),
+                await connection.fetch(QUERIES["reported_problems"], name, MAX_PROBLEMS),
+                dict(await connection.fetch(QUERIES["definition_digests"], name))
+                if len(shards) > 1
+                else {},
             )
 
     answers = await ask(explain(arguments), shards, read)
-    rows = added_up({shard: found for shard, (found, _, _) in answers.found.items()})
+    rows = added_up({shard: found.steps for shard, found in answers.found.items()})
     await _check_found(arguments, answers, rows)
-    descriptions = [text for _, text, _ in answers.found.values() if text]
+    descriptions = [found.description for found in answers.found.values() if found.description]
     if descriptions and not arguments.json:
         for line in descriptions[0].splitlines():
             say(line, hang=0)
     show(rows, arguments.json, empty=NO_SEQUENCES)
     problems = [
         labelled(shard, row, arguments.json)
-        for shard, (_, _, found) in answers.found.items()
-        for row in found
+        for shard, found in answers.found.items()
+        for row in found.problems
     ]
     if problems and not arguments.json:
         say()
         show(problems[:MAX_PROBLEMS], as_json=False, empty="")
+    definitions = {str(shard.name): found.definitions for shard, found in answers.found.items()}
+    if differing := differences(definitions):
+        warn(f"sequencerd: the shards have different definitions of {'; '.join(differing)}")
     return tell(answers)
 
 

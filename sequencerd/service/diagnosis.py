@@ -21,6 +21,7 @@ from sequencerd.settings import DatabaseSettings
 from sequencerd.storage import connections, migrate, migrations, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.every_shard import differences
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.storage.schemas import in_schema, schema_of
 from sequencerd.storage.statements import QUERIES
@@ -434,21 +435,11 @@ def compare_shards(
     }.items():
         known = {shard: json.loads(of[about] or "null") for shard, of in facts.items()}
         known = {shard: value for shard, value in known.items() if value is not None}
-        keys = sorted({key for value in known.values() for key in value})
-        if differing := {key: groups for key in keys if len(groups := _groups(known, key)) > 1}:
-            named = (f"{key} ({' | '.join(groups)})" for key, groups in differing.items())
-            seen = _some(named, between="; ")
+        if differing := differences(known):
+            seen = _some(differing, between="; ")
             yield Diagnosis(f"{about} of the shards", f"differ: {seen}", "warning", advice)
         else:
             yield Diagnosis(f"{about} of the shards", same)
-
-
-def _groups(known: Mapping[str, Mapping[str, object]], key: str) -> list[str]:
-    """Group the shards by equal values."""
-    groups: dict[str, list[str]] = {}
-    for shard, value in known.items():
-        groups.setdefault(json.dumps(value.get(key), sort_keys=True), []).append(shard)
-    return [", ".join(shards) for shards in groups.values()]
 
 
 CHECKS: dict[str, DiagnosisCheck] = {

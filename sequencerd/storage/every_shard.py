@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -41,6 +42,18 @@ class ShardAnswers(NamedTuple, Generic[_T]):
                 if refusals or not isinstance(error, UsageError)
             }
         )
+
+
+def differences(by_shard: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Return the keys whose values differ between shards, each with the shards of each value."""
+    found = []
+    for key in sorted({key for values in by_shard.values() for key in values}):
+        groups: dict[str, list[str]] = {}
+        for shard, values in by_shard.items():
+            groups.setdefault(json.dumps(values.get(key), sort_keys=True), []).append(shard)
+        if len(groups) > 1:
+            found.append(f"{key} ({' | '.join(map(', '.join, groups.values()))})")
+    return found
 
 
 def _named(errors: Mapping[Shard, SequencerdError]) -> list[str]:

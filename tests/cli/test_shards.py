@@ -159,6 +159,7 @@ def test_names_are_those_of_any_shard(filled: Command, tmp_path: Path) -> None:
     assert "shard a: sequence 'm' does not exist" in filled.errors
     filled("pause", "s", "--shard", "a")
     assert "a: paused; b: active" in filled("status", "s")
+    assert not filled.errors
 
 
 def test_subjects_of_all_kinds(filled: Command) -> None:
@@ -413,6 +414,8 @@ async def test_apply_reports_a_shard_that_dies_before_its_commit(
     assert "the shards have different definitions of s" in filled("plan", "s.yaml")
     found = json.loads(filled("doctor", "--json"))
     (of_definitions,) = [one for one in found if one["about"] == "definitions of the shards"]
+    filled("status")
+    assert "the shards have different definitions of s (a | b)\n" in filled.errors
     assert (of_definitions["seen"], of_definitions["shard"]) == ("differ: s (a | b)", None)
     assert "s in b:\n  changed first" in filled("apply", "s.yaml")
     assert await have_revision(shards) == ["a", "b"]

@@ -10,6 +10,14 @@ SET LOCAL jit = off;
 SELECT sequence, step, type, status, active, due, overdue, next_wake_at, failed, rescheduling, problem
   FROM sequencer.overview WHERE $1::text IS NULL OR sequence = $1;
 
+-- name: definition_digests
+-- Read a digest of each definition, without the status, to compare the shards.
+SELECT q.name, md5((r.document - 'status')::text) AS digest
+  FROM sequencer.sequences AS q
+ CROSS JOIN LATERAL (SELECT document FROM sequencer.revisions WHERE sequence = q.name
+                      ORDER BY revision DESC LIMIT 1) AS r
+ WHERE $1::text IS NULL OR q.name = $1;
+
 -- name: has_role
 -- Check whether there is no such role yet, or the present user has it.
 SELECT to_regrole($1) IS NULL OR pg_has_role(to_regrole($1), 'USAGE');
