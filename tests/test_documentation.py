@@ -92,6 +92,16 @@ async def test_the_sql_of_a_page_runs(
     assert count == {"reliability": 1, "scaling": 5001, "security": 0}[page]
 
 
+@pytest.mark.parametrize("page", ["messages", "steps"])
+async def test_statements_for_applications_run(connection: asyncpg.Connection, page: str) -> None:
+    statements = [
+        text for language, text in blocks(REPOSITORY / f"docs/{page}.md") if language == "sql"
+    ]
+    assert statements
+    for statement in statements:
+        await connection.execute(statement)
+
+
 def test_every_promise_is_shown() -> None:
     page = (REPOSITORY / "docs/reliability.md").read_text()
     promised = set(re.findall(r"`(test_\w+)`", page))
