@@ -15,6 +15,9 @@
 --   daemons       which daemons run, and until when each is considered alive
 --   problems      what daemons report for operators
 --   scheduled_runs  the last and the next run of sequences that enroll by a query
+--   activity      counts of events by step and hour
+--   lateness      enrollments that began their step late
+--   console_sessions  the sessions of the console's users
 --   shard         which of several shards this schema is
 --   migrations    which files of sql/ have been applied
 --
@@ -134,7 +137,7 @@ COMMENT ON COLUMN sequencer.sequences.topic IS 'What its side effects are about,
 COMMENT ON COLUMN sequencer.sequences.enroll IS 'Enrolls the subjects that a view or function returns, on a schedule: {"from": "app.overdue", "schedule": "0 9 * * 1-5", "at_most": 1000}; instead of schedule, "every": {"amount": 1, "unit": "hours"}.';
 COMMENT ON COLUMN sequencer.sequences.brake_at_most IS 'If more side effects than this would begin in brake_per, the sequence is paused instead.';
 COMMENT ON COLUMN sequencer.sequences.brake_per IS 'The period of the brake, in hours to seconds.';
-COMMENT ON COLUMN sequencer.sequences.apply_brake IS 'Set by apply --brake: a brake of this number per hour, which replaces the other until apply_brake_until.';
+COMMENT ON COLUMN sequencer.sequences.apply_brake IS 'Set by apply --brake: a brake of this number of side effects in an hour, which replaces the other until apply_brake_until.';
 COMMENT ON COLUMN sequencer.sequences.revision IS 'A new number for each transaction that changes the sequence or its steps; unique across sequences.';
 COMMENT ON COLUMN sequencer.sequences.from_file IS 'Whether it was applied from a file: apply --prune archives it when it is no longer in any file.';
 COMMENT ON COLUMN sequencer.sequences.resumed_at IS 'When it was last resumed after a pause: nothing in it was due before.';
@@ -233,7 +236,6 @@ CREATE TABLE sequencer.enrollments (
     ended_at   timestamptz,
     tag        uuid NOT NULL DEFAULT gen_random_uuid(),
     original_id text CHECK (octet_length(original_id) BETWEEN 1 AND 1000),
-    -- 0 where the reentry policy allows no second such row, otherwise a unique number
     entry      bigint NOT NULL GENERATED ALWAYS AS (
                    CASE WHEN reentry IN ('never', 'after') OR reentry = 'after_end' AND status = 'active'
                         THEN 0 ELSE id END) STORED,
@@ -260,8 +262,13 @@ CREATE INDEX enrollments_ended_reentry_after ON sequencer.enrollments (sequence,
     WHERE ended_at IS NOT NULL AND reentry = 'after';
 
 COMMENT ON TABLE  sequencer.enrollments IS 'Journeys of subjects through sequences: where each is, since when, and when it wakes.';
+COMMENT ON COLUMN sequencer.enrollments.id IS 'Unique in this schema; never used again.';
+COMMENT ON COLUMN sequencer.enrollments.sequence IS 'The name of its sequence.';
+COMMENT ON COLUMN sequencer.enrollments.step IS 'The name of the step where it is, or where it ended.';
 COMMENT ON COLUMN sequencer.enrollments.subject IS 'What is enrolled: the id of a customer, an invoice, a device.';
 COMMENT ON COLUMN sequencer.enrollments.data IS 'What conditions and templates read. A change wakes the enrollment immediately.';
+COMMENT ON COLUMN sequencer.enrollments.timezone IS 'IANA name: the time zone of the subject; NULL: that of the sequence.';
+COMMENT ON COLUMN sequencer.enrollments.status IS 'active, or how it ended: completed, failed or cancelled.';
 COMMENT ON COLUMN sequencer.enrollments.wake_at IS 'When it is next evaluated; infinity: only when something changes. On insert: when it starts.';
 COMMENT ON COLUMN sequencer.enrollments.entered_at IS 'Since when it has been at its step; NULL until it has started.';
 COMMENT ON COLUMN sequencer.enrollments.visit IS 'The number of the present visit; each visit is one stay at one step.';
@@ -276,6 +283,9 @@ COMMENT ON COLUMN sequencer.enrollments.expires_at IS 'The side effect is not st
 COMMENT ON COLUMN sequencer.enrollments.waits_until IS 'When its wait ends, if it is evaluated earlier, at wake_at, because external data may have changed. NULL: at wake_at.';
 COMMENT ON COLUMN sequencer.enrollments.failure IS 'Why it failed, as a code: error, invalid_step, bad_data, loop, unsatisfiable, outcome_unknown, already_enrolled, archived.';
 COMMENT ON COLUMN sequencer.enrollments.last_error IS 'The last error, as a sentence.';
+COMMENT ON COLUMN sequencer.enrollments.created_at IS 'When the subject was enrolled.';
+COMMENT ON COLUMN sequencer.enrollments.ended_at IS 'When it ended; NULL while it is active.';
+COMMENT ON COLUMN sequencer.enrollments.entry IS '0 if the reentry policy allows the subject no second such row, otherwise a unique number.';
 COMMENT ON COLUMN sequencer.enrollments.tag IS 'Random: makes idempotency keys unique across databases, in which ids repeat.';
 COMMENT ON COLUMN sequencer.enrollments.original_id IS 'Its id in the original Sequencer, if it was imported.';
 COMMENT ON COLUMN sequencer.enrollments.reentry IS 'The reentry policy of its sequence; after_end for an ended enrollment that no longer prevents another.';
@@ -305,8 +315,9 @@ CREATE INDEX events_in_time ON sequencer.events USING brin (at);
 
 COMMENT ON TABLE  sequencer.events IS 'What happened to enrollments.';
 COMMENT ON COLUMN sequencer.events.action IS 'enrolled; next, altNext, noop; suppressed, expired, limited; goal; jump; branch; retry, lease_expired, stale_result; warning; completed, failed, cancelled, resumed, moved, retargeted, reevaluated, edited, created.';
+COMMENT ON COLUMN sequencer.events.visit IS 'The visit of the enrollment in which it happened.';
+COMMENT ON COLUMN sequencer.events.message IS 'Details, such as the message of a runner, an error, the branch, or the user and the reason of a manual change.';
 COMMENT ON COLUMN sequencer.events.revision IS 'The revision of the definition in effect; for the result of a side effect, the one in effect when it was started.';
-
 COMMENT ON COLUMN sequencer.events.seconds_at_step IS 'How long the enrollment had been at the step.';
 
 -- A daemon records present events only: it cannot rewrite history.
@@ -2648,7 +2659,7 @@ SELECT q.name AS sequence, q.status, q.enroll->>'from' AS source,
   FROM sequencer.sequences AS q LEFT JOIN sequencer.scheduled_runs AS r ON r.sequence = q.name
  WHERE q.enroll IS NOT NULL ORDER BY q.name;
 
-COMMENT ON VIEW sequencer.schedules IS 'Sequences that enroll what a query returns: by which schedule, how long the last run took, how many it enrolled, and what was wrong.';
+COMMENT ON VIEW sequencer.schedules IS 'Sequences that enroll what a query returns: by which schedule, how long the last run took, how many it enrolled, and its problem.';
 
 CREATE VIEW sequencer.failures AS
 SELECT id, sequence, step, subject, failure, last_error, ended_at AS failed_at

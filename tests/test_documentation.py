@@ -102,6 +102,15 @@ async def test_statements_for_applications_run(connection: asyncpg.Connection, p
         await connection.execute(statement)
 
 
+async def test_each_column_of_an_enrollment_is_described(connection: asyncpg.Connection) -> None:
+    """As docs/sql.md says."""
+    columns = await connection.fetch(
+        "SELECT attname, col_description(attrelid, attnum) FROM pg_attribute"
+        " WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped"
+    )
+    assert [name for name, description in columns if description is None] == []
+
+
 def test_every_promise_is_shown() -> None:
     page = (REPOSITORY / "docs/reliability.md").read_text()
     promised = set(re.findall(r"`(test_\w+)`", page))
