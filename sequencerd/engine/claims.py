@@ -24,6 +24,7 @@ from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
+from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import activity, connections, locking, wakes
 from sequencerd.storage.database_errors import brief, is_data_error
@@ -80,6 +81,9 @@ class Claims:
         self._metrics = metrics
         self._cursors = cursors
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
+        # until when steps with slow evaluations rest, one after the other, in the loop's time
+        self._resting: dict[StepKey, float] = {}
+        self._rests_end = 0.0
 
     async def claim_all(self, step_key: StepKey) -> None:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
@@ -111,6 +115,8 @@ class Claims:
 
         The free slots of an executor are divided among the `claimers` of the step.
         """
+        if step_key in self._resting:
+            await self._rest(step_key)
         if self._catalog.should_load(step_key[0]):
             await self._reload()
         sequence = self._catalog.sequences.get(step_key[0])
@@ -149,8 +155,8 @@ class Claims:
                 batch = Batch()
                 async with self._leases.writing(batch) as connection:
                     claimed, count = await locking.claim(connection, due)
-                    self._metrics.claimed(step_key, self._due(step_key, claimed), now)
                     await self._move_all(connection, step_key, batch, claimed, now)
+                    self._metrics.claimed(step_key, self._due(step_key, claimed), now)
             else:
                 claimed, count = few, len(few)
             claim.found = count
@@ -205,9 +211,13 @@ class Claims:
                     return []
                 if len(due) > few or _is_leased(due) or activity.delays(since, now):
                     return None
+                slow = SlowEvaluations()
+                is_over = False
                 for enrollment in due:
                     self._moves.move(batch, enrollment, now)
-                if not batch.is_plain:
+                    if is_over := slow.end_batch():
+                        break
+                if is_over or not batch.is_plain:
                     claim.unsuited = wanted.revision
                     raise NotWritten
                 known = Unchanged(versions, step_key[0], wanted.revision)
@@ -299,23 +309,46 @@ class Claims:
         connection: asyncpg.Connection,
         step_key: StepKey,
         batch: Batch,
-        claimed: Sequence[Enrollment],
+        claimed: list[Enrollment],
         now: datetime,
     ) -> None:
-        """Advance claimed enrollments, and write them together with their lateness."""
+        """Advance claimed enrollments, and write them together with their lateness. If evaluations
+        are slow, the last ones are removed from `claimed`, and remain due.
+        """
+        held: set[int] = set()
         expired_leases: Mapping[int, int] = {}
         if leased := [one for one in claimed if one.leased_by is not None]:
             # side effects in this daemon's memory are never started again: their results will come
             held = self._leases.known & {one.id for one in leased}
-            claimed = [one for one in claimed if one.id not in held]
             self._taken_over |= held
             expired_leases = await locking.count_expired_leases(connection, leased, now)
-        for enrollment in claimed:
-            self._moves.move(
-                batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
-            )
+        slow = SlowEvaluations()
+        for number, enrollment in enumerate(claimed, 1):
+            if enrollment.id not in held:
+                self._moves.move(
+                    batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
+                )
+            if slow.end_batch():
+                self._let_rest(step_key, slow.seconds)
+                if number < len(claimed):
+                    del claimed[number:]
+                    self._push(step_key, now)
+                break
         await self._moves.write(connection, batch, now)
-        await activity.note_lateness(connection, step_key, self._due(step_key, claimed), now)
+        late = [one for one in claimed if one.id not in held]
+        await activity.note_lateness(connection, step_key, self._due(step_key, late), now)
+
+    def _let_rest(self, step_key: StepKey, seconds: float) -> None:
+        """Leave as much time to everything else as the evaluations of a step have taken."""
+        self._rests_end = max(self._rests_end, asyncio.get_running_loop().time()) + seconds
+        self._resting[step_key] = self._rests_end
+
+    async def _rest(self, step_key: StepKey) -> None:
+        """Wait until a step may be claimed again."""
+        loop = asyncio.get_running_loop()
+        while (end := self._resting.get(step_key, 0.0)) > loop.time():  # noqa: ASYNC110 - a time
+            await asyncio.sleep(end - loop.time())
+        self._resting.pop(step_key, None)
 
     def _due(self, step_key: StepKey, claimed: Sequence[Enrollment]) -> list[datetime]:
         """Return since when claimed enrollments were due: not while their sequence was paused."""

@@ -27,6 +27,7 @@ from sequencerd.engine.jumps import PendingJump
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import isolate
+from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import connections, evaluations, locking, wakes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import Reevaluate
@@ -321,7 +322,8 @@ class Rescheduling:
         ids: Sequence[int],
         progress: tuple[int, int, int] | None = None,
     ) -> list[int] | None:
-        """Evaluate enrollments in one transaction, and record the progress if none was locked.
+        """Evaluate enrollments in one transaction, and record the progress if none was locked and
+        none is left over by slow evaluations. Return the ids of these.
 
         `progress` is the id recorded in the step, the id to record, and the revision.
         """
@@ -333,6 +335,7 @@ class Rescheduling:
                 if not await evaluations.lock_rescheduling(connection, step_key, since, revision):
                     return None
             waiting, locked = await locking.lock_waiting(connection, step_key, ids, now)
+            slow = SlowEvaluations()
             for number, enrollment in enumerate(waiting, 1):
                 advanced = self._moves.advance(enrollment, now)
                 if advanced.is_tentative:
@@ -340,8 +343,12 @@ class Rescheduling:
                     batch.jumps.append(PendingJump(enrollment, advanced, again))
                 elif not is_unchanged(enrollment, advanced):
                     self._moves.add(batch, enrollment, advanced, now)
+                if slow.end_batch():
+                    locked += [one.id for one in waiting[number:]]
+                    break
                 if number % ENROLLMENTS_PER_TURN == 0:
                     await asyncio.sleep(0)
+                    slow.resume()
             await self._moves.write(connection, batch, now)
             if progress is not None and not locked:
                 await evaluations.record_progress(connection, step_key, until)

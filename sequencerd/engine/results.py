@@ -34,12 +34,14 @@ from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
+from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import locking, suppressions
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import NotWritten, Unchanged
 
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
+SLOW_PAUSE = 0.25  # seconds until a batch with slow evaluations is continued
 
 
 class Results:
@@ -153,7 +155,9 @@ class Results:
         if failure is None and not result_only and await self._write_few(results, now):
             return True
         known = [leased.enrollment for leased, _ in results]
-        batch, locked_elsewhere = Batch(), []
+        batch = Batch()
+        later: list[Finished] = []  # locked by another session, or left over by slow evaluations
+        pause = LOCKED_PAUSE
         async with self._leases.writing(batch) as connection:
             locked, ours, revisions = await locking.lock(
                 connection, known, self._leases.transactions
@@ -162,7 +166,12 @@ class Results:
                 return False
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
             exist = await locking.existing(connection, missing) if missing else set()
-            for leased, result in results:
+            slow = SlowEvaluations()
+            for number, (leased, result) in enumerate(results):
+                if number and slow.end_batch():
+                    later += results[number:]
+                    pause = SLOW_PAUSE
+                    break
                 if enrollment := ours.get(leased.fence):
                     if leased.reservations and not may_have_taken_place(result):
                         given = Reserved(enrollment.id, enrollment.visit, leased.reservations)
@@ -177,21 +186,20 @@ class Results:
                         batch, enrollment, now, answer, leased.revision, result_only=result_only
                     )
                 elif leased.enrollment.id in exist:
-                    locked_elsewhere.append((leased, result))
+                    later.append((leased, result))
                 elif leased.enrollment.id not in locked:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.executor.is_lookup:
                     event = _stale(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)
             await self._moves.write(connection, batch, now)
+            keep = {leased.fence for leased, _ in later}
             if failure is None:
-                written = [one for one in results if one[0].enrollment.id not in exist]
+                written = [one for one in results if one[0].fence not in keep]
                 await suppressions.add(connection, _undeliverable(written))
-        keep = {leased.fence for leased, _ in locked_elsewhere}
         self._leases.forget(leased for leased, _ in results if leased.fence not in keep)
-        if locked_elsewhere:
-            loop = asyncio.get_running_loop()
-            loop.call_later(LOCKED_PAUSE, self._backlog.add, locked_elsewhere)
+        if later:
+            asyncio.get_running_loop().call_later(pause, self._backlog.add, later)
         return True
 
     async def _write_few(self, results: Sequence[Finished], now: datetime) -> bool:
@@ -218,9 +226,12 @@ class Results:
         batch = Batch()
         with suppress(NotWritten):
             async with self._leases.without_lock(batch) as connection:
+                slow = SlowEvaluations()
                 for leased, result in results:
                     answer = _of_lookup(result) if leased.executor.is_lookup else result
                     self._moves.move(batch, leased.enrollment, now, answer, leased.revision)
+                    if slow.end_batch():
+                        raise NotWritten
                 if not batch.is_plain:
                     raise NotWritten
                 unchanged = Unchanged(versions, name, revision)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 EVALUATION_SECONDS = 0.25  # CPU time of the process
-COMPILE_SECONDS = 10.0
+COMPILE_SECONDS = 4.0  # of which nothing else runs in the daemon's loop
 MEMORY_LIMIT = 96 * 1024 * 1024  # bytes, of which lodash and handlebars take 3 million
 STACK_LIMIT = 2 * 1024 * 1024  # bytes; a thread has 8 MB
 MAX_PROGRAMS = 1000  # compiled conditions and templates
@@ -32,11 +32,19 @@ class ThrownError(Exception):
 
 def evaluate(maker: Literal["condition", "operands", "template"], program: str, *texts: str) -> Any:
     """Run a program on texts and return its result. Raises LimitError and ThrownError."""
+    if program in _REFUSED:
+        raise LimitError(_REFUSED[program])
     sandbox = _current()
+    sandbox.seconds = EVALUATION_SECONDS
     try:
         return sandbox.program(maker, program)(*texts)
     except Exception as error:
-        _judge(sandbox, error)
+        try:
+            _judge(sandbox, error)
+        except LimitError as limit:
+            if sandbox.seconds == COMPILE_SECONDS and len(_REFUSED) < MAX_PROGRAMS:
+                _REFUSED[program] = str(limit)
+            raise
     return evaluate(maker, program, *texts)
 
 
@@ -66,6 +74,7 @@ class _Sandbox:
         self._maker = offer(_read("vendor/locales.json"))
         self._context.set_memory_limit(MEMORY_LIMIT)
         self._context.set_time_limit(EVALUATION_SECONDS)
+        self.seconds = EVALUATION_SECONDS  # the limit when an error was raised
         self._made = 0
         self.program = lru_cache(MAX_PROGRAMS)(self.make)
 
@@ -77,11 +86,18 @@ class _Sandbox:
     def make(self, maker: str, text: str) -> Any:
         """Call a function of evaluate.js on a text."""
         self._made += 1
+        self.seconds = COMPILE_SECONDS
         self._context.set_time_limit(COMPILE_SECONDS)
         try:
-            return self._maker(maker, text)
+            made = self._maker(maker, text)
         finally:
             self._context.set_time_limit(EVALUATION_SECONDS)
+        self.seconds = EVALUATION_SECONDS
+        return made
+
+
+_REFUSED: dict[str, str] = {}
+"""Programs that cannot be compiled within the limits, which is tried once, with the reasons."""
 
 
 class _Thread(threading.local):
@@ -109,7 +125,7 @@ def _judge(sandbox: _Sandbox, error: Exception) -> None:
     if isinstance(error, StackOverflow):
         reached = "the data or the template is nested too deep"
     elif message == "InternalError: interrupted":
-        reached = f"more than {EVALUATION_SECONDS:g} seconds of computing"
+        reached = f"more than {sandbox.seconds:g} seconds of computing"
     elif message in ("InternalError: out of memory", "null"):
         reached = f"more than {MEMORY_LIMIT // 1024 // 1024} MB of memory"
     else:

@@ -65,6 +65,7 @@ from sequencerd.runners.fields import (
 )
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace, TakePermits
+from sequencerd.runners.slow_rendering import SlowRendering
 from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 
@@ -128,6 +129,7 @@ class EmailRunner:
         self._links = links
         self._suppressions = suppressions
         self._only_to = OnlyTo("email.only_to", only_to)
+        self._rendering = SlowRendering()
         self._attachments = Attachments(attachments_from)
         self._pace = Pace(limits, EMAIL.name, take)
         # the transport has limits of its own; this one covers the rest
@@ -249,8 +251,10 @@ class EmailRunner:
 
     async def _send(self, program: EmailProgram, task: Task) -> Result:
         now = datetime.now(UTC)
+        await self._rendering.turn()
         try:
-            mail = write(program, task, now)
+            with self._rendering.measured():
+                mail = write(program, task, now)
             outside = self._only_to.outside(mail.recipients)
             if outside.issuperset(mail.to):
                 return Suppressed(f"not sent to {self._only_to.told(outside)}")

@@ -52,6 +52,7 @@ from sequencerd.runners.http_client import (
 )
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace, TakePermits
+from sequencerd.runners.slow_rendering import SlowRendering
 from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppression_check import Suppressions, describe
@@ -118,6 +119,7 @@ class _SmsRunner:
         self._links = links
         self._suppressions = suppressions
         self._only_to = OnlyTo("sms.only_to", only_to)
+        self._rendering = SlowRendering()
         self._pace = Pace(limits, SMS.name, take)
         self.limits = replace(limits, timeout=limits.timeout + self._pace.longest_wait + 1)
         self._web = HttpClient(
@@ -182,8 +184,10 @@ class _SmsRunner:
         return {**kept, "to": read_number("to", address), "message": message}
 
     async def _send(self, program: SmsProgram, task: Task) -> Result:
+        await self._rendering.turn()
         try:
-            values = self.preview(program, task)
+            with self._rendering.measured():
+                values = self.preview(program, task)
             if outside := self._only_to.outside([values["to"]]):
                 return Suppressed(f"not sent to {self._only_to.told(outside)}")
             is_in_time = await self._pace.turn(task.expires)

@@ -277,3 +277,22 @@ except SystemExit as ended:
 assert "_quickjs" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=str(tmp_path))
+
+
+def test_a_program_that_is_too_large_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = compile_template("{{data.name}}" * 500, escape=True)
+    monkeypatch.setattr(sandbox, "COMPILE_SECONDS", 0.01)
+    made: list[str] = []
+    make = sandbox._Sandbox.make
+
+    def counting(self: sandbox._Sandbox, maker: str, text: str) -> object:
+        made.append(maker)
+        return make(self, maker, text)
+
+    monkeypatch.setattr(sandbox._Sandbox, "make", counting)
+    monkeypatch.setattr(sandbox._THREAD, "sandbox", None)
+    for _ in range(2):
+        with pytest.raises(EvaluationError, match=r"more than 0\.01 seconds of computing"):
+            template.render('{"data":{}}')
+    assert made == ["template"]
+    everything_answers()
