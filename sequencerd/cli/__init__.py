@@ -1,4 +1,4 @@
-"""The command line: only arguments and output."""
+"""The command line: only arguments and output. Nothing imports it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Runners execute the steps of one type. The names exported here are for authors of runners.
 
 A function needs `runner` to describe it, and `Refused`, `Answer` and `Failed` for its result; an
-object implements `Runner`. Everything else in this package is private. The registry of runners is
-made in service/daemon.py.
+object implements `Runner`. Everything else in this package is private: `registry` makes the runners
+of the settings. Imports the core, settings and errors; never storage.
 """
 
 from sequencerd.core.model import (

@@ -27,20 +27,20 @@ SELECT to_regrole($1) IS NULL OR pg_has_role(to_regrole($1), 'USAGE');
 SELECT description FROM sequencer.sequences WHERE name = $1;
 
 -- name: known_sequences
--- What a command can name.
+-- Read the names of all sequences.
 SELECT name FROM sequencer.sequences ORDER BY name;
 
 -- name: known_steps
--- The steps of a sequence, or of all.
+-- Read the names of the steps of a sequence, or of all sequences.
 SELECT DISTINCT name FROM sequencer.steps WHERE $1::text IS NULL OR sequence = $1 ORDER BY name;
 
 -- name: has_enrollments
--- Whether enrollments are in a sequence or at a step: those of a removed one can be named as well.
+-- Check whether enrollments are in a sequence or at a step, which may have been removed.
 SELECT EXISTS (SELECT FROM sequencer.enrollments
                 WHERE ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2));
 
 -- name: has_failures
--- Whether enrollments have failed with a code, which an application may have written.
+-- Check whether enrollments have failed with a code, which an application may have written.
 SELECT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'failed' AND failure = $1);
 
 -- name: list

@@ -236,7 +236,7 @@ SELECT id, status FROM sequencer.enrollments
  WHERE sequence = $1 AND subject = $2 AND entry = 0;
 
 -- name: console_channels
--- Read the channels of suppressions, one look at the index for each; at most a hundred.
+-- Read the channels of suppressions, with one index lookup for each; at most a hundred.
 WITH RECURSIVE known (channel, number) AS (
     (SELECT channel, 1 FROM sequencer.suppressions ORDER BY channel LIMIT 1)
     UNION ALL

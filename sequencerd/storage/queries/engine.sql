@@ -701,7 +701,7 @@ DELETE FROM sequencer.suppressions
  WHERE channel = $1 AND address = ANY ($2::text[]) AND topic = ANY ($3::text[]) AND source = $4;
 
 -- name: titles
--- Read what recipients see of topics.
+-- Read the titles of topics, which recipients see.
 SELECT name, title FROM sequencer.topics;
 
 -- name: sent_messages
@@ -803,7 +803,7 @@ ON CONFLICT (sequence, hour, step, action)
 DO UPDATE SET times = excluded.times WHERE a.times < excluded.times;
 
 -- name: note_activity
--- Note up to when the history has been counted.
+-- Record up to when the history has been counted.
 UPDATE sequencer.activity_progress SET "until" = $2 WHERE after = $1;
 
 -- name: prune_activity
