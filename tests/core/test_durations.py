@@ -1,10 +1,11 @@
-"""Durations in words."""
+"""Durations: in words, and as elapsed time."""
 
 from __future__ import annotations
 
 import pytest
 
-from sequencerd.core.step_types.durations import in_words
+from sequencerd.core.model import DefinitionError
+from sequencerd.core.step_types.durations import FixedDuration, elapsed, in_words
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,9 @@ from sequencerd.core.step_types.durations import in_words
 )
 def test_the_unit_agrees_with_the_amount(amount: object, unit: str, words: str) -> None:
     assert in_words(amount, unit) == words
+
+
+@pytest.mark.parametrize("amount", [367, 1e300, 10**400])
+def test_a_period_of_more_than_a_year_is_refused(amount: float) -> None:
+    with pytest.raises(DefinitionError, match="is more than a year"):
+        elapsed(FixedDuration(amount=amount, unit="days"))

@@ -174,6 +174,6 @@ def elapsed(duration: FixedDuration) -> timedelta:
     size = _ELAPSED.get(unit)
     if size is None:
         raise DefinitionError("unit must be weeks, days, hours, minutes or seconds")
-    if duration.amount * size > MAX_PERIOD:
+    if duration.amount > MAX_PERIOD / size:  # a product could overflow
         raise DefinitionError("is more than a year")
     return duration.amount * size
