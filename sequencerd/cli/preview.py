@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -262,7 +263,8 @@ def check_one_sequence(target: Path, sequence: str | None) -> None:
 
 def is_file(path: Path) -> bool:
     """Return whether an argument is a file, and not a sequence in the database."""
-    return path.suffix in (".yaml", ".yml", ".json") or path.is_file()
+    # not Path.is_file, which raises for a name that is too long
+    return path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path)  # noqa: PTH113
 
 
 def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -315,7 +317,7 @@ def _draw(
     counts: Mapping[StepKey, int],
     brakes: Mapping[str, str],
 ) -> None:
-    in_file = Path(arguments.target).is_file()
+    in_file = is_file(Path(arguments.target))
     sequence = definitions[choose(definitions, arguments.sequence if in_file else arguments.target)]
     drawn = drawing.FORMATS[arguments.format](sequence, counts, brakes.get(sequence.name, ""))
     if arguments.format == "text":  # the other formats are for programs

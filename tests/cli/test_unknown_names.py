@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from sequencerd.cli.arguments import make_parser
 from tests.helpers.command_line import Command
@@ -95,6 +96,13 @@ def test_a_similar_shard_is_suggested(sequencerd: Command, tmp_path: Path) -> No
         assert expected in sequencerd.errors, command
     sequencerd(*config, "show", "nroth/7", code=1)
     assert "there is no shard 'nroth'; did you mean 'north'?" in sequencerd.errors
+
+
+@pytest.mark.usefixtures("connection")
+def test_a_name_may_be_longer_than_that_of_a_file(sequencerd: Command) -> None:
+    for command in ("simulate", "graph"):
+        sequencerd(command, "x" * 5000, code=1)
+        assert "does not exist; there are none" in sequencerd.errors
 
 
 async def test_a_removed_sequence_has_a_history_and_no_status(
