@@ -248,8 +248,8 @@ class _Evaluation:
                 return self._move_to(_target(step, exit_), is_executed=True)
             case Failed():
                 return self._failed(result, jitter)
-            case NotStarted():
-                attempt = max(self.at.attempt - 1, 0)
+            case NotStarted(attempts):
+                attempt = max(self.at.attempt - attempts, 0)
                 self.at = self.at._replace(attempt=attempt, leased_by=None)
                 return None
             case LookupAnswer(None, message):

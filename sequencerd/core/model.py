@@ -906,7 +906,11 @@ class Suppressed:
 
 @dataclass(frozen=True, slots=True)
 class NotStarted:
-    """The side effect has not begun: the enrollment is given back as if never leased."""
+    """The side effect has not begun, or a lookup was cancelled: the enrollment is given back as if
+    never leased.
+    """
+
+    attempts: int = 1  # that the lease has counted: none for a lookup
 
 
 Result = Answer | Suppressed | Failed | NotStarted | LookupAnswer

@@ -162,13 +162,13 @@ class Executor:
 
     async def stop(self, seconds: float) -> None:
         """Return the side effects that have not started, wait for the others, and cancel those that
-        take longer.
+        take longer. Lookups have no effect: cancel them at once.
         """
         self._breaker.stop()
         await asyncio.sleep(0)  # a task cancelled before its first step would report nothing
-        for task in list(self._queued):
-            task.cancel()
         tasks = self._queued | self._running
+        for task in tasks if self.is_lookup else set(self._queued):
+            task.cancel()
         if tasks:
             _, overdue = await asyncio.wait(tasks, timeout=seconds)
             for task in overdue:
@@ -187,7 +187,7 @@ class Executor:
                 self._queued.discard(task)
                 self._running.add(task)
                 if self._breaker.allowed > 0:
-                    interrupted = INTERRUPTED
+                    interrupted = NotStarted() if self.is_lookup else INTERRUPTED
                     started = now()
                     enrollments = () if self.is_lookup else [leased.enrollment for leased in batch]
                     with tracing.executing(self._kind, enrollments) as ended:

@@ -259,8 +259,14 @@ def _has_data(result: Result) -> bool:
 
 
 def _of_lookup(result: Result) -> Result:
-    """Convert an executor's own failure, a timeout or a stop, to that of a lookup."""
-    return LookupAnswer(None, result.message) if isinstance(result, Failed) else result
+    """Convert an executor's own result, after a timeout or at a stop, to that of a lookup."""
+    match result:
+        case Failed(message):
+            return LookupAnswer(None, message)
+        case NotStarted():
+            return NotStarted(attempts=0)
+        case _:
+            return result
 
 
 def _unwritten(result: Result, failure: Exception) -> str:

@@ -23,7 +23,7 @@ from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.servers import Answer, Request, http_server, task
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import PATIENCE, eventually
 
 ACCOUNTS = """
     CREATE SCHEMA app;
@@ -300,9 +300,25 @@ async def test_slow_lookups_delay_nothing_else(
             "SELECT status = 'completed' FROM sequencer.enrollments WHERE sequence = 's'",
         )
         assert await connection.fetchval(SLEEPING)
-        await connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
-        )
+
+
+async def test_a_stop_waits_for_no_lookup_and_gives_its_enrollments_back(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """As if never leased: another daemon looks up at once, and no attempt is lost."""
+    await ask_slow(connection)
+    await connection.execute("UPDATE sequencer.enrollments SET attempt = 2")
+    async with (
+        asyncio.timeout(PATIENCE),
+        running_engine(database, {"Note": Recorder()}, stop_timeout=3600),
+    ):
+        await until(connection, SLEEPING)
+    rows = await connection.fetch("SELECT *, wake_at <= now() AS is_due FROM sequencer.enrollments")
+    states = {(row["attempt"], row["leased_by"], row["is_due"], row["last_error"]) for row in rows}
+    assert states == {(2, None, True, None)}
+    assert not await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM sequencer.events WHERE action <> 'enrolled')"
+    )
 
 
 @pytest.mark.parametrize("through_pooler", [False, True])
