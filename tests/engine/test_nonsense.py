@@ -4,6 +4,7 @@ as a problem or a failure of its step, and the daemon continues with all others.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -11,15 +12,17 @@ import pytest
 
 from sequencerd.engine.loop import Engine
 from sequencerd.storage import connections
-from tests.engine.test_enrolling import HOURLY, Daemon, schedule
+from tests.engine.test_enrolling import HOURLY, Daemon
 from tests.helpers.databases import shard
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Recorder, enroll, running_engine, until
 
 NOBODY = "no such thing"
 LONG = "x" * 100_000
 WINDOW = '{"days": ["mon", "tue", "wed", "thu", "fri", "sat", "sun"], "holidays": "DE"}'
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 LARGE = '{"a": ' + "1" * 5000 + "}"  # more digits than Python reads
+PAUSE = '{"amount": 20, "unit": "milliseconds"}'
+IS_NIL = '{"lodashCommand": "isNil", "value": {"type": "get", "value": "data.a"}}'
 NEVER = '{"from": "app.overdue", "every": {"amount": 9000, "unit": "years"}}'
 
 VALUES: dict[str, list[object]] = {
@@ -38,13 +41,17 @@ VALUES: dict[str, list[object]] = {
 }
 
 ROWS = """
-    INSERT INTO sequencer.suppressions VALUES ('email', 'a@example.com');
-    INSERT INTO sequencer.topics VALUES ('news', 'News');
+    INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('{sequence}', '{victim}');
+    INSERT INTO sequencer.suppressions VALUES ('email', '{victim}@example.com');
+    INSERT INTO sequencer.topics VALUES ('{victim}', 'News');
     INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at)
     SELECT name, enroll || jsonb_build_object('timezone', timezone), '9000-01-01Z'
-      FROM sequencer.sequences WHERE name = 'victim';
-    INSERT INTO sequencer.holidays VALUES ('DE', '2020-01-01', 'New Year')
+      FROM sequencer.sequences WHERE name = '{sequence}'
+        ON CONFLICT DO NOTHING;
+    INSERT INTO sequencer.holidays VALUES ('DE', '2020-01-01'::date + {number}, '{victim}')
 """
+OF_SEQUENCES = {"sequences", "steps", "revisions", "scheduled_runs"}
+"""The tables of which each row belongs to a sequence, which all of its enrollments read."""
 REMOVE = """
     DELETE FROM sequencer.enrollments WHERE sequence <> 'witness';
     DELETE FROM sequencer.sequences WHERE name <> 'witness';
@@ -68,30 +75,36 @@ COLUMNS = """
 """
 
 
+async def make(connection: asyncpg.Connection, *names: str) -> None:
+    """Make sequences that have all tables' rows but those of ROWS."""
+    async with connection.transaction():
+        await connection.execute(
+            "INSERT INTO sequencer.sequences (name, first_step, enroll)"
+            " SELECT name, 'work', $2 FROM unnest($1::text[]) AS name",
+            names,
+            json.dumps(HOURLY),
+        )
+        await connection.executemany(
+            "INSERT INTO sequencer.steps (sequence, name, type, config, next_step)"
+            " SELECT sequence, $2, $3, $4, $5 FROM unnest($1::text[]) AS sequence",
+            [
+                (names, "work", "Note", "{}", "open"),
+                (names, "open", "WaitForWindow", WINDOW, "pause"),
+                (names, "pause", "WaitForDuration", PAUSE, "check"),
+                (names, "check", "Conditional", IS_NIL, None),
+            ],
+        )
+
+
 @pytest.fixture
 async def engine(database: str, connection: asyncpg.Connection) -> AsyncIterator[Engine]:
-    """Two sequences of the same kind, of which one is going to suffer."""
+    """A sequence that is not going to suffer."""
     await connection.execute(
         "CREATE SCHEMA app; CREATE VIEW app.overdue AS SELECT 'x' AS subject WHERE false;"
         "INSERT INTO sequencer.holidays VALUES ('DE', '2019-01-01')"
     )
-    for name in ("victim", "witness"):
-        await define(
-            connection,
-            name,
-            ("work", "Note", "{}", "open"),
-            ("open", "WaitForWindow", WINDOW, "pause"),
-            ("pause", "WaitForDuration", '{"amount": 20, "unit": "milliseconds"}', "check"),
-            (
-                "check",
-                "Conditional",
-                '{"lodashCommand": "isNil", "value": {"type": "get", "value": "data.a"}}',
-                None,
-            ),
-        )
-        await schedule(connection, HOURLY, name)
-    runners = {"Note": Recorder()}
-    async with running_engine(database, runners, sweep=0.5, lease=1) as engine:
+    await make(connection, "witness")
+    async with running_engine(database, {"Note": Recorder()}, sweep=0.5, lease=1) as engine:
         yield engine
 
 
@@ -99,33 +112,38 @@ async def engine(database: str, connection: asyncpg.Connection) -> AsyncIterator
 async def test_nonsense_harms_no_other_enrollment(
     engine: Engine, database: str, connection: asyncpg.Connection
 ) -> None:
+    """Each value of a column is given to a sequence, or another row, of its own."""
     columns = await connection.fetch(COLUMNS)
     assert {row["table_name"] for row in columns} >= {"sequences", "steps", "enrollments"}
     accepted = refused = 0
     pool = await connections.connect_pool(shard(database), 4)
     for table, column, type_ in columns:
-        for number, value in enumerate(VALUES[type_]):
-            subject = f"{table} {column} {number}"
+        values = VALUES[type_]
+        names = [f"victim-{number}" for number in range(len(values))]
+        await make(connection, *(names if table in OF_SEQUENCES else names[:1]))
+        for number, (victim, value) in enumerate(zip(names, values, strict=True)):
+            sequence = victim if table in OF_SEQUENCES else names[0]
             try:
                 async with connection.transaction():
-                    await enroll(connection, "victim", subject)
-                    await connection.execute(ROWS)
-                    await connection.execute(_update(table, column, type_), _text(value))
+                    rows = ROWS.format(victim=victim, sequence=sequence, number=number)
+                    await connection.execute(rows)
+                    update = _update(table, column, type_)
+                    done = await connection.execute(update, _text(value), victim)
             except asyncpg.PostgresError as error:
                 words = f"{error} {error.column_name} {error.constraint_name} {error.detail}"
-                assert column in words or "is out of range" in words, (subject, words)
+                case = table, column, value
+                assert column in words or "is out of range" in words, (case, words)
                 refused += 1
             else:
+                assert done == "UPDATE 1", (table, column, value)
                 accepted += 1
-                id_ = await enroll(connection, "witness", subject)
-                await until(
-                    connection,
-                    "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1",
-                    id_,
-                )
-                if column == "enroll" or table == "scheduled_runs":
-                    await _run_of_witness(pool, connection)
-                await _restore(connection)
+        id_ = await enroll(connection, "witness", f"{table} {column}")
+        await until(
+            connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1", id_
+        )
+        if column == "enroll" or table == "scheduled_runs":
+            await _run_of_witness(pool, connection)
+        await _remove(connection)
     await pool.close()
     assert accepted > 50
     assert refused > 50
@@ -134,14 +152,14 @@ async def test_nonsense_harms_no_other_enrollment(
 
 def _update(table: str, column: str, type_: str) -> str:
     which = {
-        "sequences": "name = 'victim'",
-        "steps": "sequence = 'victim' AND name = 'pause'",
-        "enrollments": "sequence = 'victim' AND status = 'active'",
-        "revisions": "sequence = 'victim'",
-        "holidays": "name = 'New Year'",
-        "scheduled_runs": "sequence = 'victim'",
-        "suppressions": "address = 'a@example.com'",
-        "topics": "name = 'news'",
+        "sequences": "name = $2",
+        "steps": "sequence = $2 AND name = 'pause'",
+        "enrollments": "subject = $2",
+        "revisions": "sequence = $2",
+        "holidays": "name = $2",
+        "scheduled_runs": "sequence = $2",
+        "suppressions": "address = $2 || '@example.com'",
+        "topics": "name = $2",
     }[table]
     return f"UPDATE sequencer.{table} SET {column} = $1::text::{type_} WHERE {which}"
 
@@ -165,20 +183,11 @@ async def _run_of_witness(pool: asyncpg.Pool, connection: asyncpg.Connection) ->
     )
 
 
-async def _restore(connection: asyncpg.Connection) -> None:
-    """Makes the victim whole again. Who has failed tells why."""
+async def _remove(connection: asyncpg.Connection) -> None:
+    """Remove all victims. An enrollment that has failed says why."""
     for row in await connection.fetch(
         "SELECT failure, last_error FROM sequencer.enrollments WHERE status = 'failed'"
     ):
         assert row["failure"]
         assert row["last_error"]
     await connection.execute(REMOVE)
-    await define(
-        connection,
-        "victim",
-        ("work", "Note", "{}", "open"),
-        ("open", "WaitForWindow", WINDOW, "pause"),
-        ("pause", "WaitForDuration", '{"amount": 20, "unit": "milliseconds"}', "check"),
-        ("check", "GoTo", "{}", None),
-    )
-    await schedule(connection, HOURLY, "victim")

@@ -157,12 +157,12 @@ async def test_a_mail_server_that_is_down_fails_no_enrollment(
     assert await connection.fetchval(twice) == 1  # the same reason is told once
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 600])
+@pytest.mark.parametrize("count", [1, 2, 3, 60])
 @pytest.mark.slow
 async def test_an_endpoint_that_answers_500_to_every_call_fails_no_enrollment(
     database: str, connection: asyncpg.Connection, count: int
 ) -> None:
-    async with endpoint() as (server, runner):
+    async with endpoint(batch_size=10) as (server, runner):
         server.status = 500
         async with running_engine(database, {"Score": runner}, pauses=SHORT):
             await define(connection, "s", ("score", "Score", TWICE, None))
