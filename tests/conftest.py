@@ -27,6 +27,7 @@ from sequencerd.storage.connections import connect
 from sequencerd.storage.schemas import connection_class
 from tests.helpers import costs, forked_programs, leftovers, shared
 from tests.helpers.command_line import Command
+from tests.helpers.copies import Copies
 from tests.helpers.databases import (
     FAST_SETTINGS,
     SCHEMA,
@@ -142,11 +143,18 @@ def template(server: str, administrator: Administrator) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="session")
+def copies(server: str, administrator: Administrator, template: str) -> Iterator[Copies]:
+    made = Copies(administrator, server, template)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def database(server: str, administrator: Administrator, template: str) -> Iterator[str]:
-    """The URL of a database of its own for one test."""
-    with administrator.database(template) as name:
-        yield with_database(server, name)
+def database(copies: Copies) -> Iterator[str]:
+    """The URL of a database that no other test uses meanwhile."""
+    with copies.one() as url:
+        yield url
 
 
 @pytest.fixture

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.helpers.copies import MAX_BYTES, Copies
+from tests.helpers.databases import Administrator
+
 TWO_TESTS = """
 import gc, socket
 
@@ -56,3 +61,60 @@ def test_tests_run_in_another_schema(server: str, repository: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+ENROLL = (
+    "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'a');"
+    "INSERT INTO sequencer.steps (sequence, name, type) VALUES ('s', 'a', 'GoTo');"
+    "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'ada')"
+)
+LARGE = (
+    f"INSERT INTO sequencer.topics SELECT 't' || n, 'x' FROM generate_series(1, {MAX_BYTES}/30) n"
+)
+
+
+def test_a_database_with_new_rows_is_emptied_for_the_next_test(copies: Copies) -> None:
+    for _ in range(2):
+        with copies.one() as url:
+            session = Administrator(url)
+            session.execute(ENROLL)
+            assert [row["id"] for row in session.fetch("SELECT * FROM sequencer.enrollments")] == [
+                1
+            ]
+            for table in ("sequences", "steps", "revisions"):
+                assert len(session.fetch(f"SELECT FROM sequencer.{table}")) == 1
+            session.close()
+    with copies.one() as again:
+        assert again == url
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE TABLE public.x (); DROP TABLE public.x",
+        "REVOKE SELECT ON sequencer.events FROM sequencer_editor",
+        "COMMENT ON TABLE sequencer.events IS 'x'",
+        "ALTER TABLE sequencer.events DISABLE TRIGGER ALL",
+        "TRUNCATE sequencer.events",
+        "ANALYZE sequencer.events",
+        "DELETE FROM sequencer.migrations",
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET jit = off', current_database()); END $$",
+        "SELECT lo_create(0)",
+        LARGE,
+    ],
+)
+def test_a_database_that_is_changed_otherwise_is_dropped(copies: Copies, change: str) -> None:
+    with copies.one() as url:
+        session = Administrator(url)
+        session.execute(change)
+        session.close()
+    with copies.one() as another:
+        assert another != url
+
+
+def test_a_database_that_is_still_in_use_is_dropped(copies: Copies) -> None:
+    with copies.one() as url:
+        session = Administrator(url)
+    with copies.one() as another:
+        assert another != url
+    session.close()

@@ -70,11 +70,12 @@ async def test_a_restored_database_makes_keys_of_its_own(
         await enroll(connection, "s", "ada")
         await until(connection, PAUSE)
     await connection.close()
-    backup = f"test_{uuid4().hex[:12]}"
+    name, backup = urlsplit(database).path[1:], f"test_{uuid4().hex[:12]}"
     await execute(
         server,
-        f"CREATE DATABASE {backup} TEMPLATE {urlsplit(database).path[1:]} STRATEGY file_copy",
+        f"SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = '{name}'",
     )
+    await execute(server, f"CREATE DATABASE {backup} TEMPLATE {name} STRATEGY file_copy")
     for url in (database, with_database(server, backup)):
         again = await asyncpg.connect(url)
         await again.execute("UPDATE sequencer.enrollments SET data = '{\"go\": 1}'")

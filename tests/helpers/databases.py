@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
@@ -79,25 +79,38 @@ def shard(url: str) -> Shard:
 
 
 class Administrator:
-    """One connection to a server for all tests of a process, on an event loop of its own."""
+    """A superuser's connection that outlives tests, on an event loop of its own."""
 
     def __init__(self, url: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._connection = self._loop.run_until_complete(asyncpg.connect(url))
 
     @contextmanager
-    def database(self, template: str = "template1") -> Iterator[str]:
-        """The name of a database that is a copy of another one, for as long as it is used."""
+    def database(self) -> Iterator[str]:
+        """The name of a new database, for as long as it is used."""
+        name = self.create("template1")
+        yield name
+        self.drop(name)
+
+    def create(self, template: str) -> str:
+        """Make a database that is a copy of another one. Return its name."""
         name = f"test_{uuid4().hex[:12]}"
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
-        yield name
+        return name
+
+    def drop(self, name: str) -> None:
         self.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
-    def execute(self, statement: str) -> None:
-        self._loop.run_until_complete(self._connection.execute(statement))
+    def execute(self, statements: str) -> None:
+        self._loop.run_until_complete(self._connection.execute(statements))
+
+    def fetch(self, query: str) -> list[asyncpg.Record]:
+        rows: list[asyncpg.Record] = self._loop.run_until_complete(self._connection.fetch(query))
+        return rows
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._connection.close())
+        with suppress(OSError):  # a test may have ended the session
+            self._loop.run_until_complete(self._connection.close())
         self._loop.close()
 
 

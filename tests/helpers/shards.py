@@ -14,6 +14,7 @@ from sequencerd.core.routing import ShardNumber
 from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
 from tests.helpers.command_line import Command
+from tests.helpers.copies import Copies
 from tests.helpers.databases import Administrator, with_database
 
 SEQUENCE = """
@@ -48,10 +49,19 @@ def shards_template(server: str, administrator: Administrator) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="session")
+def copies_of_shards(
+    server: str, administrator: Administrator, shards_template: str
+) -> Iterator[Copies]:
+    made = Copies(administrator, server, shards_template)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def shards_url(server: str, administrator: Administrator, shards_template: str) -> Iterator[str]:
-    with administrator.database(shards_template) as name:
-        yield with_database(server, name)
+def shards_url(copies_of_shards: Copies) -> Iterator[str]:
+    with copies_of_shards.one() as url:
+        yield url
 
 
 @pytest.fixture
