@@ -119,15 +119,7 @@ def arguments(
     `name` and `timeout` apply unless the string has an application_name or a connect_timeout;
     `settings` are server settings.
     """
-    variables = os.environ if environment is None else environment
-    given = parse(text)
-    if service := given.pop("service", None) or variables.get("PGSERVICE"):
-        given = _service(service, variables) | given
-    found = {key: variables[name] for name, key in _VARIABLES.items() if variables.get(name)}
-    given = {key: value for key, value in (found | given).items() if value or key == "password"}
-    _check(given)
-    if "user" not in given:
-        given["user"] = _login()
+    given = complete(text, environment)
     made: dict[str, Any] = {
         "timeout": _timeout(given.get("connect_timeout"), timeout),
         "server_settings": {
@@ -145,13 +137,29 @@ def arguments(
     ):
         if key in given:
             made[argument] = given[key]
-    if "password" not in made and (password := _password(given)) is not None:
-        made["password"] = password
     if given.get("sslrootcert") == "system":
         made["ssl"] = _system_context(given)
     elif query := {key: given[key] for key in _OF_ASYNCPG if key in given}:
         made["dsn"] = f"postgresql://?{urlencode(query)}"
     return made
+
+
+def complete(text: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the parameters of a connection string, with those of the service file, the environment
+    and the password file. Raises SettingsError.
+    """
+    variables = os.environ if environment is None else environment
+    given = parse(text)
+    if service := given.pop("service", None) or variables.get("PGSERVICE"):
+        given = _service(service, variables) | given
+    found = {key: variables[name] for name, key in _VARIABLES.items() if variables.get(name)}
+    given = {key: value for key, value in (found | given).items() if value or key == "password"}
+    _check(given)
+    if "user" not in given:
+        given["user"] = _login()
+    if "password" not in given and (password := _password(given)) is not None:
+        given["password"] = password
+    return given
 
 
 def parse(text: str) -> dict[str, str]:

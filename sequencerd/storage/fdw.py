@@ -19,7 +19,10 @@ SERVER_OPTIONS = {
 """Options of postgres_fdw for each shard."""
 
 _OF_USER = ("user", "password", "sslcert", "sslkey", "sslpassword")
-_NOT_OF_SERVER = (*_OF_USER, "passfile", "service", "client_encoding", "replication")
+_NOT_OF_SERVER = (
+    *(*_OF_USER, "passfile", "client_encoding", "replication"),
+    *("application_name", "fallback_application_name"),
+)
 
 
 def front(shards: Mapping[str, Shard]) -> str:
@@ -33,7 +36,7 @@ def front(shards: Mapping[str, Shard]) -> str:
     made = [Template(tables).substitute(shards=len(shards))]
     variables = password_variables(shards)
     for number, (name, shard) in enumerate(shards.items()):
-        given = conninfo.parse(shard.url)
+        given = conninfo.complete(shard.url)
         login = {key: _literal(given[key]) for key in _OF_USER if key in given}
         if "password" in login:
             login["password"] = f":'{variables[name]}'"

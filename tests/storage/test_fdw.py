@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -245,3 +247,22 @@ def test_no_password_is_printed_and_names_are_quoted() -> None:
     assert "host 'db1,db2'" in printed
     assert "sslmode 'require'" in printed
     assert 'CREATE SERVER "sequencer_eu-1"' in printed
+
+
+def test_what_a_connection_takes_from_files_and_the_environment_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "services").write_text("[north]\nhost=db1\ndbname=app\nuser=ada\n")
+    (tmp_path / "passwords").write_text("db1:*:*:ada:secret\n")
+    (tmp_path / "passwords").chmod(0o600)
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "passwords"))
+    monkeypatch.setenv("PGPORT", "6543")
+    url = "service=north fallback_application_name=x"
+    server = "OPTIONS (port '6543', host 'db1', dbname 'app', async_capable 'true'"
+    printed = front({"a": Shard(url)})
+    assert server in printed
+    assert "(user 'ada', password :'password_a')" in printed
+    monkeypatch.delenv("PGPASSFILE")
+    assert "(user 'ada', password_required 'false')" in front({"a": Shard(url)})
+    assert f"(user '{getpass.getuser()}', " in front({"a": Shard("postgresql://db1/app")})
