@@ -117,7 +117,6 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_service(commands: Commands) -> None:
-    """Add these commands."""
     run = commands.add(
         "run", "run.run_command", "run the daemon until SIGTERM", "--config sequencerd.toml run"
     )
@@ -161,7 +160,7 @@ def _add_service(commands: Commands) -> None:
         "completion bash | sudo tee /etc/bash_completion.d/sequencerd",
         has_database=False,
     )
-    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"], help="the shell")
     service = commands.add(
         "install-service",
         "service.install_service_command",
@@ -177,7 +176,7 @@ def _add_service(commands: Commands) -> None:
         type=Path,
         default=Path("/etc/systemd/system"),
         metavar="FOLDER",
-        help="default: %(default)s",
+        help="the folder for the units (default: %(default)s)",
     )
     service.add_argument(
         "--print", action="store_true", help="print the units instead of writing them"
@@ -185,7 +184,6 @@ def _add_service(commands: Commands) -> None:
 
 
 def _add_authoring(commands: Commands) -> None:
-    """Add these commands."""
     check = commands.add(
         "check",
         "authoring.check_command",
@@ -211,7 +209,6 @@ def _add_authoring(commands: Commands) -> None:
 
 
 def _add_changes(commands: Commands) -> None:
-    """Add these commands."""
     planned = commands.add(
         "plan", "changes.plan_command", "show what apply would change", "plan onboarding.yaml"
     )
@@ -248,7 +245,7 @@ def _add_changes(commands: Commands) -> None:
         "show the revisions of a sequence",
         "history onboarding",
     )
-    history.add_argument("sequence")
+    history.add_argument("sequence", help="name of the sequence")
     add_json(history)
 
     export = commands.add(
@@ -257,7 +254,7 @@ def _add_changes(commands: Commands) -> None:
         "print a sequence as a file for apply",
         "export onboarding --revision 3",
     )
-    export.add_argument("sequence")
+    export.add_argument("sequence", help="name of the sequence")
     export.add_argument(
         "--revision", type=int, metavar="N", help="this revision (default: the current one)"
     )
@@ -271,7 +268,9 @@ def _add_changes(commands: Commands) -> None:
     holidays.add_argument(
         "country", metavar="COUNTRY", help="a code such as DE, or DE-BY for a part of a country"
     )
-    holidays.add_argument("years", nargs="+", type=_year, metavar="YEAR")
+    holidays.add_argument(
+        "years", nargs="+", type=_year, metavar="YEAR", help="a year, such as 2026"
+    )
     holidays.add_argument(
         "--calendar", metavar="NAME", help="the calendar to add to (default: the code)"
     )
@@ -289,9 +288,11 @@ def _add_changes(commands: Commands) -> None:
         metavar="URL",
         help="the database with those tables (default: the same database)",
     )
-    brought.add_argument("--schema", default="public", help="default: %(default)s")
     brought.add_argument(
-        "--lookup", metavar="NAME", help="lookup of sequences that use external data"
+        "--schema", default="public", help="the schema of those tables (default: %(default)s)"
+    )
+    brought.add_argument(
+        "--lookup", metavar="NAME", help="the lookup for sequences that use external data"
     )
     brought.add_argument(
         "--only",
@@ -348,7 +349,6 @@ def _add_files(command: argparse.ArgumentParser) -> None:
 
 
 def _add_preview(commands: Commands) -> None:
-    """Add these commands."""
     simulate = commands.add(
         "simulate",
         "preview.simulate_command",
@@ -399,11 +399,15 @@ def _add_preview(commands: Commands) -> None:
     )
     shown.add_argument("target", metavar="NAME|FILE", help="a sequence in the database, or a file")
     shown.add_argument("sequence", nargs="?", help="if the file has several")
-    shown.add_argument("--format", choices=["text", "mermaid", "dot"], default="text")
+    shown.add_argument(
+        "--format",
+        choices=["text", "mermaid", "dot"],
+        default="text",
+        help="the form of the drawing (default: %(default)s)",
+    )
 
 
 def _add_messages(commands: Commands) -> None:
-    """Add these commands."""
     preview = commands.add(
         "preview",
         "messages.preview_command",
@@ -450,15 +454,14 @@ def _add_message(command: argparse.ArgumentParser) -> None:
 
 
 def _add_operation(commands: Commands) -> None:
-    """Add these commands."""
     enroll = commands.add(
         "enroll",
         "operation.enroll_command",
         "enroll a subject in a sequence",
         """enroll onboarding user-42 --data '{"email": "ada@example.com"}'""",
     )
-    enroll.add_argument("sequence")
-    enroll.add_argument("subject")
+    enroll.add_argument("sequence", help="name of the sequence")
+    enroll.add_argument("subject", help="what is enrolled, such as the id of a customer")
     enroll.add_argument("--data", default="{}", metavar="JSON", help="data of the enrollment")
     enroll.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
     enroll.add_argument("--step", help="start at this step (default: the first)")
@@ -502,20 +505,23 @@ def _add_operation(commands: Commands) -> None:
         ),
     ):
         command = commands.add(name, "operation.set_status_command", about, example)
-        command.add_argument("sequences", nargs="+", metavar="SEQUENCE")
+        command.add_argument("sequences", nargs="+", metavar="SEQUENCE", help="name of a sequence")
         _add_reason(command)
         add_json(command)
 
 
 def _add_change(commands: Commands, name: str, about: str, example: str) -> argparse.ArgumentParser:
     command = commands.add(name, "operation.change_command", about, example)
-    command.add_argument("ids", nargs="*", type=ids.parse, metavar="ID")
-    for option in ("subject", "sequence", "step"):
-        command.add_argument(f"--{option}", metavar=option.upper())
+    command.add_argument(
+        "ids", nargs="*", type=ids.parse, metavar="ID", help="id of an enrollment, or use filters"
+    )
+    _add_filters(command)
     command.set_defaults(failure=None)
     if name != "reevaluate":  # which applies to none that failed
         command.add_argument(
-            "--failure", metavar="CODE", help="failed with this code, such as error"
+            "--failure",
+            metavar="CODE",
+            help="only enrollments with this failure code, such as error",
         )
     command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     command.add_argument(
@@ -526,12 +532,17 @@ def _add_change(commands: Commands, name: str, about: str, example: str) -> argp
     return command
 
 
+def _add_filters(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--subject", help="only enrollments of this subject")
+    command.add_argument("--sequence", help="only enrollments in this sequence")
+    command.add_argument("--step", help="only enrollments at this step")
+
+
 def _add_reason(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reason", metavar="TEXT", help="reason, recorded in the history")
 
 
 def _add_bounces(commands: Commands) -> None:
-    """Add this command."""
     bounce = commands.add(
         "bounce",
         "bounce.bounce_command",
@@ -542,14 +553,13 @@ def _add_bounces(commands: Commands) -> None:
 
 
 def _add_privacy(commands: Commands) -> None:
-    """Add these commands."""
     forget = commands.add(
         "forget",
         "privacy.forget_command",
         "delete all data about a subject; its suppressed addresses remain as hashes",
         "forget user-42",
     )
-    forget.add_argument("subject")
+    forget.add_argument("subject", help="the subject")
     forget.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     forget.add_argument(
         "--dry-run", action="store_true", help="show what would be deleted, change nothing"
@@ -561,18 +571,17 @@ def _add_privacy(commands: Commands) -> None:
         "print all data about a subject, as JSON",
         "export-subject user-42 > user-42.json",
     )
-    export.add_argument("subject")
+    export.add_argument("subject", help="the subject")
 
 
 def _add_inspection(commands: Commands) -> None:
-    """Add these commands."""
     status = commands.add(
         "status",
         "inspection.status_command",
         "show the number of enrollments at each step",
         "status onboarding",
     )
-    status.add_argument("sequence", nargs="?")
+    status.add_argument("sequence", nargs="?", help="only this sequence (default: all)")
     add_json(status)
 
     watch = commands.add(
@@ -581,13 +590,13 @@ def _add_inspection(commands: Commands) -> None:
         "show the status, refreshed continuously",
         "watch onboarding",
     )
-    watch.add_argument("sequence", nargs="?")
+    watch.add_argument("sequence", nargs="?", help="only this sequence (default: all)")
     watch.add_argument(
         "--interval",
         type=_seconds,
         default=2.0,
         metavar="SECONDS",
-        help="default: %(default)g; never less than the last query took",
+        help="time between queries (default: %(default)g); at least as long as a query takes",
     )
 
     list_ = commands.add(
@@ -596,11 +605,18 @@ def _add_inspection(commands: Commands) -> None:
         "list enrollments",
         "list --sequence onboarding --status failed",
     )
-    for option in ("sequence", "step", "subject"):
-        list_.add_argument(f"--{option}")
-    list_.add_argument("--status", choices=["active", "completed", "cancelled", "failed"])
-    list_.add_argument("--failure", metavar="CODE", help="failed with this code, such as error")
-    list_.add_argument("--overdue", action="store_true", help="overdue by more than a minute")
+    _add_filters(list_)
+    list_.add_argument(
+        "--status",
+        choices=["active", "completed", "cancelled", "failed"],
+        help="only enrollments with this status",
+    )
+    list_.add_argument(
+        "--failure", metavar="CODE", help="only enrollments with this failure code, such as error"
+    )
+    list_.add_argument(
+        "--overdue", action="store_true", help="only enrollments overdue by more than a minute"
+    )
     list_.add_argument(
         "--after",
         type=ids.parse,
@@ -608,7 +624,13 @@ def _add_inspection(commands: Commands) -> None:
         metavar="ID",
         help="continue after this id, for the next page",
     )
-    list_.add_argument("--limit", type=positive, default=100, help="default: %(default)s")
+    list_.add_argument(
+        "--limit",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="at most this many enrollments (default: %(default)s)",
+    )
     add_json(list_)
 
     show = commands.add(
@@ -617,7 +639,7 @@ def _add_inspection(commands: Commands) -> None:
         "show the state and history of an enrollment",
         "show 7",
     )
-    show.add_argument("id", type=ids.parse)
+    show.add_argument("id", type=ids.parse, metavar="ID", help="id of the enrollment")
     add_json(show)
 
     tail = commands.add(
@@ -626,7 +648,7 @@ def _add_inspection(commands: Commands) -> None:
         "print events as they happen",
         "tail --sequence onboarding",
     )
-    tail.add_argument("--sequence")
+    tail.add_argument("--sequence", help="events in this sequence only")
     tail.add_argument("--id", type=ids.parse, metavar="ID", help="events of this enrollment only")
     tail.add_argument(
         "--since",

@@ -197,13 +197,14 @@ async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     assert (event["subject"], event["step"], event["action"]) == ("ada", "first", "enrolled")
 
 
-def test_the_example_of_each_command_is_valid() -> None:
+def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:
     (commands,) = (one.choices for one in make_parser()._actions if one.dest == "command")
     assert isinstance(commands, dict)
     for name, command in commands.items():
         example = command.epilog.removeprefix("Example: sequencerd ")
         arguments = shlex.split(re.split(" [|<>] ", example)[0])
         assert make_parser().parse_args(arguments).command == name
+        assert [one.dest for one in command._actions if not one.help] == []
 
 
 def test_the_demo_succeeds(tmp_path: Path) -> None:
