@@ -748,9 +748,9 @@ class View(dict[str, Any]):
         if isinstance(original_id, str):
             original_id = json.dumps(original_id)
         return (
-            f'{{"data":{self.data},"id":{self["id"]},"originalId":{original_id},'
-            f'"subject":{subject},"dataLookup":{subject},'
-            f'"startSequence":"{self["startSequence"]}",{self.state.text[1:]}'
+            f'{{"data":{self.data},"id": {self["id"]}, "originalId": {original_id}, '
+            f'"subject": {subject}, "dataLookup": {subject}, '
+            f'"startSequence": "{self["startSequence"]}", {self.state.text[1:]}'
         )
 
 
