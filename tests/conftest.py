@@ -58,6 +58,7 @@ hypothesis.settings.load_profile("brief")
 gc.disable()  # until all tests are collected: their modules stay
 introspect_once()
 shared.read_entry_points_once()
+shared.make_parser_once()
 shared.trust_one_authority()
 shared.hash_passwords_once()
 forked_programs.use()

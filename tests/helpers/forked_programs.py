@@ -28,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import sequencerd
+from sequencerd import cli, settings
+from sequencerd.console.html import make_templates
+from sequencerd.runners.registry import make_runners
+from tests.helpers import shared
 
 PACKAGE = Path(sequencerd.__file__).parent
 PROGRAM = [sys.executable, "-m", "sequencerd"]
@@ -128,6 +132,7 @@ def serve(requests: socket.socket) -> None:
     for module in pkgutil.walk_packages(sequencerd.__path__, "sequencerd."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
+    _prepare()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
@@ -148,6 +153,15 @@ def serve(requests: socket.socket) -> None:
             os.close(number)
 
 
+def _prepare() -> None:
+    """Make what most programs make when they start."""
+    shared.read_entry_points_once()
+    shared.make_parser_once()
+    cli.make_parser()  # type: ignore[attr-defined]
+    make_runners(settings.load({}))
+    make_templates()
+
+
 def _run(files: list[int], arguments: list[str], folder: str, variables: dict[str, str]) -> None:
     """Become the program."""
     for number, file in enumerate(files):
@@ -163,11 +177,9 @@ def _run(files: list[int], arguments: list[str], folder: str, variables: dict[st
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
 
-    from sequencerd.cli import main
-
     code: object = 1
     try:
-        main()
+        cli.main()
     except SystemExit as end:
         code = end.code
     except BaseException:

@@ -13,23 +13,28 @@ from typing import Any
 
 import certifi
 
-from sequencerd import passwords
+from sequencerd import cli, passwords
 from sequencerd.engine import lookups
 from sequencerd.runners import python
 
 
 def read_entry_points_once() -> None:
-    """Read what the installed packages offer once for each path of modules: each engine asks."""
+    """Read what the packages in a folder offer once: each engine asks for it."""
 
     @functools.cache
-    def read(_: tuple[str, ...], group: str) -> metadata.EntryPoints:
-        return metadata.entry_points(group=group)
+    def read(path: str) -> list[metadata.EntryPoint]:
+        return [one for found in metadata.distributions(path=[path]) for one in found.entry_points]
 
-    def entry_points(*, group: str) -> metadata.EntryPoints:
-        return read((*sys.path,), group)
+    def entry_points(*, group: str) -> list[metadata.EntryPoint]:
+        return [one for path in sys.path for one in read(path) if one.group == group]
 
     for module in (lookups, python):
         vars(module)["entry_points"] = entry_points
+
+
+def make_parser_once() -> None:
+    """Let a command use the parser of the one before it: to make it takes 13 ms."""
+    cli.make_parser = functools.cache(cli.make_parser)  # type: ignore[attr-defined]
 
 
 def trust_one_authority() -> None:
