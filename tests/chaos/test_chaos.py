@@ -29,9 +29,19 @@ from sequencerd.cli import doctor
 from sequencerd.settings import Settings
 from sequencerd.storage.migrations import Migration, available
 from tests.chaos.checker import check
-from tests.chaos.world import CONNECT, IS_SHORT, LEASE, Proxy, Server, World, living, serving
+from tests.chaos.world import (
+    CONNECT,
+    IS_SHORT,
+    LEASE,
+    Proxy,
+    Server,
+    World,
+    living,
+    pair_of_servers,
+    serving,
+)
 from tests.helpers.command_line import start_sequencerd
-from tests.helpers.databases import shard
+from tests.helpers.databases import server_folder, shard
 from tests.helpers.engines import until
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.releases import copy_release, next_migration, previous_release
@@ -48,12 +58,8 @@ Fault = Callable[[World], Coroutine[None, None, None]]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    try:
-        with serving(folder) as started:
-            yield started
-    finally:
-        shutil.rmtree(folder)
+    with server_folder() as folder, serving(folder) as started:
+        yield started
 
 
 @pytest.fixture(params=range(FIRST, FIRST + ROUNDS))
@@ -319,13 +325,8 @@ class Pair:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    folder.chmod(0o755)
-    try:
-        with serving(folder / "a") as primary, primary.standby(folder / "b") as standby:
-            yield Pair(primary, standby)
-    finally:
-        shutil.rmtree(folder)
+    with pair_of_servers() as (primary, standby):
+        yield Pair(primary, standby)
 
 
 async def test_a_standby_takes_over(pair: Pair, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from sequencerd.storage import embedded, migrate
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.migrations import Migration
 from tests.helpers.command_line import start_sequencerd
-from tests.helpers.databases import execute, with_database
+from tests.helpers.databases import execute, server_folder, with_database
 from tests.helpers.engines import define, until
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
@@ -37,7 +37,7 @@ IS_SHORT = "CHAOS_SECONDS" not in os.environ
 """Whether it is a part of all tests, which takes seconds for each scenario, or `make chaos`."""
 
 LEASE = 3  # seconds
-RATE = 40 if IS_SHORT else 80  # enrollments a second
+RATE = 20 if IS_SHORT else 80  # enrollments a second
 CONNECT = TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
@@ -149,6 +149,15 @@ def serving(folder: Path) -> Iterator[Server]:
     """A server for some worlds."""
     with ExitStack() as stack:
         yield Server(folder, stack)
+
+
+@contextmanager
+def pair_of_servers() -> Iterator[tuple[Server, Server]]:
+    """A server and its standby."""
+    with server_folder() as folder:
+        folder.chmod(0o755)
+        with serving(folder / "a") as primary, primary.standby(folder / "b") as standby:
+            yield primary, standby
 
 
 class Sink:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 
 from sequencerd.core.routing import shard_of
 from sequencerd.storage import migrate
-from tests.chaos.world import Server, serving
+from tests.chaos.world import Server, pair_of_servers
 from tests.console.conftest import DAY, page_once, page_with, token
 from tests.console.test_access import HASH, log_in
 from tests.console.test_shards import console
@@ -61,14 +59,8 @@ async def process(url: str, **variables: str) -> AsyncIterator[tuple[httpx.Async
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Server, Server]]:
-    """A server and its standby."""
-    folder = Path(tempfile.mkdtemp(prefix="console-"))
-    folder.chmod(0o755)
-    try:
-        with serving(folder / "a") as primary, primary.standby(folder / "b") as standby:
-            yield primary, standby
-    finally:
-        shutil.rmtree(folder)
+    with pair_of_servers() as found:
+        yield found
 
 
 async def test_the_console_reads_from_a_standby(pair: tuple[Server, Server]) -> None:
