@@ -90,7 +90,8 @@ CREATE TABLE sequencer.sequences (
     status     text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'paused', 'archived')),
     reentry    text NOT NULL DEFAULT 'after_end'
                CHECK (reentry IN ('after_end', 'after', 'always', 'never')),
-    reentry_after interval CHECK (reentry_after IS NULL OR reentry_after > '0' AND num_nonnulls(
+    reentry_after interval CHECK (reentry_after IS NULL
+                   OR reentry_after > '0' AND reentry_after <= '2000 years' AND num_nonnulls(
                    nullif(extract(year FROM reentry_after) * 12 + extract(month FROM reentry_after), 0),
                    nullif(extract(day FROM reentry_after), 0),
                    nullif(reentry_after - date_trunc('day', reentry_after), '0')) = 1),
@@ -112,8 +113,9 @@ CREATE TABLE sequencer.sequences (
     apply_brake_until timestamptz CHECK (apply_brake_until BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     revision   integer NOT NULL DEFAULT 1,
     from_file  boolean NOT NULL DEFAULT false,
-    created_at timestamptz NOT NULL DEFAULT now(),
-    resumed_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now()
+               CHECK (created_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
+    resumed_at timestamptz CHECK (resumed_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     CONSTRAINT after_has_reentry_after CHECK ((reentry = 'after') = (reentry_after IS NOT NULL)),
     CONSTRAINT brake_at_most_has_brake_per CHECK ((brake_at_most IS NULL) = (brake_per IS NULL)),
     CONSTRAINT apply_brake_has_apply_brake_until
@@ -582,7 +584,8 @@ CREATE TABLE sequencer.suppressions (
                CHECK (topic = '*' OR topic ~ '^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$'),
     reason     text,
     source     text NOT NULL DEFAULT 'application' CHECK (octet_length(source) BETWEEN 1 AND 100),
-    created_at timestamptz NOT NULL DEFAULT now(),
+    created_at timestamptz NOT NULL DEFAULT now()
+               CHECK (created_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     PRIMARY KEY (channel, address, topic)
 );
 
@@ -968,7 +971,7 @@ CREATE TABLE sequencer.scheduled_runs (
                 REFERENCES sequencer.sequences ON UPDATE CASCADE ON DELETE CASCADE,
     definition  jsonb NOT NULL,
     next_run_at timestamptz NOT NULL CHECK (next_run_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
-    last_run_at timestamptz,
+    last_run_at timestamptz CHECK (last_run_at BETWEEN '1900-01-01Z' AND '9999-01-01Z'),
     duration    interval,
     found       bigint,
     enrolled    bigint,

@@ -36,8 +36,18 @@ VALUES: dict[str, list[object]] = {
     "bigint": [-(2**63), -1, 0, 2**63 - 1, None],
     "interval": ["-1 day", "0", "178000000 years", None],
     "uuid": ["00000000-0000-0000-0000-000000000000", None],
-    "date": ["-infinity", "infinity", "0001-01-01", "9999-12-31", None],
-    "timestamp with time zone": ["-infinity", "infinity", "0001-01-01", "9999-12-31", None],
+    "date": ["-infinity", "infinity", "4713-01-01 BC", "9999-12-31", "5874897-12-31", None],
+    "timestamp with time zone": [
+        *(
+            "-infinity",
+            "infinity",
+            "4713-01-01 BC",
+            "0001-01-01",
+            "9999-12-31",
+            "294276-12-31",
+            None,
+        )
+    ],
 }
 
 ROWS = """

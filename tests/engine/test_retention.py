@@ -161,6 +161,27 @@ async def test_enrollments_that_ended_long_ago_are_deleted(
     assert await defined.fetchval("SELECT count(*) FROM sequencer.events") == 13  # they stay
 
 
+async def test_no_reentry_policy_keeps_retention_from_other_sequences(
+    defined: asyncpg.Connection, pool: asyncpg.Pool
+) -> None:
+    await define(defined, "forever", ("first", "GoTo", "{}", None))
+    policy = (
+        "UPDATE sequencer.sequences SET reentry = 'after', reentry_after = $1::text::interval"
+        " WHERE name = 'forever'"
+    )
+    for longest in ("178000000 years", "100000 years"):
+        with pytest.raises(asyncpg.CheckViolationError, match="reentry_after"):
+            await defined.execute(policy, longest)
+    await defined.execute(policy, "700000 days")  # 100,000 weeks, the most that a file may have
+    for name in ("s", "forever"):
+        await enroll(defined, name, "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
+    await retention.tidy(pool, RetentionSettings(ended=YEAR), datetime.now(UTC), LOG)
+    left = await defined.fetch("SELECT sequence FROM sequencer.enrollments")
+    assert [row["sequence"] for row in left] == ["forever"]
+
+
 async def test_locked_rows_are_not_waited_for(
     database: str, defined: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:

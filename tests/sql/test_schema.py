@@ -765,3 +765,33 @@ async def test_an_entry_with_a_name_is_stored_as_the_address(
         " VALUES ('email', ' Ada <Ada@X.org> ') RETURNING address"
     )
     assert kept == "ada@x.org"
+
+
+async def test_no_role_can_store_a_time_that_daemons_cannot_read(
+    connection: asyncpg.Connection,
+) -> None:
+    """Python's dates end with the year 9999: one such row would hide those beside it."""
+    await define(connection, "s", ("first", "WaitForDuration", DAYS, None))
+    await enroll(connection, "s", "ada")
+    await connection.execute(
+        "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', 'a@example.com');"
+        "INSERT INTO sequencer.holidays (calendar, day) VALUES ('DE', '2026-01-01');"
+        "INSERT INTO sequencer.scheduled_runs (sequence, definition, next_run_at)"
+        " VALUES ('s', '{}', now())"
+    )
+    # a trigger checks what is inserted into enrollments
+    columns = await connection.fetch("""
+        SELECT c.relname AS table, a.attname AS column FROM pg_class AS c
+          JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+         WHERE c.relnamespace = 'sequencer'::regnamespace AND c.relkind = 'r'
+           AND a.atttypid IN ('timestamptz'::regtype, 'date'::regtype)
+           AND EXISTS (SELECT FROM unnest('{sequencer_enroller,sequencer_editor}'::text[]) AS r
+                        WHERE has_column_privilege(r, c.oid, a.attnum, 'UPDATE')
+                           OR has_column_privilege(r, c.oid, a.attnum, 'INSERT')
+                              AND c.relname <> 'enrollments')""")
+    found = {(row["table"], row["column"]) for row in columns}
+    assert found >= {("sequences", "resumed_at"), ("suppressions", "created_at")}
+    for table, column in found:
+        for time in ("294276-12-31", "4713-01-01 BC"):
+            with pytest.raises(asyncpg.CheckViolationError):
+                await connection.execute(f"UPDATE sequencer.{table} SET {column} = '{time}'")
