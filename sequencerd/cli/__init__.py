@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
-from sequencerd.cli.arguments import make_parser
+from sequencerd.cli.arguments import WITHOUT_SETTINGS, make_parser
 from sequencerd.errors import (
     ArgumentError,
     FileError,
@@ -30,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = make_parser().parse_args(arguments)
         _check_texts(given)
         from sequencerd.cli.commands import read_settings  # noqa: PLC0415
+        from sequencerd.settings import Settings  # noqa: PLC0415
 
+        settings = Settings() if given.command in WITHOUT_SETTINGS else read_settings(given)
         module, _, function = given.run.rpartition(".")
         run = getattr(import_module(f"sequencerd.cli.{module}"), function)
-        code: int = run(given, read_settings(given))
+        code: int = run(given, settings)
     except SequencerdError as error:
         with suppress(SequencerdError):  # of standard error
             _print(error)

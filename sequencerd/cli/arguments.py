@@ -17,6 +17,9 @@ from sequencerd.cli.ids import positive
 TRY_AGAIN = 75  # EX_TEMPFAIL: a mail server keeps the message
 MAX_SECONDS = 10 * 365 * 86400
 
+WITHOUT_SETTINGS = frozenset({"completion", "console-password", "install-service", "schema"})
+"""Commands that work whatever is wrong with the settings, as some help to correct them."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser; `run` in its result names the function of the command."""

@@ -143,3 +143,15 @@ def test_simulate_takes_a_sequence_of_the_database(
     assert "second" in capsys.readouterr().out
     assert run("--database", url, "simulate", "t") == 1
     assert "sequence 't' does not exist" in capsys.readouterr().err
+
+
+def test_commands_that_help_to_correct_settings_read_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("[console]\npassword_hash = 'to be made'\n")
+    monkeypatch.setenv("SEQUENCERD_CONFIG", str(file))
+    for command in (["completion", "bash"], ["schema"], ["install-service", "--print"]):
+        assert run(*command) == 0
+        assert capsys.readouterr().out
+    assert run("status") == 2

@@ -482,6 +482,7 @@ def test_the_command_makes_a_hash(sequencerd: Command) -> None:
     sequencerd.variables |= {
         "SEQUENCERD_CONSOLE_ENABLED": "true",
         "SEQUENCERD_HTTP_LISTEN": "0.0.0.0:80",
+        "SEQUENCERD_CONSOLE_PASSWORD_HASH": "to be made",
     }
     given = f"{PASSWORD}\n".encode()
     made = sequencerd("console-password", stdin=given).strip()
