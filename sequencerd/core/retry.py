@@ -7,18 +7,19 @@ from datetime import timedelta
 from sequencerd.core.model import Failed, RetryPolicy
 
 DEFAULT_PAUSE = timedelta(seconds=5)
-"""After a failure of the server where nothing says for how long."""
+"""After a failure of the server that does not say how long it lasts."""
 
 MAX_PAUSE = timedelta(days=1)
-"""Whatever a server asks for, it is asked again after a day."""
+"""The longest pause, even if a server requests a longer one."""
 
 
 def delay(policy: RetryPolicy, attempt: int, failed: Failed, jitter: float) -> timedelta:
     """Return the time until the next attempt, after `attempt` attempts.
 
-    Exponential backoff: the first delay doubled for each attempt, up to the longest. Of counted
-    attempts a random part (`jitter`, 0 to 1) of it is waited; over a time span up to a quarter is
-    added, so that the span is never cut short. What the server asks for is the least.
+    Exponential backoff: the first delay, doubled for each attempt, up to the longest. If attempts
+    are counted, the delay is a random part (`jitter`, 0 to 1) of that; if a time span is given, up
+    to a quarter is added, so that the span is never cut short. The time that the server requests is
+    a minimum.
     """
     asked = min(max(failed.retry_after or timedelta(0), timedelta(0)), MAX_PAUSE)
     if failed.fault == "server":

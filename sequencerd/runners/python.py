@@ -5,14 +5,15 @@ A runner is a function of a step's config and one enrollment, both as plain JSON
     def give_coupon(config, runner):
         issue(config["percent"], to=runner["subject"], once=runner["idempotencyKey"])
 
-It may be async; else it runs in a thread. What it answers moves the enrollment:
+It may be async; otherwise it runs in a thread. Its return value moves the enrollment:
 
-- None or "next" to the next step, "altNext" to the other, "noop": wait here, be executed again
+- None or "next": to the next step; "altNext": to the other; "noop": stay, and be executed again
 - {"action": ..., "message": ..., "data": {...}, "retryAfter": seconds, "wakeAt": "2030-01-01T09Z"}
 
-An exception is tried again by the step's retry policy; `sequencerd.runners.Refused` is not.
-With `@runner(...)` it says more of itself: a pydantic model of its config, its limits, and with
-`batch_size` that it takes a list of enrollments and answers a list in the same order, or None.
+After an exception the enrollment is retried by the step's retry policy, unless the exception is
+`sequencerd.runners.Refused`. The options of `@runner(...)` are a pydantic model of the config, and
+limits. With `batch_size`, the function takes a list of enrollments and returns a list in the same
+order, or None.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The calendar: what the steps that wait need, with the answers of moment and moment-timezone.
+"""The calendar of the steps that wait, with the results of moment and moment-timezone.
 
-An instant is an aware datetime in UTC, in and out. PostgreSQL keeps microseconds where moment has
-milliseconds: the getters cut them off, `add` carries them along, and `next_match` never answers
-with an instant before the one that it was given.
+Instants are aware datetimes in UTC. PostgreSQL has microseconds where moment has milliseconds: the
+getters ignore the rest, `add` keeps it, and `next_match` never returns an instant before the given
+one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Dates as text: what moment reads without guessing, and how JavaScript writes it.
 
-moment reads ISO 8601, RFC 2822 (the date of an e-mail) and ASP.NET's Date(...). Any other text it
-hands to JavaScript's own Date, which guesses, ignores the zone and differs between engines: such
-text is no date here.
+moment reads ISO 8601, RFC 2822 (the date of an e-mail) and ASP.NET's Date(...). It passes any other
+text to JavaScript's Date, which guesses, ignores the zone and differs between engines: here, such
+text is not a date.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Windows: the times of a week at which something may begin, such as Monday to Friday from 9 to 17.
 
-A window is open while the clock on the wall shows a time in it. So nothing begins outside of it on
-the days on which clocks are set: a window that the clock skips does not open that day, and one that
-it shows twice opens twice. A window across midnight belongs to the day on which it opens.
+A window is open while the local clock shows a time in it, also on days on which the clock is set: a
+window that the clock skips does not open that day, and one that occurs twice opens twice. A window
+across midnight belongs to the day on which it opens.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Time zones: names, and the way between an instant and what a clock on the wall shows.
+"""Time zones: their names, and conversions between instants and wall times.
 
-An instant is an aware datetime in UTC. A wall time is an aware datetime in its zone: datetime's
-own arithmetic on it moves the hands of the clock and asks the zone only when it is converted back.
+An instant is an aware datetime in UTC. A wall time is an aware datetime in its zone: arithmetic on
+it changes the local time, and the offset is determined only when it is converted back.
 
 The rules come from the package tzdata, never from the machine: two daemons of one version must
-wake enrollments at the same second, whatever their containers bring along. The package is built
-from the same sources, pre-1970 history included, as the data of moment-timezone (0.6.6 has 2026f).
+wake enrollments at the same second, whatever their containers contain. The package is built from
+the same sources, including the history before 1970, as moment-timezone's data (0.6.6 has 2026f).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the original's enrollments where they are, each in its shard, in batches."""
+"""Write the original's enrollments at their steps, each in the shard of its subject, in batches."""
 
 from __future__ import annotations
 

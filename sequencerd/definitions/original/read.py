@@ -1,4 +1,4 @@
-"""Reads the original's sequences, and makes and checks the definitions of those that are new."""
+"""Read the original's sequences, and make and check the definitions of the new ones."""
 
 from __future__ import annotations
 

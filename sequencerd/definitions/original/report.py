@@ -1,4 +1,4 @@
-"""What an import brings, what it leaves out and why, and what it asks."""
+"""The report of an import: what is imported, what is left out and why, and open questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of the original as steps here. Pure: rows in, steps and remarks out."""
+"""Convert the original's steps to steps of sequencerd. Pure: rows in, steps and remarks out."""
 
 from __future__ import annotations
 
