@@ -101,11 +101,11 @@ def advance(
     """Move an enrollment as far as possible at this time.
 
     First apply the result of its side effect, then check the goals, then follow the steps until one
-    must wait (Wait), needs a side effect or external data (Execute, LookUp), ends the journey (End)
+    must wait (Wait), needs a side effect or external data (Execute, QueryLookup), ends (End)
     or cannot be executed (Fail). No definition and no enrollment makes it raise.
 
     `enrollment.wake_at` is read only if the enrollment has not started. `result` is the result of
-    the attempt that `enrollment.attempt` counts, or after LookUp the external data. `jitter` (0 to
+    the attempt that `enrollment.attempt` counts, or after QueryLookup the external data. `jitter` (0 to
     1) shortens the wait before a retry. `started_revision` is the revision of the definition with
     which the side effect was started. `refused` maps sequences that the subject cannot enter by a
     jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences in

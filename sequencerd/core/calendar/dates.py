@@ -82,11 +82,11 @@ def normalise_unit(unit: str) -> str:
 
 
 def add(instant: datetime, amount: float, unit: str, tz: ZoneInfo) -> datetime:
-    """moment.tz(instant, tz).add(amount, unit).
+    """Return moment.tz(instant, tz).add(amount, unit).
 
-    Years to days move the wall clock: to the last day of a shorter month, on by the gap where the
-    clock skips the time. They are rounded to whole months and days, half away from zero. Hours to
-    milliseconds are elapsed time, what is left of a millisecond is dropped.
+    Years to days change the wall time: to the last day of a shorter month, and forward by the gap
+    if the clock skips the time. They are rounded to whole months and days, half away from zero.
+    Hours to milliseconds are elapsed time; fractions of a millisecond are dropped.
     Raises DefinitionError for an unknown unit and an amount that is not a number, EvaluationError
     (bad_data) where the result is outside of the years 1 to 9999.
     """
@@ -118,10 +118,9 @@ def at_clock(instant: datetime, clock: time, tz: ZoneInfo) -> datetime:
 
 
 def _elapsed(wall: datetime, amount: float, unit: str) -> timedelta:
-    """Whole milliseconds between two of JavaScript's dates, whose fractions are cut off.
+    """Return an amount in whole milliseconds, as the difference of two JavaScript dates.
 
-    The date that moment keeps is the wall clock's, counted from 1970, and what is cut off brings
-    it nearer to 1970.
+    moment's date is the wall time counted from 1970, and JavaScript truncates it towards 1970.
     """
     for factor in _MILLISECONDS[unit]:
         amount *= factor
@@ -140,9 +139,9 @@ def _rounded(number: float) -> int:
 def _settled(moved: datetime, wall: datetime, tz: ZoneInfo) -> datetime:
     """Return the instant of a wall time to which `wall` was moved.
 
-    moment guesses with the offset from before the move, and takes the offset at that guess: of a
-    time that comes twice this is the first, or the second if it was standard time before. If the
-    clock never shows the time, it moves on by the gap.
+    moment guesses with the offset before the move, and uses the offset at that guess: if a time
+    occurs twice, this is the first occurrence, or the second if standard time was in effect before.
+    A time that the clock skips is moved forward by the gap.
     """
     as_utc = moved.replace(tzinfo=UTC)
     offset = (as_utc - _offset(wall)).astimezone(tz).utcoffset()

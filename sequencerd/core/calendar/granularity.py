@@ -20,10 +20,10 @@ GRANULARITIES = ("year", "quarter", "month", "week", "isoWeek", "day", *_LENGTHS
 
 
 def period(instant: datetime, unit: str, tz: ZoneInfo) -> int:
-    """Return the period of an instant on the clock of a zone, as a number that grows with time.
+    """Return the period of an instant in a zone, as a number that grows with time.
 
-    Years to days are those of the calendar. Hours and shorter periods are elapsed time: the hour
-    that comes twice when the clock is set back is two hours.
+    Years to days are calendar time. Hours and shorter periods are elapsed time: an hour that occurs
+    twice is two hours.
     """
     wall = to_wall(instant, tz)
     match unit:

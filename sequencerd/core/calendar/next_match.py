@@ -55,7 +55,9 @@ def aliases(name: str) -> tuple[str, str, str]:
 
 
 def full_name(alias: str) -> str | None:
-    """moment's normalizeUnits: short forms as written ("M" is not "m"), else in any case."""
+    """Return a unit's full name, like moment's normalizeUnits: the case matters only in short forms
+    ("M" is not "m").
+    """
     return _NAMES.get(alias) or _NAMES.get(alias.lower())
 
 
@@ -84,7 +86,7 @@ def bounds(attribute: str) -> tuple[int, int]:
 
 
 def impossible(attribute: str, values: Iterable[object]) -> list[object]:
-    """Those of `values` that can never occur, for which a definition is to be rejected.
+    """Return the `values` that can never occur: a definition with one is rejected.
 
     The original compared with `===`: only a number in the getter's range can match, so "1", true
     and 1.5 never do, while 1.0 is 1. Raises DefinitionError for an unknown attribute.
@@ -98,9 +100,9 @@ def next_match(
 ) -> datetime | None:
     """Return the first instant, not before `after`, at which a getter has one of the values.
 
-    `after` itself, to the microsecond, if it matches already. None if there is no such instant
-    within HORIZON_YEARS, as with values that never occur. Raises DefinitionError for an unknown
-    attribute.
+    That is `after` itself, to the microsecond, if it matches already. Return None if there is no
+    such instant within HORIZON_YEARS, as with values that never occur. Raises DefinitionError for
+    an unknown attribute.
     """
     field = _field(attribute)
     wanted = {_in_range(value, field) for value in values} - {None}
@@ -117,8 +119,8 @@ def next_start(
 ) -> datetime | None:
     """Return the first instant after `after` at which a period with one of the values begins.
 
-    A period lasts for as long as the getter gives the same value: an hour that a clock set back
-    shows twice is one. None and errors as of next_match.
+    A period lasts for as long as the getter returns the same value: an hour that occurs twice is a
+    single period. Returns None and raises errors like next_match.
     """
     field = _field(attribute)
     wanted = {_in_range(value, field) for value in values} - {None}
@@ -142,9 +144,9 @@ def _but(value: int, field: _DateField) -> list[int]:
 
 
 class _DateField(NamedTuple):
-    """What moment's getter can give, how it reads a wall time, and when a value comes next.
+    """The range of a moment getter, its value at a wall time, and the next wall time with a value.
 
-    `following` gets a wall time whose own value is not wanted, and the wanted values in order.
+    `following` takes a wall time whose own value is not wanted, and the wanted values in order.
     """
 
     lowest: int
@@ -156,11 +158,11 @@ class _DateField(NamedTuple):
 def _search(
     after: datetime, field: _DateField, wanted: Sequence[int], tz: ZoneInfo
 ) -> datetime | None:
-    """Steps from one wall time that should match to the next: mostly one, two around a gap.
+    """Search the next match, from one candidate wall time to the next: usually one, two at a gap.
 
-    Between an instant and the one at which the clock first shows the next matching wall time
-    nothing can match, with one exception: clocks that are set back to before the wall time now.
-    So the search goes on from there. Where a gap skips the wall time, it goes on from its end.
+    Nothing can match before the clock first shows the next candidate, with one exception: a clock
+    that is set back to before the present wall time. In that case the search continues from there.
+    If the clock skips the candidate, the search continues from the end of the gap.
     """
     instant = after
     while instant - after <= _HORIZON:
@@ -207,7 +209,7 @@ def _of_clock(unit: timedelta, count: int) -> Callable[[datetime, Sequence[int]]
 def _of_day(
     rule: Callable[[date, Sequence[int]], date | None],
 ) -> Callable[[datetime, Sequence[int]], datetime | None]:
-    """Midnight of the day that the rule gives."""
+    """Return a function to the midnight of the day that the rule returns."""
 
     def following(wall: datetime, wanted: Sequence[int]) -> datetime | None:
         day = rule(wall.date(), wanted)
@@ -217,12 +219,14 @@ def _of_day(
 
 
 def _next_weekday(day: date, wanted: Sequence[int]) -> date:
-    """Sunday is 0, or 7 in ISO's counting."""
+    """Return the next day with a wanted weekday; Sunday is 0, or 7 as in ISO 8601."""
     return day + _DAY * min((value - day.isoweekday()) % 7 for value in wanted)
 
 
 def _next_day_of_month(day: date, wanted: Sequence[int]) -> date | None:
-    """Every day of a month comes within two months: no two short ones are neighbours."""
+    """Return the next day with a wanted number, which comes within two months: no two consecutive
+    months are short.
+    """
     for months in range(day.month - 1, day.month + 2):
         year, month = day.year + months // 12, months % 12 + 1
         for value in wanted:

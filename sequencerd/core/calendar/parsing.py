@@ -20,7 +20,7 @@ _SPACE = r"[\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufe
 
 
 def _iso_style(dash: str, colon: str) -> Pattern[str]:
-    """ISO 8601 in moment's extent. The extended and the basic style are not mixed in one text."""
+    """Return a pattern for ISO 8601 as moment reads it. A text does not mix the two styles."""
     return re.compile(
         rf"""{_SPACE}*
         (?P<year>[+-][0-9]{{6}}|[0-9]{{4}})
@@ -73,8 +73,9 @@ def parse(text: str, tz: ZoneInfo) -> datetime | None:
     basic forms without dashes and colons; after a whole date T or a space and HH, HH:mm, HH:mm:ss,
     HH:mm:ss.SSS and Z or an offset), the same as Ruby writes it with a space before UTC or the
     offset, RFC 2822, and ASP.NET's /Date(milliseconds)/.
-    A time in a gap moves on by the gap, one that comes twice is the first. None for everything
-    else: what is invalid, what JavaScript's Date would guess at, years outside of 1 to 9999.
+    A time in a gap is moved forward by the gap; of a time that occurs twice, the first is returned.
+    Return None for everything else: invalid text, text at which JavaScript's Date would guess, and
+    years outside of 1 to 9999.
     """
     try:
         if match := _ASP_NET.match(text):
