@@ -100,16 +100,16 @@ def advance(
 ) -> Advanced:
     """Move an enrollment as far as possible at this time.
 
-    First apply the result of its side effect, then check the goals, then follow the steps until one
-    must wait (Wait), needs a side effect or external data (Execute, QueryLookup), ends (End)
-    or cannot be executed (Fail). No definition and no enrollment makes it raise.
+    First apply the result of its side effect, then check the goals, then follow the steps until the
+    enrollment must wait (Wait), needs a side effect or external data (Execute, QueryLookup), ends
+    (End) or cannot continue (Fail). No definition and no enrollment makes this function raise.
 
     `enrollment.wake_at` is read only if the enrollment has not started. `result` is the result of
-    the attempt that `enrollment.attempt` counts, or after QueryLookup the external data. `jitter` (0 to
-    1) shortens the wait before a retry. `started_revision` is the revision of the definition with
-    which the side effect was started. `refused` maps sequences that the subject cannot enter by a
-    jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences in
-    `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
+    the attempt that `enrollment.attempt` counts or, after QueryLookup, the external data. `jitter`
+    (0 to 1) shortens the wait before a retry. `started_revision` is the revision of the definition
+    with which the side effect was started. `refused` maps sequences that the subject cannot enter
+    by a jump to the code of the reason, such as `already_enrolled`: the caller checks the sequences
+    in `entered`, and calls again if one refuses. `expired_leases` counts the recent leases of this
     visit that expired before. `result_only` applies the result, and leaves the rest to another
     evaluation. `full` says which limit of the first side effect with one has no room, if any: the
     caller reserves it, and calls again.

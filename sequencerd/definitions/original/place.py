@@ -256,7 +256,7 @@ class _Writer:
         return Placement(placed, at, there is not own)
 
     def _beyond(self, placed: ImportedEnrollment, there: ImportedSequence) -> ImportedEnrollment:
-        """Past a WaitForDate, and past the side effect that follows, which would come too late."""
+        """Skip a WaitForDate, and the side effect that follows: it would be too late."""
         target = self._steps[there.name, placed.step]["next"]
         skipped = None
         step = self._steps.get((there.name, target or ""))

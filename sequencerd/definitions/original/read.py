@@ -89,7 +89,7 @@ class ImportSource:
 async def read(source: ImportSource, ours: asyncpg.Connection, runners: Runners) -> ImportReport:
     """Read and check the definitions. Raises UsageError if the tables do not exist.
 
-    A sequence that cannot be imported is reported, and keeps none of the others back.
+    A sequence that cannot be imported is reported, and does not prevent the import of others.
     """
     columns = await source.optional()
     rows: dict[str, list[OriginalStep]] = {}
@@ -158,7 +158,7 @@ class _NewSequence:
 
 
 class _ImportReader:
-    """One reading: what is present here, what is new, and what came of it."""
+    """Reads the sequences once: those that are present here, the new ones, and the result."""
 
     def __init__(
         self,

@@ -32,13 +32,13 @@ class ImportedSequence:
 
     @property
     def name(self) -> str:
-        """Its name here."""
+        """Return its name here."""
         name: str = self.document["name"]
         return name
 
     @property
     def steps(self) -> Mapping[str, Mapping[str, Any]]:
-        """The steps of its document, by name."""
+        """Return the steps of its document, by name."""
         return {step["name"]: step for step in self.document["steps"]}
 
 
@@ -60,7 +60,7 @@ class ImportReport:
     questions: list[str] = field(default_factory=list)
 
     def lines(self, *, done: bool) -> Iterator[str]:
-        """Lines for a terminal; of what was `done`, or else would be."""
+        """Yield lines for a terminal: what was `done`, or else what would be."""
         yield from (f"warning: {text}" for text in self.warnings)
         yield from (f"error: {text}" for text in self.errors)
         is_ = "is" if done else "would be"

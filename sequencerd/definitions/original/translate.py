@@ -75,7 +75,7 @@ def step_name(row: OriginalStep) -> str:
 
 
 def in_order(first: str | None, rows: Sequence[OriginalStep]) -> list[OriginalStep]:
-    """Along the paths, the first step first; what none of them reaches, such as goals, last."""
+    """Return the steps along the paths from the first one; then those on no path, such as goals."""
     by_id = {row.id: row for row in rows}
 
     def following(id_: str) -> list[str]:
