@@ -153,7 +153,7 @@ def compile_template(
             wrong += [f"partial {name!r}: {text}" for text in missing]
     if wrong:
         raise DefinitionError([Fault((), text) for text in wrong])
-    reads = frozenset(found["reads"]).union(*(one["reads"] for one in used.values()))
+    reads = _shared(frozenset(found["reads"]).union(*(one["reads"] for one in used.values())))
     roots = frozenset(path.split(".")[0] for path in reads)
     program = {"source": source, "html": escape, "strict": strict}
     if used:
@@ -162,14 +162,20 @@ def compile_template(
         source=source,
         is_literal=False,
         reads=reads,
-        surely_reads=frozenset(found["surelyReads"]),
-        roots=None if "this" in roots else roots | {"timezone"},
+        surely_reads=_shared(frozenset(found["surelyReads"])),
+        roots=None if "this" in roots else _shared(roots | {"timezone"}),
         program=json.dumps(program),
         dates=tuple(
             _Date(tuple(keys), *[given.get(name, "") for name in ("format", "zone", "locale")])
             for keys, given in found["dates"]
         ),
     )
+
+
+@lru_cache(maxsize=10_000)
+def _shared(names: frozenset[str]) -> frozenset[str]:
+    """Return an equal set, which all templates that read the same values share."""
+    return names
 
 
 def check_partial(source: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from sys import intern
 from typing import Annotated, Self
 
 from pydantic import (
@@ -71,19 +73,24 @@ class DurationConfig(Config):
 MoveTime = Callable[[datetime], datetime]
 
 
-def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], MoveTime]:
-    """Compile how far instants are moved by a duration; errors name its path. DefinitionError."""
-    faults = Faults()
-    with faults.at(*path, "amount"):
-        amount = compile_number((*path, "amount"), duration.amount)
-    faults.check()
-    name, calendar = duration.unit, duration.holidays  # the config takes more memory
-    unit = "" if name in BUSINESS_DAYS else dates.normalise_unit(name)
+@dataclass(frozen=True, slots=True)
+class _Duration:
+    """A compiled duration: there may be one for each step, and nested functions, or the config,
+    would take several times as much memory.
+    """
 
-    def bind(context: Context) -> MoveTime:
+    amount: Callable[[Context], float] | float
+    name: str  # of its unit, as in the config
+    unit: str  # the full name; "" for business days
+    calendar: str | None
+    path: KeyPath
+
+    def bind(self, context: Context) -> MoveTime:
+        """Return the function that moves instants of an enrollment by the duration."""
         tz = dates.zone(context.timezone)
-        number = amount(context)
-        off = context.holidays(calendar)
+        number = self.amount(context) if callable(self.amount) else self.amount
+        off = context.holidays(self.calendar)
+        unit = self.unit
 
         def move(instant: datetime) -> datetime:
             try:
@@ -91,19 +98,38 @@ def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Cont
                     return add_business_days(instant, number, tz, off)
                 return dates.add(instant, number, unit, tz)
             except EvaluationError as error:
-                where = ".".join(map(str, (*path, "amount")))
-                message = f"{where} {number:g} {name}: {error}"
+                where = ".".join(map(str, (*self.path, "amount")))
+                message = f"{where} {number:g} {self.name}: {error}"
                 raise EvaluationError(error.failure, message) from error
 
         return move
 
-    return bind
+    def end(self, context: Context) -> datetime:
+        """Return the end of the duration if it begins with the arrival at the step."""
+        return self.bind(context)(context.entered_at)
+
+
+def _compile(duration: DurationConfig, path: KeyPath) -> _Duration:
+    amount: Callable[[Context], float] | float | str = duration.amount
+    if isinstance(amount, str):
+        faults = Faults()
+        with faults.at(*path, "amount"):
+            amount = compile_number((*path, "amount"), amount)
+        faults.check()
+        assert not isinstance(amount, str)
+    name = intern(duration.unit)
+    unit = "" if name in BUSINESS_DAYS else dates.normalise_unit(name)
+    return _Duration(amount, name, unit, duration.holidays, path)
+
+
+def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], MoveTime]:
+    """Compile how far instants are moved by a duration; errors name its path. DefinitionError."""
+    return _compile(duration, path).bind
 
 
 def compile_duration(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], datetime]:
     """Compile the end of a duration that begins with the arrival at the step."""
-    bind = compile_move(duration, path)
-    return lambda context: bind(context)(context.entered_at)
+    return _compile(duration, path).end
 
 
 def spelled_out(value: object) -> object:

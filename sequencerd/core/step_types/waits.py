@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
@@ -70,6 +71,8 @@ def _after(duration: DurationConfig, exit_: Exit) -> Exit:
     """Return an exit that is taken when a duration is over."""
     if isinstance(duration.amount, str):
         return exit_._replace(at_once="sometimes", reason="if its amount is 0 or less")
+    if isinstance(duration.amount, int) and duration.amount > 0:
+        return _taken(exit_, "never")
     if duration.unit in BUSINESS_DAYS:
         return exit_._replace(at_once="never" if duration.amount > 0 else "always")
     arrival = datetime(2026, 1, 1, tzinfo=UTC)
@@ -91,15 +94,20 @@ class WaitForDurationConfig(DurationConfig):
 
 
 def _wait_for_duration(config: WaitForDurationConfig) -> InstantStep:
-    return InstantStep(_wait_until(compile_duration(config)), (_after(config, NEXT),))
+    return InstantStep(_WaitUntil(compile_duration(config)), (_after(config, NEXT),))
 
 
-def _wait_until(end: Callable[[Context], datetime]) -> Callable[[Context], StepAnswer]:
-    def answer(context: Context) -> StepAnswer:
-        until = end(context)
+@dataclass(frozen=True, slots=True)
+class _WaitUntil:
+    """The answer of a step that waits until a time: as an object, which is smaller than a function
+    within another.
+    """
+
+    end: Callable[[Context], datetime]
+
+    def __call__(self, context: Context) -> StepAnswer:
+        until = self.end(context)
         return Action.NEXT if until <= context.now else Stay(until)
-
-    return answer
 
 
 def _describe_duration(config: Mapping[str, Any]) -> str:
@@ -372,7 +380,7 @@ def _wait_for_window(config: WaitForWindowConfig) -> InstantStep:
         )
 
     exit_ = NEXT._replace(at_once="sometimes", reason="if the window is open")
-    return InstantStep(_wait_until(begin), (exit_,))
+    return InstantStep(_WaitUntil(begin), (exit_,))
 
 
 def _describe_window(config: Mapping[str, Any]) -> str:
