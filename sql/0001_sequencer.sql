@@ -1872,14 +1872,21 @@ CREATE FUNCTION sequencer.notify_definitions() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- on a node of Citus no daemon listens, and a transaction over several nodes that notifies fails
-    IF TG_TABLE_NAME = 'sequences' AND current_setting('sequencer.notify', true) IS DISTINCT FROM 'off' THEN
+    IF TG_TABLE_NAME <> 'sequences' OR current_setting('sequencer.notify', true) = 'off' THEN
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'TRUNCATE' THEN
         PERFORM pg_notify('sequencer', '{"definitions": true}');
     END IF;
+    -- the daemon reads only what is named; a rename concerns both names
+    PERFORM pg_notify('sequencer', json_build_object('definitions', name)::text)
+       FROM unnest(ARRAY[OLD.name, NEW.name]) AS name WHERE name IS NOT NULL;
     RETURN NULL;
 END $$;
 
-CREATE TRIGGER notify_definitions
-    AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON sequencer.sequences
+CREATE TRIGGER notify_definitions AFTER INSERT OR UPDATE OR DELETE ON sequencer.sequences
+    FOR EACH ROW EXECUTE FUNCTION sequencer.notify_definitions();
+CREATE TRIGGER notify_truncate AFTER TRUNCATE ON sequencer.sequences
     FOR EACH STATEMENT EXECUTE FUNCTION sequencer.notify_definitions();
 
 

@@ -319,6 +319,31 @@ class ServedElsewhere:
     exits: tuple[Exit, ...] = NEXT_AND_ALT_NEXT
 
 
+Behaviour = InstantStep | SideEffect | InvalidStep | ServedElsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class StoredConfig:
+    """The config of a step as JSON text, and what it is compiled to.
+
+    It is parsed whenever it is read, which is seldom: as objects, it would take several times the
+    memory.
+    """
+
+    text: str
+    behaviour: Behaviour
+    reads_external: bool = False
+    calendars: frozenset[str] = frozenset()
+
+    def parse(self) -> dict[str, Any]:
+        """Return the config; if it cannot be read, which is a problem of its step, nothing."""
+        try:
+            config: dict[str, Any] = json.loads(self.text)
+        except (ValueError, RecursionError):
+            return {}
+        return config
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A node of a sequence. `behaviour` is made from `type` and `config`."""
@@ -326,13 +351,19 @@ class Step:
     sequence: str
     name: str
     type: str
-    config: Mapping[str, Any]
+    source: Mapping[str, Any] | StoredConfig
     next_step: str | None
     alt_next_step: str | None
-    behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
+    behaviour: Behaviour
     position: int = 0  # in the definition: of several goals met at once, the last one wins
     reads_external: bool = False
     seed: str | None = None  # of a Split: what assigns subjects; None: its names
+    calendars: frozenset[str] = frozenset()  # of holidays, which its config names
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return its config."""
+        return self.source.parse() if isinstance(self.source, StoredConfig) else self.source
 
     @property
     def exits(self) -> tuple[Exit, ...]:

@@ -11,7 +11,7 @@ from datetime import date, datetime, timedelta
 from difflib import get_close_matches
 from functools import lru_cache
 from sys import intern
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import asyncpg
 
@@ -23,6 +23,7 @@ from sequencerd.core.model import (
     ALT_NEXT,
     NEXT_AND_ALT_NEXT,
     NOTHING_SHARED,
+    Behaviour,
     DefinitionError,
     Exit,
     Fault,
@@ -35,6 +36,8 @@ from sequencerd.core.model import (
     ServedElsewhere,
     SideEffect,
     Step,
+    StepKey,
+    StoredConfig,
     TopicLimits,
     no_holidays,
 )
@@ -182,23 +185,26 @@ def build(
     `holidays` and `topic_limits` are those of the database; None means that they were not read.
     """
     ordered = sorted(steps, key=lambda step: step.position)
-    ordered = [_with_topic_limit(step, topic, topic_limits) for step in ordered]
+    if topic_limits != {}:
+        ordered = [_with_topic_limit(step, topic, topic_limits) for step in ordered]
     by_name = {step.name: step for step in ordered}
-    exits = {step.name: step.exits for step in ordered}
-    for stuck in _never_waiting(name, by_name, exits):
+    for stuck in _never_waiting(name, by_name):
         fault = "it is part of a cycle that never waits: add a step that waits to it"
         by_name[stuck] = _with_problems(by_name[stuck], [Fault((), fault)])
     hints = MAX_HINTS
     for step in ordered:
         missing = []
-        for exit_ in exits[step.name]:
+        for (
+            exit_
+        ) in step.behaviour.exits:  # those without a path in the config follow a foreign key
             is_own = exit_.path[0] == "config" and exit_.sequence in (None, name)
             if is_own and exit_.target is not None and exit_.target not in by_name:
                 hint = f"; {nearest(exit_.target, list(by_name))}" if hints else ""
                 hints = max(hints - 1, 0)
                 message = f"step {exit_.target!r} does not exist{hint}"
                 missing.append(Fault(exit_.path[1:], message))
-        by_name[step.name] = _with_problems(by_name[step.name], missing)
+        if missing:
+            by_name[step.name] = _with_problems(by_name[step.name], missing)
     try:
         dates.zone(timezone)
     except DefinitionError as error:
@@ -273,15 +279,24 @@ def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
     """Return the holiday calendars that the steps of a sequence with this window need."""
     found: set[str] = set()
     for step in steps:
-        found |= step_types.calendars(step.type, step.config)
+        found |= step.calendars
         if isinstance(step.behaviour, SideEffect):
             opens = window if step.behaviour.follows_window else step.behaviour.window
             if opens and opens.holidays:
                 found.add(opens.holidays)
-            match step.config.get("expires"):
-                case {"holidays": str(calendar)}:
-                    found.add(calendar)
     return found
+
+
+_NO_CALENDARS = frozenset[str]()  # frozenset(found) would make another empty one for each step
+
+
+def named_calendars(type_: str, config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the holiday calendars that a config names, other than that of its window."""
+    found = step_types.calendars(type_, config)
+    match config.get("expires"):
+        case {"holidays": str(calendar)}:
+            found.add(calendar)
+    return frozenset(found) if found else _NO_CALENDARS
 
 
 def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
@@ -293,74 +308,77 @@ def _with_problems(step: Step, faults: Iterable[Fault]) -> Step:
     return replace(step, behaviour=InvalidStep(str(error), error.faults, step.behaviour.exits))
 
 
-def _never_waiting(
-    name: str, steps: Mapping[str, Step], exits: Mapping[str, tuple[Exit, ...]]
-) -> set[str]:
+def _never_waiting(name: str, steps: Mapping[str, Step]) -> set[str]:
     """Return the steps all of whose exits lead in cycles without a wait or a side effect."""
-    left: list[str] = []  # steps with an exit to a step outside
-    others: list[str] = []
-    for step in steps.values():
-        is_left = not isinstance(step.behaviour, InstantStep) or any(
-            exit_.at_once != "always"
-            or exit_.target not in steps
-            or exit_.sequence not in (None, name)
-            for exit_ in exits[step.name]
+    exits = {  # of the steps that may be left on arrival only
+        step.name: step.exits
+        for step in steps.values()
+        if isinstance(step.behaviour, InstantStep) and _may_pass(step.behaviour)
+    }
+    others = [
+        step
+        for step, ways in exits.items()
+        if all(
+            exit_.at_once == "always" and exit_.target in steps and exit_.sequence in (None, name)
+            for exit_ in ways
         )
-        (left if is_left else others).append(step.name)
+    ]
+    if not others:
+        return set()
+    left = steps.keys() - set(others)  # steps with an exit to a step outside
     sources: dict[str, list[str]] = defaultdict(list)
     for other in others:
         for exit_ in exits[other]:
             assert exit_.target is not None
             sources[exit_.target].append(other)
-    if not others:
-        return set()
     escaping = graph.reach(left, lambda step: sources[step])
     return set(others) - escaping
 
 
-class CompiledStep(NamedTuple):
-    """A compiled step: made from its type and config, and the shared parts of its sequence's
-    messages.
-    """
-
-    config: dict[str, Any]
-    behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
-    reads_external: bool
+def _may_pass(behaviour: InstantStep) -> bool:
+    """Return whether every exit that a step must have is taken on arrival."""
+    return all(exit_.at_once == "always" or exit_.is_optional for exit_ in behaviour.exits)
 
 
 def compile_row(
     row: asyncpg.Record, runners: Runners, shared: MessageContext, elsewhere: Collection[str] = ()
-) -> CompiledStep:
-    """Compile the type and config in a row of sequencer.steps. `elsewhere` are the types that only
-    other daemons serve.
+) -> StoredConfig:
+    """Compile the type and config in a row of sequencer.steps, with the shared parts of the
+    messages of its sequence. `elsewhere` are the types that only other daemons serve.
     """
+    type_, text = row["type"], row["config"]
     try:
-        config = parse_json(row["config"])
+        config = parse_json(text)
     except DefinitionError as error:
-        return CompiledStep({}, InvalidStep(f"config {error}"), False)
-    behaviour: InstantStep | SideEffect | InvalidStep | ServedElsewhere
-    behaviour = compile_behaviour(row["type"], config, runners, shared)
-    if row["type"] in elsewhere and isinstance(behaviour, InvalidStep):
+        return StoredConfig(text, InvalidStep(f"config {error}"))
+    behaviour: Behaviour = compile_behaviour(type_, config, runners, shared)
+    if type_ in elsewhere and isinstance(behaviour, InvalidStep):
         behaviour = ServedElsewhere(behaviour.message)
-    return CompiledStep(config, behaviour, reads_external(row["type"], config, shared))
+    return StoredConfig(
+        text,
+        behaviour,
+        reads_external=reads_external(type_, config, shared),
+        calendars=named_calendars(type_, config),
+    )
 
 
-def make_step(row: asyncpg.Record, compiled: CompiledStep) -> Step:
+def make_step(row: asyncpg.Record, config: StoredConfig) -> Step:
     """Make a step from its row in sequencer.steps. Equal names are stored once, because they take
     more memory than the step.
     """
     following, alternative = row["next_step"], row["alt_next_step"]
     return Step(
-        sequence=intern(row["sequence"]),
-        name=intern(row["name"]),
-        type=intern(row["type"]),
-        config=compiled.config,
-        next_step=None if following is None else intern(following),
-        alt_next_step=None if alternative is None else intern(alternative),
-        behaviour=compiled.behaviour,
-        position=row["position"],
-        reads_external=compiled.reads_external,
-        seed=row["seed"],
+        intern(row["sequence"]),
+        intern(row["name"]),
+        intern(row["type"]),
+        config,
+        None if following is None else intern(following),
+        None if alternative is None else intern(alternative),
+        config.behaviour,
+        row["position"],
+        config.reads_external,
+        row["seed"],
+        config.calendars,
     )
 
 
@@ -451,22 +469,22 @@ def reads_external(
     return any(re.search(r"\bexternal\b", source) for source in sources)
 
 
-def problems(
-    sequence: Sequence, known: Mapping[tuple[str, str], str]
-) -> dict[tuple[str, str], str | None]:
-    """Return the problem of each step, or None. Problems of a step that other daemons execute are
-    reported by those, unless it is only `known` that this daemon cannot execute it.
+def problems(sequence: Sequence, known: Mapping[StepKey, str]) -> dict[StepKey, str | None]:
+    """Return the problems of steps, and None for those with a `known` problem that is over.
+    Problems of a step that other daemons execute are reported by those, unless it is only known
+    that this daemon cannot execute it.
     """
-    found: dict[tuple[str, str], str | None] = {}
+    found: dict[StepKey, str | None] = {}
     for step in sequence.steps.values():
-        key = (step.sequence, step.name)
-        match step.behaviour:
-            case InvalidStep(message):
-                found[key] = message
-            case ServedElsewhere(problem) if known.get(key) not in (None, problem):
-                pass
-            case _:
-                found[key] = None
+        behaviour = step.behaviour
+        if isinstance(behaviour, InvalidStep):
+            found[step.sequence, step.name] = behaviour.message
+        elif (
+            known  # is empty in most cases
+            and (problem := known.get((step.sequence, step.name))) is not None
+            and not (isinstance(behaviour, ServedElsewhere) and behaviour.problem != problem)
+        ):
+            found[step.sequence, step.name] = None
     return found
 
 

@@ -52,6 +52,7 @@ from sequencerd.definitions.compiler import (
     Runners,
     build,
     compile_behaviour,
+    named_calendars,
     reads_external,
 )
 from sequencerd.definitions.yaml_reader import Document, DocumentError, read_documents
@@ -550,13 +551,14 @@ def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContex
             sequence=source.name or "",
             name=parsed.name,
             type=parsed.type,
-            config=parsed.config,
+            source=parsed.config,
             next_step=parsed.next if "next" in parsed.model_fields_set else following,
             alt_next_step=parsed.alt_next,
             behaviour=compile_behaviour(parsed.type, parsed.config, runners, shared),
             position=number,
             reads_external=reads_external(parsed.type, parsed.config, shared),
             seed=parsed.seed,
+            calendars=named_calendars(parsed.type, parsed.config),
         )
         if parsed.alt_next is None and "alt_next" not in parsed.model_fields_set:
             _check_alt_next(source, number, step)

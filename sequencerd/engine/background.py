@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
@@ -11,6 +13,19 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 ERROR_PAUSE = 1.0  # seconds after a transient error
 MAX_SHARE_OF_TIME = 0.2  # of the time, for work that is requested again and again
+
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def concurrently(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """Do work in a task of its own within the context, which may await it."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class Background:

@@ -10,9 +10,8 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
-from sequencerd.core.model import StepKey
+from sequencerd.core.model import StepKey, StoredConfig
 from sequencerd.definitions.compiler import (
-    CompiledStep,
     Runners,
     compile_row,
     make_sequence,
@@ -21,14 +20,17 @@ from sequencerd.definitions.compiler import (
     served,
     shared_of,
 )
+from sequencerd.engine.background import concurrently
 from sequencerd.engine.clock import Clock
 from sequencerd.storage import connections, daemons, sequences
 
 MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
+UNTIMED_STEPS = 100  # compiled steps that are made without reading the time
 THREADED_STEPS = 500  # steps from which on a sequence is assembled in a thread
 STEPS_PER_READ = 5_000  # steps that are read or reported at a time, in whole sequences
-_Key = tuple[str, str, model.MessageContext]  # type, config as JSON, what messages share
+_Configs = dict[tuple[str, str], StoredConfig]  # by type and text
 MAX_UNKNOWN = 10_000  # missing names that are remembered until definitions change
+MAX_WANTED = 1000  # names of changed sequences; beyond them, all sequences are checked for changes
 
 
 class Catalog:
@@ -50,12 +52,13 @@ class Catalog:
         self._daemon = daemon
         self._others: frozenset[str] = frozenset()  # types that other daemons serve
         self._unfinished: set[str] = set()  # sequences that must be read once more
+        self._outdated: frozenset[str] = frozenset()  # types to be compiled again in these
         self._reschedule = reschedule
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
-        self._compiled: dict[str, dict[_Key, CompiledStep]] = {}  # by sequence
-        self._started = self._read = 0  # the last reload that started, the last that succeeded
+        self._pause_at = 0.0  # when to let the loop do other work, in its time
+        self._wanted: set[str] | None = set()  # sequences to check for changes; None: all
         self._unknown: set[str] = set()  # missing names that were looked up
 
     @property
@@ -78,29 +81,44 @@ class Catalog:
         self._unknown.add(name)
         return True
 
+    def want(self, names: Iterable[str] | None = None) -> None:
+        """Have the next reload check these sequences for changes, or all."""
+        if names is None:
+            self._wanted = None
+        elif self._wanted is not None:
+            self._wanted |= set(names)
+            if len(self._wanted) > MAX_WANTED:
+                self._wanted = None
+
     async def reload(self) -> list[str]:
-        """Read the definitions that have changed. Return the names of their sequences.
+        """Read the wanted definitions that have changed. Return the names of their sequences, also
+        of those that no longer exist.
 
-        A call that waits while another one starts to read does not read again.
+        Of the calls that wait while another one reads, the first one reads for all.
         """
-        last = self._started
         async with self._loading:
-            if self._read > last:
+            wanted, self._wanted = self._wanted, set()
+            if wanted == set():
                 return []
-            self._started += 1
-            present = self._started
-            async with connections.borrow(self._pool) as connection:
-                changed = await self._read_changed(connection)
-            self._read = present
-            return changed
+            try:
+                async with connections.borrow(self._pool) as connection:
+                    return await self._read_changed(connection, wanted)
+            except BaseException:
+                self.want(wanted)
+                raise
 
-    async def _read_changed(self, connection: asyncpg.Connection) -> list[str]:
+    async def _read_changed(
+        self, connection: asyncpg.Connection, wanted: set[str] | None
+    ) -> list[str]:
         self._set_other_types(await daemons.types_elsewhere(connection, self._daemon))
-        revisions = await sequences.read_revisions(connection)
-        for name in self.sequences.keys() - revisions.keys():
+        if wanted is not None:
+            wanted |= self._unfinished
+        revisions = await sequences.read_revisions(connection, wanted)
+        known = self.sequences.keys() if wanted is None else self.sequences.keys() & wanted
+        gone = known - revisions.keys()
+        for name in gone:
             del self.sequences[name]
-            self._compiled.pop(name, None)
-        self._unfinished &= revisions.keys()
+        self._unfinished -= gone
         changed = [
             name
             for name, revision in revisions.items()
@@ -111,18 +129,18 @@ class Catalog:
         if changed:
             await self._load(connection, changed, self._runners)
             self._unknown.clear()
-        return changed
+        return [*changed, *gone]
 
     def _set_other_types(self, types: frozenset[str]) -> None:
         """Set the step types that other daemons serve. Steps of changed types are recompiled."""
         others, self._others = self._others, types
-        concerned = (others ^ types) - self.served
-        for name, compiled in self._compiled.items():
-            stale = [key for key in compiled if key[0] in concerned]
-            if stale:
-                self._unfinished.add(name)
-            for key in stale:
-                del compiled[key]
+        if outdated := (others ^ types) - self.served:
+            self._outdated |= outdated
+            self._unfinished |= {
+                name
+                for name, sequence in self.sequences.items()
+                if any(step.type in outdated for step in sequence.steps.values())
+            }
 
     async def use(self, runners: Runners, swap: Callable[[], object]) -> None:
         """Read all definitions again for other runners.
@@ -136,7 +154,6 @@ class Catalog:
             swap()
 
         async with self._loading, connections.borrow(self._pool) as connection:
-            self._compiled.clear()
             names = list(await sequences.read_revisions(connection))
             await self._load(connection, names, runners, begin)
 
@@ -150,49 +167,75 @@ class Catalog:
         made: list[model.Sequence] = []
         known: dict[StepKey, str] = {}
         changed: list[StepKey] = []  # that are to be rescheduled
-        pool: dict[_Key, tuple[_Key, CompiledStep]] = {}  # of all sequences that are loaded
+        # of all sequences that are loaded, by what the messages of a sequence share
+        configs: defaultdict[model.MessageContext, _Configs] = defaultdict(dict)
         async with sequences.snapshot(connection):
-            # rows take more memory than what is made of them
-            size, first = 1, 0
-            while page := names[first : first + size]:
-                sequence_rows, step_rows = await sequences.read_some(connection, page)
-                first += len(page)
+            # in pages, as rows take more memory than what is made of them
+            first, size = 1, 1
+            sequence_rows, step_rows = await sequences.read_some(connection, names[:1])
+            while sequence_rows or first < len(names):
                 size = min(2 * size, size * STEPS_PER_READ // max(len(step_rows), 1)) or 1
-                steps = defaultdict(list)
-                for row in step_rows:
-                    step_key = (row["sequence"], row["name"])
-                    steps[row["sequence"]].append(row)
-                    if row["problem"] is not None:
-                        known[step_key] = row["problem"]
-                    if row["reschedule"]:
-                        changed.append(step_key)
-                made += [
-                    await self._make(row, steps[row["name"]], runners, pool)
-                    for row in sequence_rows
-                ]
+                page = names[first : first + size]
+                first += len(page)
+                # the server reads the next page while this one is compiled
+                async with concurrently(sequences.read_some(connection, page)) as reading:
+                    steps = defaultdict(list)
+                    for row in step_rows:
+                        steps[row["sequence"]].append(row)
+                        if row["problem"] is not None:
+                            known[row["sequence"], row["name"]] = row["problem"]
+                        if row["reschedule"]:
+                            changed.append((row["sequence"], row["name"]))
+                    made += [
+                        await self._make(row, steps[row["name"]], runners, configs)
+                        for row in sequence_rows
+                    ]
+                    sequence_rows, step_rows = await reading
         begin()
         for sequence in made:
             self.sequences[sequence.name] = sequence
         self._unfinished.difference_update(names)
-        found: dict[StepKey, str | None] = {}
-        for sequence in made:
-            found |= problems(sequence, known)
-            if len(found) >= STEPS_PER_READ or sequence is made[-1]:
-                await self._report(connection, found, known)
-                found = {}
-            await asyncio.sleep(0)
+        if not self._unfinished:
+            self._outdated = frozenset()
+        if made:
+            await self._report(connection, made, known)
         for step_key in changed:
             self._reschedule(step_key)
 
     async def _report(
         self,
         connection: asyncpg.Connection,
-        found: Mapping[StepKey, str | None],
+        made: Sequence[model.Sequence],
         known: Mapping[StepKey, str],
     ) -> None:
         """Write the problems of steps, and resume enrollments that failed at steps that are valid
         now.
         """
+        found: dict[StepKey, str | None] = {}
+        over: set[StepKey] = set()
+        for sequence in made:
+            found |= problems(sequence, known)
+            if len(found) >= STEPS_PER_READ or sequence is made[-1]:
+                await self._write_problems(connection, found, known)
+                over |= {key for key, text in found.items() if text is None}
+                found = {}
+            await asyncio.sleep(0)
+        names = {sequence.name for sequence in made}
+        await self.revive(
+            connection,
+            [
+                step_key
+                for step_key in await sequences.failed_steps(connection, names)
+                if step_key[0] in names and (step_key not in known or step_key in over)
+            ],
+        )
+
+    async def _write_problems(
+        self,
+        connection: asyncpg.Connection,
+        found: Mapping[StepKey, str | None],
+        known: Mapping[StepKey, str],
+    ) -> None:
         news = {key: text for key, text in found.items() if text != known.get(key)}
         if news:
             await sequences.set_problems(connection, news)
@@ -201,7 +244,6 @@ class Catalog:
                     self._log.error(
                         "step has a problem", sequence=sequence, step=step, problem=text
                     )
-        await self.revive(connection, [key for key, text in found.items() if text is None])
 
     async def revive(self, connection: asyncpg.Connection, step_keys: Iterable[StepKey]) -> None:
         """Resume enrollments that failed at steps because these were invalid, if they are valid."""
@@ -210,7 +252,7 @@ class Catalog:
             for step_key in step_keys
             if (step := self.step(step_key)) and not isinstance(step.behaviour, model.InvalidStep)
         ]
-        if count := await sequences.revive(connection, valid, self._clock.now()):
+        if valid and (count := await sequences.revive(connection, valid, self._clock.now())):
             self._log.info("failed enrollments resumed, as their steps are valid now", count=count)
 
     async def _make(
@@ -218,33 +260,46 @@ class Catalog:
         row: asyncpg.Record,
         steps: Sequence[asyncpg.Record],
         runners: Runners,
-        pool: dict[_Key, tuple[_Key, CompiledStep]],
+        configs: Mapping[model.MessageContext, _Configs],
     ) -> model.Sequence:
         """Make a sequence from its rows.
 
-        Steps that were compiled before, or for another sequence (`pool`), are not compiled again,
-        and the loop is blocked for some milliseconds at most, however many steps there are.
+        Steps that were compiled before, or for another sequence (`configs`), are not compiled
+        again, and the loop is blocked for some milliseconds at most, however many steps there are.
         """
-        before = self._compiled.get(row["name"], {})
-        compiled: dict[_Key, CompiledStep] = {}
-        made = []
-        loop = asyncio.get_running_loop()
-        end = loop.time() + MAX_BLOCKING
-        elsewhere = self._others - served(runners)
         shared = shared_of(row)
-        for step in steps:
-            key = (step["type"], step["config"], shared)
-            if key in pool:
-                key, one = pool[key]
-            else:
-                one = before.get(key) or compile_row(step, runners, shared, elsewhere)
-                pool[key] = key, one
-            compiled[key] = one
-            made.append(make_step(step, one))
-            if loop.time() >= end:
-                await asyncio.sleep(0)
-                end = loop.time() + MAX_BLOCKING
-        self._compiled[row["name"]] = compiled
+        compiled = configs[shared]
+        before = self._compiled(row["name"], shared) if runners is self._runners else {}
+        made = []
+        elsewhere = self._others - served(runners)
+        for number, step in enumerate(steps):
+            key = (step["type"], step["config"])
+            config = compiled.get(key)
+            if config is None:
+                config = before.get(key) or compile_row(step, runners, shared, elsewhere)
+                compiled[key] = config
+                await self._pause()
+            elif number % UNTIMED_STEPS == 0:
+                await self._pause()
+            made.append(make_step(step, config))
         if len(made) < THREADED_STEPS:
             return make_sequence(row, made)
         return await asyncio.to_thread(make_sequence, row, made)
+
+    async def _pause(self) -> None:
+        """Let the loop do other work if compiling has blocked it for some milliseconds."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._pause_at:
+            await asyncio.sleep(0)
+            self._pause_at = loop.time() + MAX_BLOCKING
+
+    def _compiled(self, name: str, shared: model.MessageContext) -> _Configs:
+        """Return the compiled configs of a sequence, unless they are outdated."""
+        sequence = self.sequences.get(name)
+        if sequence is None or sequence.shared != shared:
+            return {}
+        return {
+            (step.type, step.source.text): step.source
+            for step in sequence.steps.values()
+            if isinstance(step.source, StoredConfig) and step.type not in self._outdated
+        }

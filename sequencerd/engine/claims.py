@@ -6,7 +6,7 @@ A batch that the database refuses is claimed again in parts, down to the row at 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 
@@ -38,8 +38,9 @@ LOCKED_PAUSE = timedelta(seconds=0.2)  # until a row that another session has lo
 
 
 class Claims:
-    """Claims enrollments. `push` schedules a step for a time, `reload` reads changed definitions,
-    and `probe` raises the error that keeps every row from being written.
+    """Claims enrollments. `push` schedules a step for a time, `reload` reads the definitions of
+    sequences if they have changed, and `probe` raises the error that keeps every row from being
+    written.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Claims:
         quarantine: Quarantine,
         cursors: Cursors,
         push: Callable[[StepKey, datetime], None],
-        reload: Callable[[], Awaitable[object]],
+        reload: Callable[[Iterable[str]], Awaitable[object]],
         probe: Callable[[], Awaitable[None]],
         stopping: asyncio.Event,
         daemon: str,
@@ -118,7 +119,7 @@ class Claims:
         if step_key in self._resting:
             await self._rest(step_key)
         if self._catalog.should_load(step_key[0]):
-            await self._reload()
+            await self._reload([step_key[0]])
         sequence = self._catalog.sequences.get(step_key[0])
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return False
@@ -139,7 +140,9 @@ class Claims:
         except Exception as error:
             count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
         if count == 0:
-            await self._reload()  # nothing is claimed with a definition that has changed
+            await self._reload(
+                [step_key[0]]
+            )  # nothing is claimed with a definition that has changed
         return count == limit
 
     async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:

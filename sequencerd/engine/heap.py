@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
@@ -9,6 +10,7 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=tuple[str, ...])
 
 MAX_STALE = 16  # stale entries for which a small heap is not rebuilt
+PUSHED_SHARE = 0.1  # of the keys, up to which pushing keys takes less time than a rebuild
 
 
 class Heap(Generic[K]):
@@ -36,6 +38,22 @@ class Heap(Generic[K]):
         self._prune()
         return self._heap[0][1] == key
 
+    def push_all(self, items: Sequence[tuple[K, datetime]]) -> bool:
+        """Make keys due at times, unless they are due earlier: all at once if there are many.
+        Return whether the first time has changed.
+        """
+        first = self.next_at()
+        if len(items) < len(self._due) * PUSHED_SHARE:
+            for key, at in items:
+                self.push(key, at)
+        else:
+            for key, at in items:
+                known = self._due.get(key)
+                if known is None or at < known:
+                    self._due[key] = at
+            self._rebuild()
+        return self.next_at() != first
+
     def next_at(self) -> datetime | None:
         """Return when the first key is due; None if the heap is empty."""
         self._drop_stale()
@@ -62,5 +80,8 @@ class Heap(Generic[K]):
 
     def _prune(self) -> None:
         if len(self._heap) > 2 * len(self._due) + MAX_STALE:
-            self._heap = [(at, key) for key, at in self._due.items()]
-            heapify(self._heap)
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        self._heap = [(at, key) for key, at in self._due.items()]
+        heapify(self._heap)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -24,7 +24,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import NEVER, StepKey, outcome
 from sequencerd.definitions.compiler import Runners
-from sequencerd.engine.background import ERROR_PAUSE, Background, Repeating
+from sequencerd.engine.background import ERROR_PAUSE, Background, Repeating, concurrently
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.breaker import TIMER_TOLERANCE
 from sequencerd.engine.catalog import Catalog
@@ -208,7 +208,7 @@ class Engine:
             batch=settings.batch,
             log=log,
         )
-        self._reloads = Repeating(self.reload, self._background)
+        self._reloads = Repeating(partial(self.reload, ()), self._background)
         self._fixed: set[StepKey] = set()  # steps that have changed before a failure was written
 
     # --- the loop
@@ -269,8 +269,8 @@ class Engine:
             case EnrollmentDue(due=step_key, since=since, later=is_later):
                 self._cursors.report(step_key, since, self._clock.now(), is_later=is_later)
                 self._check_soon(step_key)
-            case DefinitionsChanged():
-                self._reloads.request()
+            case DefinitionsChanged(definitions=name):
+                self._request_reload(None if name is True else [name])
             case Reevaluate():
                 self._rescheduling.request(message)
             case _:
@@ -320,7 +320,7 @@ class Engine:
         """
         if self.catalog.step(step_key) is None:
             if self.catalog.should_load(step_key[0]):
-                self._reloads.request()
+                self._request_reload([step_key[0]])
             return
         delay = self._claims.delay(step_key)
         if delay:
@@ -379,11 +379,16 @@ class Engine:
             off = self._clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
-        await self._reload_catalog()
-        async with connections.borrow(self._pool) as connection:
-            self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
         self._cursors.forget_ahead()  # triggers do not notify about what wakes after a sweep
-        wakes = await self.rebuild(whole=whole)
+        # the server searches while the definitions are compiled
+        async with concurrently(self._first_wakes(whole=whole)) as searching:
+            self.catalog.want()
+            await self.catalog.reload()
+            self._report_braked()
+            async with connections.borrow(self._pool) as connection:
+                self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
+            wakes = await searching
+        self._report_wakes(wakes)
         now = self._clock.now()
         due = self._due(wakes, now)
         counts = []
@@ -413,6 +418,13 @@ class Engine:
     async def rebuild(self, *, whole: bool = True) -> list[tuple[StepKey, datetime]]:
         """Fill the heap from the index. An entry that is too early costs one claim without a
         result.
+        """
+        wakes = await self._first_wakes(whole=whole)
+        self._report_wakes(wakes)
+        return wakes
+
+    async def _first_wakes(self, *, whole: bool) -> list[tuple[StepKey, datetime]]:
+        """Read when the first enrollment of each step wakes.
 
         While a snapshot is held open, scanning the `whole` index takes long because of its dead
         entries. So frequent calls begin at the cursors, except for a part of the time.
@@ -423,7 +435,6 @@ class Engine:
             started = loop.time()
             wakes = await first_wakes(connection, {} if whole else self._cursors.known)
             ended = loop.time()
-        self._report_wakes(wakes)
         if whole:
             self._cursors.forget_ahead()
             self._look_at = ended + (ended - started) * (1 / LOOK_SHARE - 1)
@@ -431,12 +442,13 @@ class Engine:
         return wakes
 
     def _report_wakes(
-        self, wakes: Iterable[tuple[StepKey, datetime]], *, is_later: bool = False
+        self, wakes: Sequence[tuple[StepKey, datetime]], *, is_later: bool = False
     ) -> None:
         now = self._clock.now()
         for step_key, at in wakes:
             self._cursors.report(step_key, at, now, is_later=is_later)
-            self._push(step_key, at)
+        if self._heap.push_all(wakes):
+            self._wake.set()
 
     async def find_due(self, whole: bool) -> DueSteps:
         """Find the due steps while notifications are off."""
@@ -450,16 +462,15 @@ class Engine:
         paused = {name for name, known in self.catalog.sequences.items() if known.paused}
         return {step_key: at for step_key, at in wakes if at <= now and step_key[0] not in paused}
 
-    async def _reload_catalog(self) -> list[str]:
-        changed = await self.catalog.reload()
-        sequences = self.catalog.sequences
-        self._metrics.braked(name for name, known in sequences.items() if known.is_stopped)
-        return changed
-
-    async def reload(self) -> bool:
-        """Read definitions that have changed. Return whether there were any."""
-        changed = {*await self._reload_catalog()}
+    async def reload(self, names: Iterable[str] | None = None) -> bool:
+        """Read the definitions of these sequences that have changed, and of those that were
+        requested; by default, of all. Return whether there were any.
+        """
+        self.catalog.want(names)
+        changed = {*await self.catalog.reload()}
         fixed = {*self._fixed}
+        if changed:
+            self._report_braked()
         if changed or fixed:
             async with connections.borrow(self._pool) as connection:
                 await self.catalog.revive(connection, fixed)
@@ -467,6 +478,15 @@ class Engine:
                 self._report_wakes(await first_wakes_of(connection, names), is_later=True)
         self._fixed -= fixed
         return bool(changed)
+
+    def _request_reload(self, names: Iterable[str] | None) -> None:
+        """Read the definitions of these sequences, or of all, soon, if they have changed."""
+        self.catalog.want(names)
+        self._reloads.request()
+
+    def _report_braked(self) -> None:
+        sequences = self.catalog.sequences
+        self._metrics.braked(name for name, known in sequences.items() if known.is_stopped)
 
     def _report_invalid(self, step_key: StepKey) -> None:
         """Resume enrollments that have failed by a definition that had been replaced meanwhile:
@@ -477,7 +497,7 @@ class Engine:
             self._fixed.add(step_key)
             self._reloads.request()
         elif known is None and self.catalog.should_load(step_key[0]):
-            self._reloads.request()
+            self._request_reload([step_key[0]])
 
     def _start_rescheduling(self, step_key: StepKey) -> None:
         self._rescheduling.start(step_key)

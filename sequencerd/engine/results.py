@@ -7,7 +7,7 @@ quarantined.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import assert_never
@@ -45,8 +45,8 @@ SLOW_PAUSE = 0.25  # seconds until a batch with slow evaluations is continued
 
 
 class Results:
-    """Writes results. `definitions` belong to the catalog; `reload` reads those that have changed.
-    `probe` raises the error that keeps every row from being written.
+    """Writes results. `definitions` belong to the catalog; `reload` reads those of sequences that
+    have changed. `probe` raises the error that keeps every row from being written.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Results:
         *,
         backlog: Backlog,
         quarantine: Quarantine,
-        reload: Callable[[], Awaitable[object]],
+        reload: Callable[[Iterable[str]], Awaitable[object]],
         probe: Callable[[], Awaitable[None]],
         clock: Clock,
         batch: int,
@@ -135,8 +135,10 @@ class Results:
         possible, or to a failure.
         """
         try:
-            while not await self._try_batch(results, result_only=result_only, failure=failure):
-                await self._reload()
+            while changed := await self._try_batch(
+                results, result_only=result_only, failure=failure
+            ):
+                await self._reload(changed)
         except LOST_ERRORS:
             results[:] = await self._still_held(results)
             raise
@@ -149,11 +151,13 @@ class Results:
 
     async def _try_batch(
         self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None
-    ) -> bool:
-        """Write results by the known definitions. Return False if these have changed."""
+    ) -> list[str]:
+        """Write results by the known definitions, unless these have changed. Return the sequences
+        whose definitions have.
+        """
         now = self._clock.now()
         if failure is None and not result_only and await self._write_few(results, now):
-            return True
+            return []
         known = [leased.enrollment for leased, _ in results]
         batch = Batch()
         later: list[Finished] = []  # locked by another session, or left over by slow evaluations
@@ -162,8 +166,8 @@ class Results:
             locked, ours, revisions = await locking.lock(
                 connection, known, self._leases.transactions
             )
-            if any(self._revision(name) != revision for name, revision in revisions.items()):
-                return False
+            if changed := [name for name, at in revisions.items() if self._revision(name) != at]:
+                return changed
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
             exist = await locking.existing(connection, missing) if missing else set()
             slow = SlowEvaluations()
@@ -200,7 +204,7 @@ class Results:
         self._leases.forget(leased for leased, _ in results if leased.fence not in keep)
         if later:
             asyncio.get_running_loop().call_later(pause, self._backlog.add, later)
-        return True
+        return []
 
     async def _write_few(self, results: Sequence[Finished], now: datetime) -> bool:
         """Write results in one statement, if they are few, nothing has changed since their leases,

@@ -68,9 +68,9 @@ class EnrollmentDue(_Payload):
 
 
 class DefinitionsChanged(_Payload):
-    """From the triggers: definitions have changed."""
+    """From the triggers: the definition of this sequence has changed, or any (True)."""
 
-    definitions: bool
+    definitions: Literal[True] | str
 
 
 class Reevaluate(_Payload):

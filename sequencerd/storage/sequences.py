@@ -14,9 +14,14 @@ from sequencerd.storage.connections import transaction
 from sequencerd.storage.statements import QUERIES, columns
 
 
-async def read_revisions(connection: asyncpg.Connection) -> dict[str, int]:
-    """Read the revision of every sequence."""
-    rows = await connection.fetch(QUERIES["revisions"])
+async def read_revisions(
+    connection: asyncpg.Connection, names: Iterable[str] | None = None
+) -> dict[str, int]:
+    """Read the revisions of some sequences, or of all."""
+    if names is None:
+        rows = await connection.fetch(QUERIES["revisions"])
+    else:
+        rows = await connection.fetch(QUERIES["some_revisions"], list(names))
     return {row["name"]: row["revision"] for row in rows}
 
 
@@ -37,6 +42,8 @@ async def read_some(
     connection: asyncpg.Connection, names: Rows[str]
 ) -> tuple[list[asyncpg.Record], list[asyncpg.Record]]:
     """Read some sequences and their steps, in the caller's transaction."""
+    if not names:
+        return [], []
     return (
         await connection.fetch(QUERIES["sequences"], names),
         await connection.fetch(QUERIES["steps"], names),
@@ -48,6 +55,15 @@ async def set_problems(
 ) -> None:
     """Write the problems of steps; None clears one."""
     await connection.execute(QUERIES["set_problems"], *columns(problems), list(problems.values()))
+
+
+async def failed_steps(connection: asyncpg.Connection, names: Iterable[str]) -> list[StepKey]:
+    """Find the steps, of these sequences and of those between them, with enrollments that failed
+    because their step was invalid.
+    """
+    ordered = sorted(names)
+    rows = await connection.fetch(QUERIES["failed_steps"], ordered[0], ordered[-1])
+    return [(row["sequence"], row["step"]) for row in rows]
 
 
 async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:

@@ -31,6 +31,8 @@ async def first_wakes(
     """Read the earliest wake time of each step that has active enrollments; at some steps, the
     earliest from a time on.
     """
+    if not since:
+        return _with_keys(await connection.fetch(QUERIES["all_first_wakes"]))
     known = sorted(since)
     return await _first_wakes(connection, since, [FIRST_KEY, *known], [*known, LAST_KEY])
 
@@ -58,7 +60,13 @@ async def _first_wakes(
         *columns(before),
         *columns(after),
     )
-    # names are stored once, as in the definitions: they would take more memory than all else
+    return _with_keys(rows)
+
+
+def _with_keys(rows: Iterable[asyncpg.Record]) -> list[tuple[StepKey, datetime]]:
+    """Return the rows of a search. Names are stored once, as in the definitions: they would take
+    more memory than all else.
+    """
     return [((intern(sequence), intern(step)), wake_at) for sequence, step, wake_at in rows]
 
 

@@ -17,7 +17,7 @@ from sequencerd.core.model import InvalidStep, Step
 from sequencerd.core.step_types import BUILT_IN, compile_step, describe_wait, is_instant
 from sequencerd.core.step_types.condition_config import ConditionConfig
 from sequencerd.definitions import drawing
-from sequencerd.definitions.compiler import build
+from sequencerd.definitions.compiler import build, named_calendars
 from sequencerd.definitions.files import read_files
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
@@ -194,7 +194,8 @@ def test_a_calendar_without_holidays_is_a_problem_of_the_steps_that_need_it(
     type_: str, config: dict[str, Any], has_problem: bool
 ) -> None:
     behaviour = compile_step(type_, config)
-    step = Step("s", "it", type_, config, None, None, behaviour)
+    named = named_calendars(type_, config)
+    step = Step("s", "it", type_, config, None, None, behaviour, calendars=named)
     holidays = {"FR": frozenset({date(2026, 7, 14)})}
     built = build("s", "it", "UTC", [step], holidays=holidays).steps["it"].behaviour
     assert isinstance(built, InvalidStep) == has_problem

@@ -38,6 +38,23 @@ def test_the_heap_is_a_dictionary_of_earliest_times(
         assert len(heap._heap) <= 2 * len(heap) + MAX_STALE
 
 
+@given(st.lists(st.dictionaries(keys, st.integers(0, 20)), max_size=10))
+def test_many_keys_are_pushed_as_one_by_one(items: list[dict[tuple[str, str], int]]) -> None:
+    heap: Heap[tuple[str, str]] = Heap()
+    model: dict[tuple[str, str], datetime] = {}
+    for pushed in items:
+        first = min(model.values(), default=None)
+        found = [(key, START + timedelta(seconds=seconds)) for key, seconds in pushed.items()]
+        has_changed = heap.push_all(found)
+        for key, at in found:
+            model[key] = min(at, model.get(key, at))
+        assert has_changed == (min(model.values(), default=None) != first)
+        assert len(heap) == len(model)
+        assert heap.next_at() == min(model.values(), default=None)
+    popped = heap.pop_due(START + timedelta(seconds=20))
+    assert [model[key] for key in popped] == sorted(model.values())
+
+
 def test_the_size_of_the_heap_follows_its_keys() -> None:
     heap: Heap[tuple[str, str]] = Heap()
     heap.push(("s", "other"), START + timedelta(days=30))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -527,10 +528,10 @@ async def test_unknown_sequences_are_searched_once(
     asked = 0
     revisions = sequences.read_revisions
 
-    async def counted(connection: asyncpg.Connection) -> dict[str, int]:
+    async def counted(*arguments: Any) -> dict[str, int]:
         nonlocal asked
         asked += 1
-        return await revisions(connection)
+        return await revisions(*arguments)
 
     monkeypatch.setattr(sequences, "read_revisions", counted)
     async with running_engine(database, {"Note": Recorder()}) as engine:

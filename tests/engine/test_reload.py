@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import asyncpg
 import pytest
@@ -18,12 +18,14 @@ from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
 from sequencerd.engine import catalog
 from sequencerd.engine.catalog import MAX_BLOCKING
+from sequencerd.engine.loop import Engine
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
-from sequencerd.storage import sequences
+from sequencerd.storage import sequences, wakes
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.waiting import eventually
 
 
 class Strict(Recorder):
@@ -352,3 +354,237 @@ async def test_definitions_are_read_in_pages_of_about_as_many_steps(
     assert sum(sizes) == count * steps
     assert len(sizes) < 12
     assert max(sizes) <= catalog.STEPS_PER_READ
+
+
+async def many_sequences(connection: asyncpg.Connection, count: int) -> None:
+    """Define sequences "s1" to "s100", each with a step "wait"."""
+    async with connection.transaction():
+        await connection.execute(
+            "INSERT INTO sequencer.sequences (name, first_step)"
+            " SELECT 's' || n, 'wait' FROM generate_series(1, $1::int) AS n",
+            count,
+        )
+        await connection.execute(
+            "INSERT INTO sequencer.steps (sequence, name, type, config)"
+            " SELECT 's' || n, 'wait', 'WaitForDuration', $2 FROM generate_series(1, $1::int) AS n",
+            count,
+            DAYS,
+        )
+
+
+DAYS = '{"amount": 3, "unit": "days"}'
+EDIT = (
+    "UPDATE sequencer.steps SET config = jsonb_set(config, '{amount}', to_jsonb($2::int))"
+    " WHERE sequence = $1"
+)
+
+
+def amount(engine: Engine, sequence: str) -> object:
+    """Return the amount in the config of a sequence's step."""
+    step = engine.catalog.step((sequence, "wait"))
+    return step and step.config["amount"]
+
+
+class Reads(NamedTuple):
+    """The numbers of rows that each read of definitions has returned."""
+
+    revisions: list[int]
+    sequences: list[int]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    found = Reads([], [])
+    read_revisions, read_some = sequences.read_revisions, sequences.read_some
+
+    async def revisions(*arguments: Any) -> dict[str, int]:
+        rows = await read_revisions(*arguments)
+        found.revisions.append(len(rows))
+        return rows
+
+    async def some(*arguments: Any) -> Any:
+        rows = await read_some(*arguments)
+        found.sequences.append(len(rows[0]))
+        return rows
+
+    monkeypatch.setattr(sequences, "read_revisions", revisions)
+    monkeypatch.setattr(sequences, "read_some", some)
+    return found
+
+
+async def test_an_edit_reads_its_sequence_alone(
+    database: str, connection: asyncpg.Connection, reads: Reads
+) -> None:
+    """An edit costs the same beside ten thousand other sequences."""
+    await many_sequences(connection, 100)
+    async with running_engine(database) as engine:
+        assert sum(reads.sequences) == 100
+        reads.revisions.clear()
+        reads.sequences.clear()
+        await connection.execute(EDIT, "s7", 5)
+        await eventually(lambda: amount(engine, "s7") == 5)
+        await connection.execute("UPDATE sequencer.sequences SET name = 'x' WHERE name = 's8'")
+        await eventually(lambda: {"s8", "x"} & engine.catalog.sequences.keys() == {"x"})
+        await connection.execute("DELETE FROM sequencer.sequences WHERE name = 's9'")
+        await eventually(lambda: "s9" not in engine.catalog.sequences)
+        assert len(engine.catalog.sequences) == 99
+    assert max(reads.revisions) <= 2
+    assert max(reads.sequences) <= 2
+
+
+async def test_a_claim_without_a_result_reads_its_sequence_alone(
+    database: str, connection: asyncpg.Connection, reads: Reads
+) -> None:
+    await many_sequences(connection, 100)
+    await enroll(connection, "s7", "ada")
+    async with running_engine(database) as engine:
+        await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments")
+        reads.revisions.clear()
+        engine._push_now(("s7", "wait"))
+        await eventually(lambda: reads.revisions)
+    assert max(reads.revisions) == 1
+
+
+async def test_too_many_changed_sequences_are_read_at_once(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    reads: Reads,
+) -> None:
+    monkeypatch.setattr(catalog, "MAX_WANTED", 10)
+    await many_sequences(connection, 100)
+    async with running_engine(database) as engine:
+        await connection.execute(EDIT.replace("= $1", "LIKE $1"), "s%", 5)
+        await eventually(
+            lambda: all(amount(engine, name) == 5 for name in engine.catalog.sequences)
+        )
+        assert 100 in reads.revisions
+
+
+async def test_edits_that_commit_while_definitions_are_read_are_read_as_well(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commits before the snapshot of the definitions, one after it."""
+    await many_sequences(connection, 3)
+    read_revisions, read_some = sequences.read_revisions, sequences.read_some
+    edits = [("s1", 6), ("s1", 7), ("s2", 8)]
+
+    async def edit_next() -> None:
+        if edits:
+            await connection.execute(EDIT, *edits.pop(0))
+
+    async def revisions(*arguments: Any) -> dict[str, int]:
+        found = await read_revisions(*arguments)
+        await edit_next()
+        return found
+
+    async def some(*arguments: Any) -> Any:
+        found = await read_some(*arguments)
+        await edit_next()
+        return found
+
+    async with running_engine(database) as engine:
+        monkeypatch.setattr(sequences, "read_revisions", revisions)
+        monkeypatch.setattr(sequences, "read_some", some)
+        await connection.execute(EDIT, "s1", 5)
+        await eventually(lambda: (amount(engine, "s1"), amount(engine, "s2")) == (7, 8))
+    assert edits == []
+
+
+async def test_edits_that_commit_in_another_order_than_they_began_are_read(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """The later revision is visible first."""
+    await many_sequences(connection, 2)
+    other = await asyncpg.connect(database)
+    async with running_engine(database) as engine:
+        async with other.transaction():
+            await other.execute(EDIT, "s1", 5)
+            await connection.execute(EDIT, "s2", 6)
+            await eventually(lambda: amount(engine, "s2") == 6)
+            assert amount(engine, "s1") == 3
+        await eventually(lambda: amount(engine, "s1") == 5)
+        known = engine.catalog.sequences
+        assert known["s1"].revision < known["s2"].revision
+    await other.close()
+
+
+async def test_a_sequence_that_is_deleted_while_it_is_read_is_forgotten(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await many_sequences(connection, 2)
+    read_revisions = sequences.read_revisions
+
+    async def deleting(*arguments: Any) -> dict[str, int]:
+        found = await read_revisions(*arguments)
+        await connection.execute("DELETE FROM sequencer.sequences WHERE name = 's1'")
+        return found
+
+    async with running_engine(database) as engine:
+        monkeypatch.setattr(sequences, "read_revisions", deleting)
+        await connection.execute(EDIT, "s1", 5)
+        await eventually(lambda: "s1" not in engine.catalog.sequences)
+        assert amount(engine, "s2") == 3
+
+
+async def test_edits_are_not_forgotten_if_they_cannot_be_read(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await many_sequences(connection, 2)
+    read_some = sequences.read_some
+    failures = 0
+
+    async def failing(*arguments: Any) -> Any:
+        nonlocal failures
+        if failures == 0:
+            failures = 1
+            raise ConnectionResetError
+        return await read_some(*arguments)
+
+    async with running_engine(database) as engine:
+        monkeypatch.setattr(sequences, "read_some", failing)
+        await connection.execute(EDIT, "s1", 5)
+        await eventually(lambda: amount(engine, "s1") == 5)
+    assert failures == 1
+
+
+async def test_silent_edits_are_found_by_the_sweep(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await many_sequences(connection, 2)
+    async with running_engine(database, sweep=3600) as engine:
+        async with connection.transaction():
+            await connection.execute("SET LOCAL sequencer.notify = off")
+            await connection.execute(EDIT, "s1", 5)
+            await connection.execute("DELETE FROM sequencer.sequences WHERE name = 's2'")
+        await connection.execute("SELECT pg_notify('sequencer', '{\"definitions\": \"s0\"}')")
+        await engine.reload(())
+        assert amount(engine, "s1") == 3
+        await engine.sweep()
+        assert amount(engine, "s1") == 5
+        assert engine.catalog.sequences.keys() == {"s1"}
+
+
+async def test_the_first_wake_times_are_searched_while_definitions_are_read(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many of both, the server and the daemon work at the same time."""
+    await many_sequences(connection, 2)
+    await enroll(connection, "s1", "ada")
+    search, read_some = wakes.first_wakes, sequences.read_some
+    searching, reading = asyncio.Event(), asyncio.Event()
+
+    async def first_wakes(*arguments: Any) -> Any:
+        searching.set()
+        await reading.wait()
+        return await search(*arguments)
+
+    async def some(*arguments: Any) -> Any:
+        reading.set()
+        await searching.wait()
+        return await read_some(*arguments)
+
+    monkeypatch.setattr("sequencerd.engine.loop.first_wakes", first_wakes)
+    monkeypatch.setattr(sequences, "read_some", some)
+    async with running_engine(database):
+        await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments")

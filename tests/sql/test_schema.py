@@ -14,7 +14,7 @@ import pytest
 
 from sequencerd.core.model import Enrollment, effect_key
 from sequencerd.storage import daemons
-from sequencerd.storage.listener import EnrollmentDue, parse
+from sequencerd.storage.listener import DefinitionsChanged, EnrollmentDue, parse
 from sequencerd.storage.migrations import available
 from sequencerd.storage.schemas import LOCK_CLASS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
@@ -634,10 +634,19 @@ async def test_a_bulk_load_can_be_silent(defined: asyncpg.Connection, ear: Ear) 
 
 
 async def test_changed_definitions_are_notified(defined: asyncpg.Connection, ear: Ear) -> None:
-    told = ['{"definitions": true}']
     change = "UPDATE sequencer.steps SET config = '{}'"
-    assert await heard(ear, defined, change) == told
+    assert await heard(ear, defined, change) == ['{"definitions" : "s"}']
     assert await heard(ear, defined, "UPDATE sequencer.steps SET problem = 'x'") == []
+    rename = "UPDATE sequencer.sequences SET name = E'\\n\"s' WHERE name = 's'"
+    told = await heard(ear, defined, rename)
+    assert [parse(payload) for payload in told] == [
+        DefinitionsChanged(definitions="s"),
+        DefinitionsChanged(definitions='\n"s'),
+    ]
+    silent = "BEGIN; SET LOCAL sequencer.notify = off; DELETE FROM sequencer.sequences; COMMIT"
+    assert await heard(ear, defined, silent) == []
+    emptied = "TRUNCATE sequencer.sequences CASCADE"
+    assert await heard(ear, defined, emptied) == ['{"definitions": true}']
 
 
 # --- roles

@@ -50,6 +50,7 @@ NONE_LEFT = "SELECT bool_and(reschedule_from IS NULL AND NOT reschedule_again) F
             ),
         ),
         ('{"definitions": true}', DefinitionsChanged(definitions=True)),
+        ('{"definitions": "s"}', DefinitionsChanged(definitions="s")),
     ],
 )
 def test_payloads(payload: str, message: Notification) -> None:

@@ -27,6 +27,10 @@ SELECT clock_timestamp();
 -- Read the revision of every sequence, to see which definitions have changed.
 SELECT name, revision FROM sequencer.sequences;
 
+-- name: some_revisions
+-- Read the revisions of some sequences, to see whether their definitions have changed.
+SELECT name, revision FROM sequencer.sequences WHERE name = ANY ($1::text[]);
+
 -- part: holidays_by_calendar
 -- All holidays, as {calendar: [day, ...]}.
 (SELECT coalesce(jsonb_object_agg(calendar, days), '{}')
@@ -145,6 +149,20 @@ SELECT p.sequence, p.step, first.wake_at
      WHERE e.sequence = p.sequence AND e.step = p.step AND e.status = 'active'
        AND e.wake_at >= p.since AND e.wake_at < 'infinity'
      ORDER BY e.wake_at LIMIT 1) AS first;
+
+-- name: all_first_wakes
+-- Find the earliest wake time of each step that has active enrollments, as above. Without gaps, it takes
+-- less time.
+WITH RECURSIVE step_key AS (
+    (SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
+      WHERE e.status = 'active' ORDER BY e.sequence, e.step, e.wake_at LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM step_key CROSS JOIN LATERAL (
+        SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
+         WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
+         ORDER BY e.sequence, e.step, e.wake_at LIMIT 1) AS following
+)
+SELECT sequence, step, wake_at FROM step_key WHERE wake_at < 'infinity';
 
 -- name: acquire_notify_lock
 -- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
@@ -641,6 +659,25 @@ SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL
 -- name: oldest_transaction
 -- Read the number of the oldest transaction that is still in progress.
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+
+-- name: failed_steps
+-- Find the steps of sequences from $1 to $2 with enrollments that failed because their step was invalid.
+-- It skips from one step to the next in the index, however many have failed there.
+WITH RECURSIVE step_key AS (
+    (SELECT e.sequence, e.step FROM sequencer.enrollments AS e
+      WHERE e.status = 'failed' AND e.sequence >= $1 AND e.sequence <= $2
+      ORDER BY e.sequence, e.step LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM step_key CROSS JOIN LATERAL (
+        SELECT e.sequence, e.step FROM sequencer.enrollments AS e
+         WHERE e.status = 'failed' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
+           AND e.sequence <= $2
+         ORDER BY e.sequence, e.step LIMIT 1) AS following
+)
+SELECT k.sequence, k.step FROM step_key AS k
+ WHERE EXISTS (SELECT FROM sequencer.enrollments AS e
+                WHERE e.status = 'failed' AND e.sequence = k.sequence AND e.step = k.step
+                  AND e.failure = 'invalid_step');
 
 -- name: revive
 -- Resume enrollments that failed because their step was invalid, now that it is valid.
