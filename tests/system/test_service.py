@@ -119,3 +119,29 @@ def test_stop_ends_the_service_cleanly(service: Machine) -> None:
     assert found == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
     leased = "SELECT count(*) FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
     assert service.sql(leased) == "0"
+
+
+def test_each_shard_has_a_service_of_its_own(service: Machine) -> None:
+    url = "postgresql://app@localhost/app"
+    lines = [f'{name} = {{url = \\"{url}\\", schema = \\"{name}\\"}}' for name in ("a", "eu-1")]
+    service("rm /etc/sequencerd/sequencerd.env")
+    settings = "/etc/sequencerd/sequencerd.toml"
+    service(f'printf "[shards]\\n{lines[0]}\\n{lines[1]}\\n" > {settings}')
+    service("/opt/sequencerd/bin/sequencerd migrate")
+    service("systemctl enable --now sequencerd@a sequencerd@eu-1")
+    service("systemctl reload sequencerd@eu-1")
+    for name in ("a", "eu-1"):
+        found = service.show(f"sequencerd@{name}", "ActiveState", "StatusText")
+        assert found["ActiveState"] == "active"
+        assert found["StatusText"].startswith(f"{name}: 0 sequences, ")
+        daemons = f'SELECT count(*) FROM \\"{name}\\".daemons WHERE alive_until > now()'
+        assert service.sql(daemons) == "1"
+    service("systemctl start sequencerd@b", code=1)
+    assert service.show("sequencerd@b", "ActiveState", "ExecMainStatus", "NRestarts") == {
+        "ActiveState": "failed",
+        "ExecMainStatus": "2",
+        "NRestarts": "0",
+    }
+    reason = service.journal("sequencerd@b", "-p warning")
+    assert "'b', which is not in the settings; available: a, eu-1" in reason
+    service("systemctl disable --now sequencerd@a sequencerd@eu-1")
