@@ -55,6 +55,11 @@ async def _check_rights(connection: asyncpg.Connection) -> None:
             "this server is a standby: migrate its primary, which database.url finds among all "
             "servers with ?target_session_attrs=read-write"
         )
+    if await connection.fetchval(QUERIES["citus_cannot_name"]):
+        raise MigrationError(
+            f"Citus cannot have the schema {schema_of(connection)}, as it does not quote its name "
+            "everywhere; choose a name of lower-case letters, digits and _"
+        )
     if statement := await connection.fetchval(QUERIES["grant_to_create"]):
         raise MigrationError(
             f"the login may not create the schema {schema_of(connection)}; as an administrator of "

@@ -115,6 +115,17 @@ def test_doctor_names_a_setting_that_is_missing(citus: Citus) -> None:
     assert "ALTER DATABASE ... SET citus.propagate_set_commands = 'local'" in seen
 
 
+async def test_a_schema_whose_name_needs_quotes_is_rejected(citus: Citus) -> None:
+    command = Command(citus.coordinator, citus.command.folder)
+    command.variables["SEQUENCERD_DATABASE_SCHEMA"] = "Sales"
+    command("migrate", code=1)
+    assert "Citus cannot have the schema Sales, as it does not quote its name" in command.errors
+    names = "SELECT nspname FROM pg_namespace WHERE nspname = 'Sales'"
+    connection = await asyncpg.connect(citus.coordinator)
+    assert not await connection.fetch(names)
+    await connection.close()
+
+
 async def test_enrollments_go_through_their_steps(
     shard: Shard, connection: asyncpg.Connection
 ) -> None:

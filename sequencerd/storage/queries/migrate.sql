@@ -10,6 +10,12 @@ SELECT format('GRANT CREATE ON DATABASE %I TO %I', current_database(), current_u
  WHERE to_regnamespace('sequencer') IS NULL
    AND NOT has_database_privilege(current_database(), 'CREATE');
 
+-- name: citus_cannot_name
+-- Check whether Citus would distribute the schema, and cannot: in GRANT and REVOKE on functions, it does
+-- not quote the name for its nodes.
+SELECT coalesce(current_setting('citus.enable_schema_based_sharding', true)::boolean, false)
+   AND quote_ident('sequencer') <> 'sequencer';
+
 -- name: no_timeouts
 -- Turn off the time limits of a login for this transaction: a large table takes as long as it takes.
 SELECT set_config(name, '0', true) FROM pg_settings
