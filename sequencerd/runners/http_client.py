@@ -20,6 +20,7 @@ from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any
+from urllib.parse import parse_qsl
 
 import h2.events
 import h2.exceptions
@@ -178,7 +179,7 @@ class HttpClient:
             nonlocal sent
             sent = sent or event.endswith("send_request_headers.started")
 
-        secrets = _secrets(headers, auth)
+        secrets = _secrets(headers, auth) | _secrets_of_url(named)
         request = {
             "method": method,
             "headers": {**headers, "Host": named.netloc.decode("ascii")},
@@ -412,3 +413,13 @@ def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozen
     values = [value for name, value in headers.items() if name.lower() not in _PUBLIC]
     parts = [part for value in values for part in value.split()[1:]]
     return frozenset(text for text in (*values, *parts, *(auth or ())[1:]) if len(text) > 3)
+
+
+def _secrets_of_url(url: httpx.URL) -> frozenset[str]:
+    """Return the parts of a URL that may be secret, as written and decoded: a password, the values
+    of the query, and random parts of the path. Many servers repeat the URL in their answers.
+    """
+    query = url.query.decode("ascii")
+    values = [value for _, value in parse_qsl(query)] + query.replace("=", "&").split("&")[1::2]
+    parts = [part for part in url.path.split("/") if len(part) > 15 and re.search("[0-9]", part)]
+    return frozenset(text for text in (url.password, *values, *parts) if len(text) > 5)

@@ -169,6 +169,19 @@ async def test_a_bad_item_concerns_its_enrollment_only(item: Any, says: str) -> 
     assert results[1] == Answer()
 
 
+async def test_secret_parts_of_the_url_are_not_repeated_in_messages() -> None:
+    """As by Express: "Cannot POST /hooks/...?key=..."."""
+    path = "/hooks/a1b2c3d4e5f6a7b8c9/customers?key=Url5ecret%2FKey&mode=live"
+    body = b"Cannot POST " + path.encode() + b", key Url5ecret/Key"
+    async with http_server(fixed(servers.Answer(404, body=body))) as server:
+        made = http_runner(f"{server.url}{path}")
+        (result,) = await made.run(made.compile({}), [task(7)])
+        await made.close()
+    assert failed(result).message == (
+        "Crm answered 404 Cannot POST /hooks/***/customers?key=***&mode=live, key ***"
+    )
+
+
 async def test_an_id_that_comes_twice() -> None:
     twice = [{"id": 7, "action": "next"}, {"id": 7, "action": "noop"}, {"id": 8, "action": "next"}]
     results = await run(twice, 7, 8)
