@@ -34,7 +34,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema, schema_of
 from sequencerd.storage.statements import QUERIES
 
-TIMEOUT = 60  # seconds after which the demo has failed
+TIMEOUT = 300  # seconds after which the demo has failed, even on a busy machine
 ENROLLMENTS = """\
 INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES
   ('onboarding', 'ada',  '{"name": "Ada",  "email": "ada@example.com",  "phone": "+15005550010", "logins": 8}'),
