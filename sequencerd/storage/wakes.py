@@ -13,6 +13,7 @@ import asyncpg
 from sequencerd.core.model import NEVER, StepKey
 from sequencerd.storage.statements import QUERIES, columns
 
+STEPS_PER_SEARCH = 20_000
 LAST_NAME = chr(0x10FFFF) * 51
 FIRST_KEY, LAST_KEY = ("", ""), (LAST_NAME, "")
 """Keys before and after all step keys: names have 1 to 200 bytes."""
@@ -32,7 +33,7 @@ async def first_wakes(
     earliest from a time on.
     """
     if not since:
-        return _with_keys(await connection.fetch(QUERIES["all_first_wakes"]))
+        return await _all_first_wakes(connection)
     known = sorted(since)
     return await _first_wakes(connection, since, [FIRST_KEY, *known], [*known, LAST_KEY])
 
@@ -61,6 +62,21 @@ async def _first_wakes(
         *columns(after),
     )
     return _with_keys(rows)
+
+
+async def _all_first_wakes(connection: asyncpg.Connection) -> list[tuple[StepKey, datetime]]:
+    """Read the earliest wake time of each step, in pages: a single statement for a million steps
+    would run into its time limit on a busy server, again and again.
+    """
+    found: list[tuple[StepKey, datetime]] = []
+    after = FIRST_KEY
+    rows = None
+    while rows is None or len(rows) == STEPS_PER_SEARCH:
+        rows = await connection.fetch(QUERIES["all_first_wakes"], *after, STEPS_PER_SEARCH)
+        found += _with_keys(row for row in rows if row["wake_at"] is not None)
+        if rows:
+            after = rows[-1]["sequence"], rows[-1]["step"]
+    return found
 
 
 def _with_keys(rows: Iterable[asyncpg.Record]) -> list[tuple[StepKey, datetime]]:

@@ -32,7 +32,7 @@ HOT = {
     "forget_expiries": HERE,
     "left": f"{HERE}, now(), 'me', '{{}}', '-infinity', true",
     "first_wakes": "'{s}', '{a}', '{-infinity}', '{\"\",s}', '{\"\",a}', '{s,z}', '{a,z}'",
-    "all_first_wakes": "",
+    "all_first_wakes": f"{HERE}, 20000",
     "count_due": "ARRAY['s'], ARRAY['a'], '{-infinity}', now(), 1000",
     "lock": IDS,
     "fences": IDS,

@@ -151,18 +151,19 @@ SELECT p.sequence, p.step, first.wake_at
      ORDER BY e.wake_at LIMIT 1) AS first;
 
 -- name: all_first_wakes
--- Find the earliest wake time of each step that has active enrollments, as above. Without gaps, it takes
--- less time.
+-- Find the earliest wake time of the next $3 steps after the step $1, $2 that have active enrollments, as
+-- above; null if only a change can wake them. Without gaps, it takes less time.
 WITH RECURSIVE step_key AS (
     (SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
-      WHERE e.status = 'active' ORDER BY e.sequence, e.step, e.wake_at LIMIT 1)
+      WHERE e.status = 'active' AND (e.sequence, e.step) > ($1, $2)
+      ORDER BY e.sequence, e.step, e.wake_at LIMIT 1)
     UNION ALL
     SELECT following.* FROM step_key CROSS JOIN LATERAL (
         SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
          WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
          ORDER BY e.sequence, e.step, e.wake_at LIMIT 1) AS following
 )
-SELECT sequence, step, wake_at FROM step_key WHERE wake_at < 'infinity';
+SELECT sequence, step, nullif(wake_at, 'infinity') AS wake_at FROM step_key LIMIT $3;
 
 -- name: acquire_notify_lock
 -- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
