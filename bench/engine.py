@@ -27,7 +27,7 @@ import multiprocessing
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -55,6 +55,14 @@ from sequencerd.settings import EngineSettings
 from sequencerd.storage import connections, migrate
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
+
+run: Callable[[Coroutine[Any, Any, None]], None]
+try:
+    import uvloop
+except ImportError:
+    run = asyncio.run
+else:
+    run = uvloop.run
 
 NAME = "sequencerd_bench"
 DATA = json.dumps({"name": "x" * 60, "mail": "y" * 60, "k": 12345, "z": "z" * 40})
@@ -445,9 +453,4 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--works", default="limit,w1,flat,http,pure,data,wave,timer,wake,goal")
     parser.add_argument("--repeat", type=int, default=1)
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main(parser.parse_args()))
-    else:
-        uvloop.run(main(parser.parse_args()))
+    run(main(parser.parse_args()))

@@ -33,7 +33,8 @@ from typing import Any
 import asyncpg
 import cpu
 from aiosmtpd.smtp import SMTP
-from engine import ALL_ENDED, defined, engine, enroll, process, say, until
+from asyncpg.prepared_stmt import PreparedStatement
+from engine import ALL_ENDED, WARM_UP, defined, engine, enroll, process, run, say, until
 
 from sequencerd import daemon
 from sequencerd.runners.email.runner import EmailRunner
@@ -96,17 +97,20 @@ def say_both(work: str, rates: Mapping[str, list[float]], **figures: float) -> N
 async def one_by_one(url: str, table: str, count: int, seconds: float) -> float:
     """Rows a second."""
     connections = [await asyncpg.connect(url) for _ in range(count)]
+    inserts = [await connection.prepare(INSERT.format(table)) for connection in connections]
+    for number, insert in enumerate(inserts):  # a new session is slow at first
+        for warm_up in range(WARM_UP):
+            await insert.fetch(f"{time.perf_counter()}-{number}-{warm_up}")
     begun = time.perf_counter()
     rows = 0
 
-    async def work(number: int, connection: asyncpg.Connection) -> None:
+    async def work(number: int, insert: PreparedStatement) -> None:
         nonlocal rows
-        insert = await connection.prepare(INSERT.format(table))
         while time.perf_counter() < begun + seconds:
             rows += 1
             await insert.fetch(f"{begun}-{number}-{rows}")
 
-    await asyncio.gather(*(work(n, connection) for n, connection in enumerate(connections)))
+    await asyncio.gather(*(work(number, insert) for number, insert in enumerate(inserts)))
     for connection in connections:
         await connection.close()
     return rows / seconds
@@ -265,7 +269,7 @@ def work_for_ever(url: str) -> None:
         async with engine(url):
             await asyncio.Event().wait()
 
-    asyncio.run(work())
+    run(work())
 
 
 async def daemons(dsn: str, arguments: argparse.Namespace) -> None:
@@ -384,4 +388,4 @@ if __name__ == "__main__":
     parser.add_argument("--daemons", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--server-cores", type=core_numbers, metavar="CORES", help="such as 0,2-3")
     parser.add_argument("--daemon-cores", type=core_numbers, metavar="CORES", help="likewise")
-    asyncio.run(main(parser.parse_args()))
+    run(main(parser.parse_args()))

@@ -1460,12 +1460,12 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- Row triggers fire in the order of their names.
+-- Row triggers fire in the order of their names. Each statement parses their conditions again: the fewer
+-- expressions these have, the less a single insert costs.
 CREATE TRIGGER apply_defaults BEFORE INSERT ON sequencer.enrollments
-    FOR EACH ROW WHEN (NEW.wake_at IS NULL OR NEW.id IS NULL OR NEW.data IS NULL
-        OR jsonb_typeof(NEW.data) = 'null' OR NEW.status IS NULL OR NEW.visit IS NULL
-        OR NEW.attempt IS NULL OR NEW.leases IS NULL OR NEW.goals_met IS NULL
-        OR NEW.goals_elsewhere IS NOT NULL OR NEW.executed IS NULL OR NEW.created_at IS NULL OR NEW.tag IS NULL)
+    FOR EACH ROW WHEN (num_nulls(NEW.wake_at, NEW.id, NEW.data, NEW.status, NEW.visit, NEW.attempt, NEW.leases,
+                                 NEW.goals_met, NEW.executed, NEW.created_at, NEW.tag) > 0
+        OR NEW.goals_elsewhere IS NOT NULL OR jsonb_typeof(NEW.data) = 'null')
     EXECUTE FUNCTION sequencer.apply_defaults();
 
 -- Some ORMs name every column and write DEFAULT, for which a role needs the INSERT privilege on each.
@@ -1596,11 +1596,13 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     e record;
 BEGIN
-    FOR e IN SELECT DISTINCT sequence, step, reentry, status FROM entered LOOP
-        PERFORM FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
-          WHERE s.name = e.sequence AND p.name = e.step AND s.reentry = e.reentry
-            AND (s.status <> 'archived' OR e.status <> 'active');
-        CONTINUE WHEN FOUND;
+    SELECT d.* INTO e FROM (SELECT DISTINCT sequence, step, reentry, status FROM entered) AS d
+     WHERE NOT EXISTS (
+           SELECT FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
+            WHERE s.name = d.sequence AND p.name = d.step AND s.reentry = d.reentry
+              AND (s.status <> 'archived' OR d.status <> 'active'))
+     LIMIT 1;
+    IF FOUND THEN
         RAISE foreign_key_violation USING
             MESSAGE = format(
                 'no enrollment can enter sequence %L at step %L with reentry %L: there is no such '
@@ -1608,7 +1610,7 @@ BEGIN
                 e.sequence, e.step, e.reentry),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'Leave the settings sequencer.entry_... alone; if the definition was changed meanwhile, insert again.';
-    END LOOP;
+    END IF;
     RETURN NULL;
 END $$;
 

@@ -472,10 +472,11 @@ class Enrollment(NamedTuple):
 
         Id and visit are for readers. Half of the random tag tells it from the keys of other
         databases, and the microsecond at which the visit began from those of this one after a
-        restore, in which an id comes to a visit at another time.
+        restore, in which an id comes to a visit at another time. The first visit is the same after
+        a restore, even if it begins later.
         """
-        entered = _microseconds(self.entered_at) if self.entered_at else ""
-        return f"{self.id}:{self.visit}:{self.tag.hex[:16]}{entered}"
+        begun = self.created_at if self.visit == 1 else self.entered_at
+        return f"{self.id}:{self.visit}:{self.tag.hex[:16]}{_microseconds(begun) if begun else ''}"
 
     @property
     def fence(self) -> Fence:
@@ -503,6 +504,10 @@ class Enrollment(NamedTuple):
         return tuple.__new__(Enrollment, self[:_OWN] + other[_OWN:])  # `_make` takes twice as long
 
     # What most moves do is written out: `_replace` takes twice as long.
+
+    def due_at(self, wake_at: datetime) -> Enrollment:
+        """Return it with another wake time."""
+        return tuple.__new__(Enrollment, (*self[:_WAKE_AT], wake_at, *self[_WAKE_AT + 1 :]))
 
     def entering(
         self, sequence: str, step: str, now: datetime, executed: tuple[str, ...] | list[str]
@@ -558,6 +563,7 @@ class Enrollment(NamedTuple):
 
 
 _OWN = Enrollment._fields.index("sequence")
+_WAKE_AT = Enrollment._fields.index("wake_at")
 _LISTS = Enrollment._fields.index("goals_met")
 
 

@@ -46,6 +46,7 @@ class Claim:
     unsuited: int | None  # the revision of which enrollments must be locked to be written
     reached: datetime | None = None  # the last wake time that was claimed
     left: LeftAtStep | None = None  # the result of the check
+    not_before: datetime = EARLIEST_WAKE  # the next claim, so that it finds more
     lowered: datetime = NEVER  # the earliest wake time that was reported in the meantime
     later: datetime = NEVER  # the earliest reported wake time that is not due yet
 
@@ -60,6 +61,7 @@ class _Cursor:
     found: int = 0
     unsuited: int | None = None
     fruitless: int = 0  # consecutive claims that have found nothing
+    not_before: datetime = EARLIEST_WAKE
     claims: list[Claim] = field(default_factory=list)
 
     def lower(self, at: datetime) -> None:
@@ -75,6 +77,7 @@ class _Cursor:
 
     def finish(self, claim: Claim) -> None:
         self.found, self.unsuited = claim.found, claim.unsuited
+        self.not_before = claim.not_before
         self.fruitless = 0 if claim.found else self.fruitless + 1
         if claim.left is None:
             if claim.reached is not None:
@@ -111,6 +114,11 @@ class Cursors:
         """Return how many consecutive claims of a step have found nothing."""
         cursor = self._by_step.get(step_key)
         return 0 if cursor is None else cursor.fruitless
+
+    def not_before(self, step_key: StepKey) -> datetime:
+        """Return the time before which a step is not claimed again."""
+        cursor = self._by_step.get(step_key)
+        return EARLIEST_WAKE if cursor is None else cursor.not_before
 
     def report(
         self, step_key: StepKey, at: datetime | None, now: datetime, *, is_later: bool = False

@@ -30,6 +30,7 @@ from sequencerd.core.model import (
     QueryLookup,
     Refusals,
     Result,
+    SideEffect,
     StepKey,
     Task,
     Wait,
@@ -43,6 +44,7 @@ from sequencerd.engine.shared_outcome import SharedOutcome, Start
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
 MAX_INVALID = 10_000  # steps that are remembered
+ON_TIME = timedelta(seconds=1)  # after its wake time, at which an enrollment starts
 BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
 
 
@@ -82,6 +84,7 @@ class Moves:
         result_only: bool = False,
     ) -> None:
         """Advance an enrollment into a batch, or let it share the outcome of an earlier one."""
+        before, enrollment = enrollment, self._starting(enrollment, now)
         key = batch.outcomes.key(enrollment, result, started_revision, expired_leases)
         if (
             key is not None
@@ -111,9 +114,21 @@ class Moves:
             else:
                 batch.limited.append(Limited(enrollment, advanced, again))
             return
-        outcome = self.add(batch, enrollment, advanced, now)
+        outcome = self.add(batch, before, advanced, now)
         if outcome is not None and key is not None:
             batch.outcomes.add(key, advanced.answers, outcome)
+
+    def _starting(self, enrollment: Enrollment, now: datetime) -> Enrollment:
+        """Return an enrollment that starts on time, at a side effect, as due now, so that it can
+        share the outcome of those that start with it. A wait begins at the wake time.
+        """
+        wake_at = enrollment.wake_at
+        if enrollment.entered_at is None and wake_at is not None and wake_at > now - ON_TIME:
+            known = self._definitions.get(enrollment.sequence)
+            step = known.steps.get(enrollment.step) if known else None
+            if step is not None and isinstance(step.behaviour, SideEffect):
+                return enrollment.due_at(now)
+        return enrollment
 
     def advance(
         self,

@@ -251,6 +251,7 @@ class _Watch:
         self._last = DueSteps(0, frozenset())
         self._pause = POLL_INTERVALS[0]
         self._took = 0.0  # seconds, the last poll
+        self._whole_took = deque([0.0, 0.0], maxlen=2)  # seconds, the last two whole polls
         connection.add_termination_listener(lambda _: self._wake.set())
 
     def on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
@@ -314,7 +315,9 @@ class _Watch:
             if self._has_notify_lock is not had_notify_lock:
                 self._is_off = False
                 self._notified_at.clear()
+                started = asyncio.get_running_loop().time()
                 await self._poll_once(whole=True)
+                self._whole_took.append(asyncio.get_running_loop().time() - started)
             with suppress(TimeoutError):
                 async with asyncio.timeout(
                     PROBE_INTERVAL if self._has_notify_lock else LOCK_INTERVAL
@@ -327,7 +330,8 @@ class _Watch:
                 continue
             self._has_notify_lock, self._pause = None, POLL_INTERVALS[0]
             loop = asyncio.get_running_loop()
-            end = loop.time() + OFF_FOR
+            # a whole poll reads all dead entries of the index: many while a snapshot is held open
+            end = loop.time() + pause_after(OFF_FOR, *self._whole_took)
             while loop.time() < end:
                 await self._poll_and_pause()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -10,6 +11,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Failed, Result, Task
+from tests.core.test_advance import at
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
@@ -106,6 +108,14 @@ async def test_the_key_is_the_same_in_every_attempt_of_every_daemon(
         await until(connection, ALL_ENDED)
     assert other.keys
     assert len({*recorder.keys, *other.keys}) == 1
+
+
+def test_the_key_of_the_first_visit_does_not_depend_on_when_it_begins() -> None:
+    """After the crash of a server that loses its last commits, it begins again."""
+    one = at("work")
+    again = one._replace(entered_at=one.created_at + timedelta(seconds=1))
+    assert one.key == again.key
+    assert one._replace(visit=2).key != again._replace(visit=2).key
 
 
 async def test_a_row_that_is_written_by_hand_has_a_tag(connection: asyncpg.Connection) -> None:
