@@ -8,22 +8,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 
 from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
-from sequencerd.engine import claims
 from sequencerd.engine.batch import Batch
-from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.storage import connections, locking, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
-from tests.core.test_advance import at
 from tests.helpers import servers
 from tests.helpers.databases import SCHEMA, shard
 from tests.helpers.engines import (
@@ -37,7 +34,7 @@ from tests.helpers.engines import (
     way,
 )
 from tests.helpers.runners import http_runner
-from tests.helpers.waiting import PATIENCE, eventually
+from tests.helpers.waiting import PATIENCE
 
 PAID = """{
     "lodashCommand": "eq",
@@ -478,59 +475,6 @@ async def test_the_first_lone_enrollment_finds_its_statements_prepared(database:
         sessions = [await stack.enter_async_context(connections.borrow(one._pool)) for _ in "12345"]
         found = [await session.fetchval(prepared) for session in sessions]
     assert any({QUERIES["peek"], QUERIES["write_one_unchanged"]} <= {*one} for one in found)
-
-
-async def test_enrollments_that_arrive_one_after_the_other_are_claimed_together(
-    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A claim that has found several lets more gather; nothing of what arrives meanwhile is lost."""
-    peek, counts = locking.peek, []
-
-    async def counted(*arguments: Any, **options: Any) -> Any:
-        peeked = await peek(*arguments, **options)
-        counts.append(len(peeked.enrollments))
-        return peeked
-
-    monkeypatch.setattr(locking, "peek", counted)
-    monkeypatch.setattr(claims, "GATHER_TIME", timedelta(hours=1))
-    await define(connection, "s", ("a", "Note", "{}", None))
-    async with running_engine(database, {"Note": Recorder()}) as one:
-        await connection.execute(
-            "INSERT INTO sequencer.enrollments (sequence, subject)"
-            " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
-            claims.SEVERAL,
-        )
-        await until(connection, ALL_ENDED)
-        await eventually(lambda: one._cursors.not_before(("s", "a")) > EARLIEST_WAKE)
-        gathered = one._cursors.not_before(("s", "a"))
-        for number in range(20):
-            await enroll(connection, "s", f"v{number}")
-        await eventually(lambda: one._heap.next_at() == gathered)
-        assert sum(counts) == claims.SEVERAL
-        one._cursors._by_step["s", "a"].not_before = EARLIEST_WAKE
-        one._push_now(("s", "a"))
-        await until(connection, ALL_ENDED)
-    assert [count for count in counts if count] == [claims.SEVERAL, 20]
-
-
-@pytest.mark.parametrize("late", [0, 5])
-async def test_enrollments_that_begin_together_share_an_outcome_if_they_begin_on_time(
-    database: str, connection: asyncpg.Connection, late: int
-) -> None:
-    """Each was inserted at a time of its own."""
-    await define(connection, "s", ("a", "Note", "{}", None), ("w", "WaitForDuration", SHORT, None))
-    now, batch = datetime.now(UTC), Batch()
-    async with running_engine(database, {"Note": Recorder()}) as one:
-        for number in range(1, 4):
-            wake_at = now - timedelta(seconds=late, milliseconds=number)
-            for step in ("a", "w"):
-                moved = at(step)._replace(id=number, wake_at=wake_at, entered_at=None)
-                one._moves.move(batch, moved, now)
-        for leased in batch.leased:
-            leased.executor.reserve(-1)
-    begun = {row.entered_at for row in batch.rows if row.step == "a"}
-    assert len(begun) == (3 if late else 1)
-    assert len({row.entered_at for row in batch.rows if row.step == "w"}) == 3  # waits are exact
 
 
 @pytest.mark.parametrize("step", ["Note", "Conditional"])
