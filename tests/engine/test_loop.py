@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -21,6 +21,7 @@ from sequencerd.engine.leases import Leases
 from sequencerd.storage import connections, locking, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
+from tests.core.test_advance import at
 from tests.helpers import servers
 from tests.helpers.databases import SCHEMA, shard
 from tests.helpers.engines import (
@@ -475,6 +476,26 @@ async def test_the_first_lone_enrollment_finds_its_statements_prepared(database:
         sessions = [await stack.enter_async_context(connections.borrow(one._pool)) for _ in "12345"]
         found = [await session.fetchval(prepared) for session in sessions]
     assert any({QUERIES["peek"], QUERIES["write_one_unchanged"]} <= {*one} for one in found)
+
+
+@pytest.mark.parametrize("late", [0, 5])
+async def test_enrollments_that_begin_together_share_an_outcome_if_they_begin_on_time(
+    database: str, connection: asyncpg.Connection, late: int
+) -> None:
+    """Each was inserted at a time of its own."""
+    await define(connection, "s", ("a", "Note", "{}", None), ("w", "WaitForDuration", SHORT, None))
+    now, batch = datetime.now(UTC), Batch()
+    async with running_engine(database, {"Note": Recorder()}) as one:
+        for number in range(1, 4):
+            wake_at = now - timedelta(seconds=late, milliseconds=number)
+            for step in ("a", "w"):
+                moved = at(step)._replace(id=number, wake_at=wake_at, entered_at=None)
+                one._moves.move(batch, moved, now)
+        for leased in batch.leased:
+            leased.executor.reserve(-1)
+    begun = {row.entered_at for row in batch.rows if row.step == "a"}
+    assert len(begun) == (3 if late else 1)
+    assert len({row.entered_at for row in batch.rows if row.step == "w"}) == 3  # waits are exact
 
 
 @pytest.mark.parametrize("step", ["Note", "Conditional"])
