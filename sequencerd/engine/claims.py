@@ -34,6 +34,8 @@ from sequencerd.storage.writes import NO_STATE, EnrollmentWrites, NotWritten, Un
 MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
 MAX_FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
 FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
+SEVERAL = 4  # enrollments found by a claim, after which more gather before the next one
+GATHER_TIME = timedelta(seconds=0.01)
 LOCKED_PAUSE = timedelta(seconds=0.2)  # until a row that another session has locked is tried again
 
 
@@ -191,6 +193,8 @@ class Claims:
                         since=claim.since,
                         with_ahead=is_last and claim.ahead is None,
                     )
+            if is_last and count >= SEVERAL:
+                claim.not_before = self._clock.now() + GATHER_TIME
             if is_last and (left := claim.left):
                 next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
                 # the remaining due rows are locked; that may end without a notification

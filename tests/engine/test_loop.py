@@ -15,7 +15,9 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
+from sequencerd.engine import claims
 from sequencerd.engine.batch import Batch
+from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.storage import connections, locking, wakes, writes
@@ -35,7 +37,7 @@ from tests.helpers.engines import (
     way,
 )
 from tests.helpers.runners import http_runner
-from tests.helpers.waiting import PATIENCE
+from tests.helpers.waiting import PATIENCE, eventually
 
 PAID = """{
     "lodashCommand": "eq",
@@ -476,6 +478,40 @@ async def test_the_first_lone_enrollment_finds_its_statements_prepared(database:
         sessions = [await stack.enter_async_context(connections.borrow(one._pool)) for _ in "12345"]
         found = [await session.fetchval(prepared) for session in sessions]
     assert any({QUERIES["peek"], QUERIES["write_one_unchanged"]} <= {*one} for one in found)
+
+
+async def test_enrollments_that_arrive_one_after_the_other_are_claimed_together(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that has found several lets more gather; none of what arrives is lost."""
+    peek, counts = locking.peek, []
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        peeked = await peek(*arguments, **options)
+        assert peeked is not None
+        counts.append(len(peeked.enrollments))
+        return peeked
+
+    monkeypatch.setattr(locking, "peek", counted)
+    monkeypatch.setattr(claims, "GATHER_TIME", timedelta(hours=1))
+    await define(connection, "s", ("a", "Note", "{}", None))
+    async with running_engine(database, {"Note": Recorder()}) as one:
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
+            claims.SEVERAL,
+        )
+        await until(connection, ALL_ENDED)
+        await eventually(lambda: one._cursors.not_before(("s", "a")) > EARLIEST_WAKE)
+        gathered = one._cursors.not_before(("s", "a"))
+        for number in range(20):
+            await enroll(connection, "s", f"v{number}")
+        await eventually(lambda: one._heap.next_at() == gathered)
+        assert sum(counts) == claims.SEVERAL
+        one._cursors._by_step["s", "a"].not_before = EARLIEST_WAKE
+        one._push_now(("s", "a"))
+        await until(connection, ALL_ENDED)
+    assert [count for count in counts if count] == [claims.SEVERAL, 20]
 
 
 @pytest.mark.parametrize("late", [0, 5])
