@@ -44,13 +44,13 @@ DAY = '{"amount": 1, "unit": "day"}'
 
 # --- one event loop for all tests of the console, as they share a browser
 
-FOLDER = Path(__file__).parent
+FOLDER = f"{Path(__file__).parent}/"
 fixture = partial(pytest_asyncio.fixture, loop_scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if FOLDER in item.path.parents and pytest_asyncio.is_async_test(item):
+        if str(item.path).startswith(FOLDER) and pytest_asyncio.is_async_test(item):
             item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 

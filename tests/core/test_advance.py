@@ -714,19 +714,20 @@ def test_a_timeout_of_a_condition_leads_to_alt_next() -> None:
 
 @pytest.mark.slow
 def test_a_split_is_weighted_and_stable_and_independent_of_other_splits() -> None:
-    def half(name: str, subject: str) -> str:
+    def subset(name: str) -> set[str]:
         config = {"next": 30, "altNext": 70}
         split = step(name, "Split", config, then="x", otherwise="y")
-        way = advance(
-            sequence(split, step("x", "GoTo"), step("y", "GoTo")), at(name, subject=subject), NOW
-        )
-        return way.enrollment.step
+        definitions = sequence(split, step("x", "GoTo"), step("y", "GoTo"))
+        return {
+            subject
+            for subject in (f"u{n}" for n in range(2000))
+            if advance(definitions, at(name, subject=subject), NOW).enrollment.step == "x"
+        }
 
-    subjects = [f"u{n}" for n in range(2000)]
-    first = {subject for subject in subjects if half("a", subject) == "x"}
-    assert first == {subject for subject in subjects if half("a", subject) == "x"}
+    first = subset("a")
+    assert first == subset("a")
     assert 500 < len(first) < 700
-    second = {subject for subject in subjects if half("b", subject) == "x"}
+    second = subset("b")
     assert 130 < len(first & second) < 230
 
 

@@ -12,7 +12,7 @@ import pytest
 from sequencerd.core.routing import shard_of
 from sequencerd.definitions.original import place
 from tests.cli.test_shards import COMMITTING, KILL, commits_wait
-from tests.definitions.test_import_original import TABLES, send_reminder
+from tests.definitions.test_import_original import FIRST_ROWS, TABLES, send_reminder
 from tests.helpers.command_line import Command
 from tests.helpers.engines import until
 from tests.helpers.shards import NAMES, NOWHERE, configure
@@ -37,7 +37,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def original(connection: asyncpg.Connection) -> asyncpg.Connection:
     """A database of the original's, apart from the shards."""
-    await connection.execute(TABLES + MANY)
+    await connection.execute(TABLES + FIRST_ROWS + MANY)
     return connection
 
 

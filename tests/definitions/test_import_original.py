@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from sequencerd.settings import load
 from tests.helpers import servers
 from tests.helpers.aws import ARN, aws, score, use_credentials
 from tests.helpers.command_line import Command
+from tests.helpers.copies import Copies
+from tests.helpers.databases import Administrator, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until, way
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 
@@ -39,6 +41,8 @@ CREATE TABLE runners (
     "isActive" boolean, "startSequence" timestamptz, "endSequence" timestamptz,
     "startStep" timestamptz, "createdAt" timestamptz NOT NULL DEFAULT now(),
     "updatedAt" timestamptz NOT NULL DEFAULT now());
+"""
+FIRST_ROWS = """
 INSERT INTO sequences (id, title, description, "firstStep")
 VALUES (1, 'Onboarding', 'For new users', 12), (2, 'Trial', NULL, 20);
 INSERT INTO steps (id, "sequenceId", "nextStep", "altNextStep", type, config) VALUES
@@ -70,9 +74,22 @@ ROWS = (
 )
 
 
+@pytest.fixture(scope="module")
+def copies(server: str, administrator: Administrator, template: str) -> Iterator[Copies]:
+    """Copies with the original's tables."""
+    name = administrator.create(template)
+    session = Administrator(with_database(server, name))
+    session.execute(TABLES)
+    session.close()
+    made = Copies(administrator, server, name)
+    yield made
+    made.close()
+    administrator.drop(name)
+
+
 @pytest.fixture
 async def original(connection: asyncpg.Connection) -> asyncpg.Connection:
-    await connection.execute(TABLES)
+    await connection.execute(FIRST_ROWS)
     return connection
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,31 @@ from sequencerd.definitions.files import read_files
 from tests.definitions.test_check import RUNNERS
 
 REPOSITORY = Path(__file__).parents[2]
-SCHEMA = json_schema.make()
-VALIDATOR = Draft202012Validator(SCHEMA)
+
+
+@cache
+def schema() -> dict[str, Any]:
+    return json_schema.make()
+
+
+@cache
+def validator() -> Draft202012Validator:
+    return Draft202012Validator(schema())
 
 
 def is_valid(document: object) -> bool:
-    return bool(VALIDATOR.is_valid(document))
+    return bool(validator().is_valid(document))
 
 
 def test_the_schema_has_every_step_type() -> None:
-    Draft202012Validator.check_schema(SCHEMA)
+    Draft202012Validator.check_schema(schema())
     assert {step["type"] for step in STEPS} == {*BUILT_IN, "Note"}
     for type_ in BUILT_IN:
         assert not is_valid(sequence({"name": "a", "type": type_, "config": {"nonsense": 1}}))
 
 
 def test_every_key_is_described() -> None:
-    for name, model in {"": SCHEMA, **SCHEMA["$defs"]}.items():
+    for name, model in {"": schema(), **schema()["$defs"]}.items():
         for key, value in model["properties"].items():
             assert value.get("description"), f"{name}.{key}"
 
@@ -46,7 +55,7 @@ def test_every_key_is_described() -> None:
 @pytest.mark.parametrize("file", sorted(REPOSITORY.glob("examples/*.yaml")), ids=lambda p: p.name)
 def test_the_examples_are_valid(file: Path) -> None:
     for document in yaml.safe_load_all(file.read_text()):
-        VALIDATOR.validate(document)
+        validator().validate(document)
 
 
 def sequence(*steps: dict[str, Any], **keys: Any) -> dict[str, Any]:
@@ -110,7 +119,7 @@ STEPS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step["type"])
 def test_good_steps_are_valid(step: dict[str, Any]) -> None:
-    VALIDATOR.validate(sequence(step))
+    validator().validate(sequence(step))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +314,7 @@ def test_whatever_check_accepts_is_valid(document: dict[str, Any]) -> None:
         file.write_text(json.dumps(document))
         accepted, _ = read_files([file], RUNNERS)
     if accepted:
-        VALIDATOR.validate(document)
+        validator().validate(document)
 
 
 def test_enrolling_by_a_schedule() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sequencerd.core.model import KeyPath
@@ -99,7 +99,6 @@ def test_several_values_change_at_once() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
 @given(
     st.sampled_from([(*WAIT, "unit"), (*MAIL, "text"), (*MAIL, "html"), (*MAIL, "subject", "en")]),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -258,25 +259,21 @@ def test_the_libraries_are_those_of_the_list() -> None:
         assert vendor.joinpath(name.rpartition(".")[0] + ".LICENSE").is_file()
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import sequencerd.cli, sequencerd.daemon, sequencerd.console",
-        "from sequencerd.cli import main; main(['--version'])",
-        "from sequencerd.cli import main; main(['check', 'file.yaml'])",
-    ],
-)
-def test_a_program_without_conditions_loads_no_engine(program: str, tmp_path: object) -> None:
-    code = f"""
-import sys, pathlib
-pathlib.Path("file.yaml").write_text("name: s\\nsteps: [{{name: a, type: GoTo}}]")
-try:
-    exec({program!r})
-except SystemExit as ended:
-    assert not ended.code, ended.code
+def test_a_program_without_conditions_loads_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("name: s\nsteps: [{name: a, type: GoTo}]")
+    code = """
+import sys
+from sequencerd.cli import main
+for arguments in (["--version"], ["check", "file.yaml"]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+    assert "_quickjs" not in sys.modules, arguments
+import sequencerd.daemon, sequencerd.console
 assert "_quickjs" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_a_program_that_is_too_large_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
