@@ -241,7 +241,7 @@ async def manager(path: Path) -> AsyncIterator[list[str]]:
 
 
 async def until_told(told: list[str], start: str) -> None:
-    """Wait until systemd is told this, from now on."""
+    """Wait until systemd is notified of this, from now on."""
     before = len(told)
     await eventually(lambda: any(message.startswith(start) for message in told[before:]))
 

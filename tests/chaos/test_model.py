@@ -177,7 +177,7 @@ class Model:
 
 
 class TaskRunner:
-    """A runner that does what each is told to get, and counts."""
+    """A runner that returns the result that is set for each enrollment, and counts calls."""
 
     limits = Limits(1000, 3600.0)
     retry = RetryPolicy(ATTEMPTS, 20, 20)

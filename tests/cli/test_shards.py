@@ -496,7 +496,7 @@ async def test_apply_over_a_server_that_stops_before_its_commit(
     tmp_path: Path,
     shards_url: str,
 ) -> None:
-    """It cannot be asked what became of its commit."""
+    """It cannot be asked whether its commit has succeeded."""
     (tmp_path / "s.yaml").write_text(EDITED)
     with ExitStack() as stack:
         other = stack.enter_context(cluster(PostgresPrograms.find()))

@@ -60,7 +60,7 @@ async def stay(connection: asyncpg.Connection, id_: int) -> timedelta:
 
 
 class Held(Recorder):
-    """A runner whose side effects end when they are told to."""
+    """A runner whose side effects end when the test lets them."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(self._wait, **options)

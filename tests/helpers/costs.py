@@ -99,7 +99,7 @@ class Costs:
             sums = list(map(add, sums, [tests, *seconds]))
         terminalreporter.line(f"{_columns(sums[1:])}  {sums[0]:.0f} tests")
         dearest = sorted(self.tests.items(), key=lambda item: -sum(item[1]))[:MAX_NAMED_TESTS]
-        terminalreporter.line("the dearest:")
+        terminalreporter.line("the most expensive tests:")
         for test, seconds in dearest:
             terminalreporter.line(f"{_columns(seconds)}  {test}")
         times = os.times()

@@ -73,7 +73,7 @@ def no_descriptors() -> Iterator[None]:
 
 @dataclass
 class Mailbox:
-    """An SMTP server's handler: keeps what arrives, answers as it is told.
+    """An SMTP server's handler: keeps messages, and answers as the test has set.
 
     `answers` are used up one by one, by command ("MAIL", "RCPT", "DATA"); with "drop" the
     connection is cut instead.
@@ -205,7 +205,7 @@ async def smtp_server(
 
 @dataclass
 class Script:
-    """An SMTP server that says exactly what it is told to.
+    """An SMTP server that sends exactly the replies that the test has set.
 
     `answers` are used up one by one, by the first word of a command ("CONNECT" for the greeting,
     "." for the message): a text is sent with a line end, bytes as they are, None hangs up. After

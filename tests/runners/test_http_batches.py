@@ -17,7 +17,7 @@ from tests.helpers.servers import HttpServer, Request, http_server, task
 
 
 def ids(request: Request) -> list[int]:
-    """Who is asked for."""
+    """Return the ids in a request."""
     return [runner["id"] for runner in json.loads(request.body)["runners"]]
 
 

@@ -179,7 +179,7 @@ async def test_a_loop_that_is_stuck_feeds_no_watchdog(
 
 
 def drain(manager: socket.socket) -> list[str]:
-    """What was told and not yet read."""
+    """The notifications that were not read yet."""
     found = []
     try:
         while True:

@@ -26,7 +26,7 @@ TERMS = (EMAIL, NUMBER, "1512345678", PHONE, SUBJECT, "Lovelace")
 
 @pytest.fixture
 async def held(connection: asyncpg.Connection) -> asyncpg.Connection:
-    """A subject of whom every table holds something, beside others."""
+    """A subject about which every table has a row, beside other subjects."""
     await define(
         connection,
         "s",

@@ -432,7 +432,7 @@ async def test_long_and_folded_ascii_headers_stay_as_they_are() -> None:
 
 
 def tokens_of(*lives: float, status: int = 200) -> tuple[list[dict[str, list[str]]], Any]:
-    """A token endpoint that gives token-1, token-2, ..., and what it was asked."""
+    """A token endpoint that returns token-1, token-2, ..., and the requests to it."""
     asked: list[dict[str, list[str]]] = []
 
     async def respond(request: Request) -> servers.Answer:
