@@ -68,7 +68,7 @@ check: install ## format, lint, types, imports: all of them, and how long each t
 		echo "--- $$tool: $$(($$(date +%s) - begun)) s"; \
 	done; [ -z "$$failed" ] || { echo "failed: $${failed#, }" >&2; exit 1; }
 
-format: install ## format and mend what lint can mend
+format: install ## format, and fix what lint can fix
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 

@@ -87,7 +87,7 @@ async def daemon(url: str, smtp: str, **settings: str) -> AsyncIterator[asyncio.
         assert '"stopped"' in errors
 
 
-async def mail_sequence(connection: asyncpg.Connection, people: int, mail: str = MAIL) -> None:
+async def mail_sequence(connection: asyncpg.Connection, number: int, mail: str = MAIL) -> None:
     await define(
         connection,
         "s",
@@ -98,7 +98,7 @@ async def mail_sequence(connection: asyncpg.Connection, people: int, mail: str =
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject)"
         " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
-        people,
+        number,
     )
 
 
@@ -167,13 +167,13 @@ async def test_a_kill_in_the_middle_loses_nothing(
     assert await connection.fetchval(COMPLETED) == 300
     # one mail for each visit; a second only where an event says that a lease ran out
     assert len(box.received) == 600
-    lapsed = await connection.fetch(
+    expired = await connection.fetch(
         "SELECT enrollment_id, visit FROM sequencer.events WHERE action = 'lease_expired'"
     )
     twice = [key for key, count in box.received.items() if count > 1]
-    assert len(lapsed) > 0
-    assert len(twice) <= len(lapsed)
-    visits = {f"<{row['enrollment_id']}.{row['visit']}." for row in lapsed}
+    assert len(expired) > 0
+    assert len(twice) <= len(expired)
+    visits = {f"<{row['enrollment_id']}.{row['visit']}." for row in expired}
     for _, message_id in twice:
         assert any(message_id.startswith(visit) for visit in visits), message_id
 

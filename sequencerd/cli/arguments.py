@@ -279,47 +279,47 @@ def _add_changes(commands: Commands) -> None:
     )
     add_json(holidays)
 
-    brought = commands.add(
+    imported = commands.add(
         "import-original",
         "changes.import_command",
         "import sequences and enrollments from the tables of the original Sequencer",
         "import-original --database postgresql://localhost/old",
     )
-    brought.add_argument(
+    imported.add_argument(
         "--database",
         dest="original",
         metavar="URL",
         help="the database with those tables (default: the same database)",
     )
-    brought.add_argument(
+    imported.add_argument(
         "--schema", default="public", help="the schema of those tables (default: %(default)s)"
     )
-    brought.add_argument(
+    imported.add_argument(
         "--lookup", metavar="NAME", help="the lookup for sequences that use external data"
     )
-    brought.add_argument(
+    imported.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="SEQUENCE",
         help="only this sequence, by title or id; may be repeated",
     )
-    brought.add_argument(
+    imported.add_argument(
         "--conditional",
         choices=["wait", "branch"],
         help="what a Conditional does if it is false: wait, like the original's code, or branch to "
         "altNextStep, as in the original's README",
     )
-    brought.add_argument(
+    imported.add_argument(
         "--past-dates",
         choices=["send", "skip", "hold"],
         help="what enrollments at a WaitForDate do if its day is over: continue at once, skip the "
         "next step, or wait as in the original",
     )
-    brought.add_argument(
+    imported.add_argument(
         "--apply", action="store_true", help="apply the import (default: a dry run)"
     )
-    add_json(brought)
+    add_json(imported)
 
 
 def _year(text: str) -> int:

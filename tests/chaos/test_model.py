@@ -67,7 +67,7 @@ MODES = ("next", "altNext", "down", "refuse", "hang")
 
 
 @dataclass
-class Person:
+class Expected:
     """Where an enrollment is, by the model. Times are hours since the beginning."""
 
     id: int
@@ -80,7 +80,7 @@ class Person:
     visit: int = 1
     attempt: int = 0
     not_before: float = 0.0  # the next attempt
-    lapses: list[float] = field(default_factory=list)  # when leases of this visit have expired
+    expiries: list[float] = field(default_factory=list)  # when leases of this visit have expired
     lease_ends: float | None = None  # of a side effect that is under way, or was cut off
     has_begun: bool = False
     is_met: bool = False
@@ -90,7 +90,7 @@ class Person:
 class Model:
     """Where each enrollment must be."""
 
-    people: list[Person] = field(default_factory=list)
+    enrollments: list[Expected] = field(default_factory=list)
     now: float = 0.0
     wait: float = 4.0
     is_paused: bool = False
@@ -99,77 +99,77 @@ class Model:
 
     def settle(self) -> None:
         """Everybody goes as far as they get."""
-        for person in self.people:
-            if not self.is_paused and person.status == "active":
-                person.has_begun = True
-                while person.status == "active" and self._moves(person):
+        for expected in self.enrollments:
+            if not self.is_paused and expected.status == "active":
+                expected.has_begun = True
+                while expected.status == "active" and self._moves(expected):
                     pass
 
-    def enter(self, person: Person, step: str | None, at: float) -> None:
-        person.attempt, person.not_before, person.lease_ends = 0, 0.0, None
-        person.lapses.clear()
+    def enter(self, expected: Expected, step: str | None, at: float) -> None:
+        expected.attempt, expected.not_before, expected.lease_ends = 0, 0.0, None
+        expected.expiries.clear()
         if step is None:
-            person.status = "completed"
+            expected.status = "completed"
             return
-        person.step, person.entered, person.visit = step, at, person.visit + 1
+        expected.step, expected.entered, expected.visit = step, at, expected.visit + 1
 
-    def _moves(self, person: Person) -> bool:
+    def _moves(self, expected: Expected) -> bool:
         """One move, if there is one to make."""
-        if person.lease_ends is not None and (
-            person.id in self.hanging or self.now < person.lease_ends
+        if expected.lease_ends is not None and (
+            expected.id in self.hanging or self.now < expected.lease_ends
         ):
             return False
-        was_cut_off, person.lease_ends = person.lease_ends is not None, None
-        before = sum(at > self.now - 24 for at in person.lapses)
+        was_cut_off, expected.lease_ends = expected.lease_ends is not None, None
+        before = sum(at > self.now - 24 for at in expected.expiries)
         if was_cut_off:
-            person.lapses.append(self.now)
-        if person.data.get("paid") and not person.is_met:
-            person.is_met = True
-            self.enter(person, "last", self.now)
+            expected.expiries.append(self.now)
+        if expected.data.get("paid") and not expected.is_met:
+            expected.is_met = True
+            self.enter(expected, "last", self.now)
             return True
-        match person.step:
+        match expected.step:
             case "wait" | "pause":
-                hours = self.wait if person.step == "wait" else 5
-                if self.now < person.entered + hours:
+                hours = self.wait if expected.step == "wait" else 5
+                if self.now < expected.entered + hours:
                     return False
-                self.enter(person, "task" if person.step == "wait" else "last", self.now)
+                self.enter(expected, "task" if expected.step == "wait" else "last", self.now)
                 return True
             case "choice":
-                self.enter(person, "pause" if person.data.get("vip") else None, self.now)
+                self.enter(expected, "pause" if expected.data.get("vip") else None, self.now)
                 return True
             case _:
-                return self._executes(person, before if was_cut_off else None)
+                return self._executes(expected, before if was_cut_off else None)
 
-    def _executes(self, person: Person, lapses: int | None) -> bool:
+    def _executes(self, expected: Expected, expiries: int | None) -> bool:
         """With so many leases that have expired before the one that has expired now."""
-        if lapses is not None:
-            if person.step == "last":
-                return self._fails(person, "outcome_unknown")
-            person.attempt -= 1
-            person.not_before = self.now + LEASE if lapses else 0.0
-        if self.now < person.not_before:
+        if expiries is not None:
+            if expected.step == "last":
+                return self._fails(expected, "outcome_unknown")
+            expected.attempt -= 1
+            expected.not_before = self.now + LEASE if expiries else 0.0
+        if self.now < expected.not_before:
             return False
-        person.attempt += 1
-        self.begun[f"{person.id}:{person.visit}"] += 1
-        match person.mode:
+        expected.attempt += 1
+        self.begun[f"{expected.id}:{expected.visit}"] += 1
+        match expected.mode:
             case "next":
-                self.enter(person, "pause" if person.step == "task" else None, self.now)
+                self.enter(expected, "pause" if expected.step == "task" else None, self.now)
                 return True
             case "altNext":
-                self.enter(person, ALT[person.step], self.now)
+                self.enter(expected, ALT[expected.step], self.now)
                 return True
-            case "down" if person.attempt < ATTEMPTS:
-                person.not_before = self.now + LEASE
+            case "down" if expected.attempt < ATTEMPTS:
+                expected.not_before = self.now + LEASE
                 return False
             case "hang":
-                person.lease_ends = self.now + LEASE
-                self.hanging.add(person.id)
+                expected.lease_ends = self.now + LEASE
+                self.hanging.add(expected.id)
                 return False
             case _:
-                return self._fails(person, "error")
+                return self._fails(expected, "error")
 
-    def _fails(self, person: Person, failure: str) -> bool:
-        person.status, person.failure = "failed", failure
+    def _fails(self, expected: Expected, failure: str) -> bool:
+        expected.status, expected.failure = "failed", failure
         return False
 
 
@@ -313,7 +313,7 @@ class World(RuleBasedStateMachine):
     @rule(mode=st.sampled_from(MODES), paid=st.booleans(), vip=st.booleans(), told=st.booleans())
     def enroll(self, mode: str, paid: bool, vip: bool, told: bool) -> None:
         """At once, in a transaction that tells the daemon; or later, for the sweep to find."""
-        number = len(self.model.people) + 1
+        number = len(self.model.enrollments) + 1
         data = {"paid": paid, "vip": vip}
         begins = 0.0 if told else self.model.now  # the database's clock stands at the beginning
         self.runner.modes[number] = mode
@@ -329,7 +329,7 @@ class World(RuleBasedStateMachine):
         )
         if not told:
             self._wait_for(self.daemon.engine.sweep())
-        self.model.people.append(Person(id_, mode, begins, data))
+        self.model.enrollments.append(Expected(id_, mode, begins, data))
 
     @precondition(lambda self: not self.model.hanging)
     @rule(hours=st.integers(1, 6))
@@ -339,53 +339,55 @@ class World(RuleBasedStateMachine):
         self.clock.hours = self.model.now
         self._wait_for(self.daemon.engine.sweep())
 
-    @precondition(lambda self: self.model.people)
+    @precondition(lambda self: self.model.enrollments)
     @rule(data=st.data(), key=st.sampled_from(["paid", "vip"]), value=st.booleans())
     def change_data(self, data: st.DataObject, key: str, value: bool) -> None:
-        person = self._somebody(data)
-        person.data[key] = value
+        expected = self._somebody(data)
+        expected.data[key] = value
         self._do(
             "UPDATE sequencer.enrollments SET data = data || $2 WHERE id = $1",
-            person.id,
+            expected.id,
             json.dumps({key: value}),
         )
 
-    @precondition(lambda self: self.model.people)
+    @precondition(lambda self: self.model.enrollments)
     @rule(data=st.data(), mode=st.sampled_from(MODES))
     def change_mode(self, data: st.DataObject, mode: str) -> None:
         """Of a subject that is not in the sequence already."""
-        person = self._somebody(data)
-        self.runner.modes[person.id] = person.mode = mode
+        expected = self._somebody(data)
+        self.runner.modes[expected.id] = expected.mode = mode
 
-    @precondition(lambda self: self.model.people)
+    @precondition(lambda self: self.model.enrollments)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        person = self._somebody(data)
-        if person.status == "active":
-            person.status = "cancelled"
-            self._let_go(person)
+        expected = self._somebody(data)
+        if expected.status == "active":
+            expected.status = "cancelled"
+            self._let_go(expected)
             self._do(
-                "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", person.id
+                "UPDATE sequencer.enrollments SET status = 'cancelled' WHERE id = $1", expected.id
             )
 
-    @precondition(lambda self: self.model.people)
+    @precondition(lambda self: self.model.enrollments)
     @rule(data=st.data())
     def retry(self, data: st.DataObject) -> None:
-        person = self._somebody(data)
-        if person.status != "active":
-            person.status, person.failure = "active", None
-            person.entered = person.entered if person.has_begun else 0.0
-            person.attempt, person.not_before = 0, 0.0
-            self._do("UPDATE sequencer.enrollments SET status = 'active' WHERE id = $1", person.id)
+        expected = self._somebody(data)
+        if expected.status != "active":
+            expected.status, expected.failure = "active", None
+            expected.entered = expected.entered if expected.has_begun else 0.0
+            expected.attempt, expected.not_before = 0, 0.0
+            self._do(
+                "UPDATE sequencer.enrollments SET status = 'active' WHERE id = $1", expected.id
+            )
 
-    @precondition(lambda self: self.model.people)
+    @precondition(lambda self: self.model.enrollments)
     @rule(data=st.data(), step=st.sampled_from(["wait", "task", "pause", "last"]))
     def move(self, data: st.DataObject, step: str) -> None:
-        person = self._somebody(data)
-        if person.step != step:
-            self._let_go(person)
-            self.model.enter(person, step, 0.0 if person.has_begun else person.entered)
-            self._do("UPDATE sequencer.enrollments SET step = $2 WHERE id = $1", person.id, step)
+        expected = self._somebody(data)
+        if expected.step != step:
+            self._let_go(expected)
+            self.model.enter(expected, step, 0.0 if expected.has_begun else expected.entered)
+            self._do("UPDATE sequencer.enrollments SET step = $2 WHERE id = $1", expected.id, step)
 
     @rule(hours=st.integers(1, 12))
     def edit(self, hours: int) -> None:
@@ -413,12 +415,12 @@ class World(RuleBasedStateMachine):
         self._wait_for(self.daemon.crash())
         self._wait_for(self.daemon.start())
 
-    def _somebody(self, data: st.DataObject) -> Person:
-        return data.draw(st.sampled_from(self.model.people))
+    def _somebody(self, data: st.DataObject) -> Expected:
+        return data.draw(st.sampled_from(self.model.enrollments))
 
-    def _let_go(self, person: Person) -> None:
-        person.lease_ends = None
-        self.model.hanging.discard(person.id)
+    def _let_go(self, expected: Expected) -> None:
+        expected.lease_ends = None
+        self.model.hanging.discard(expected.id)
 
     @invariant()
     def both_agree(self) -> None:
@@ -432,7 +434,7 @@ class World(RuleBasedStateMachine):
                 one.lease_ends is not None,
                 one.has_begun,
             )
-            for one in self.model.people
+            for one in self.model.enrollments
         }
         self._wait_for(self._agree(wanted))
 

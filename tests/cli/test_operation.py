@@ -84,7 +84,7 @@ async def test_retry_resumes_failed_enrollments_and_records_the_operator_and_the
 
 
 @pytest.mark.parametrize(
-    ("options", "who"),
+    ("options", "subjects"),
     [
         (["--sequence", "s"], ["s-error", "s-unknown"]),
         (["--failure", "error"], ["s-error", "t-error"]),
@@ -94,7 +94,7 @@ async def test_retry_resumes_failed_enrollments_and_records_the_operator_and_the
     ],
 )
 async def test_filters_select_enrollments(
-    sequencerd: Command, defined: asyncpg.Connection, options: list[str], who: list[str]
+    sequencerd: Command, defined: asyncpg.Connection, options: list[str], subjects: list[str]
 ) -> None:
     for name, code in (
         ("s-error", "error"),
@@ -104,12 +104,16 @@ async def test_filters_select_enrollments(
         await fail(defined, await enroll(defined, name[0], name), code=code)
     await enroll(defined, "s", "active")
     told = json.loads(sequencerd("retry", *options, "--yes", "--json"))
-    assert (told["selected"], told["changed"], told["unchanged"]) == (len(who), len(who), 0)
+    assert (told["selected"], told["changed"], told["unchanged"]) == (
+        len(subjects),
+        len(subjects),
+        0,
+    )
     active = await defined.fetch(
         "SELECT subject FROM sequencer.enrollments WHERE status = 'active'"
         " AND subject <> 'active' ORDER BY subject"
     )
-    assert [one["subject"] for one in active] == who
+    assert [one["subject"] for one in active] == subjects
 
 
 @pytest.mark.parametrize(

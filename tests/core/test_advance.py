@@ -563,8 +563,8 @@ def test_the_limit_of_a_topic_holds_beside_that_of_a_step() -> None:
 
 
 def test_an_expired_lease_is_recorded_and_retried() -> None:
-    lapsed = at("mail", attempt=1, leased_by="host:1")
-    advanced = advance(MAIL, lapsed, NOW)
+    expired = at("mail", attempt=1, leased_by="host:1")
+    advanced = advance(MAIL, expired, NOW)
     assert isinstance(advanced.decision, Execute)
     assert [event.action for event in advanced.events] == ["lease_expired"]
     assert "host:1" in str(advanced.events[0].message)

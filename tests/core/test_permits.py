@@ -36,7 +36,7 @@ def test_a_block_is_as_large_as_the_demand() -> None:
     assert sizes == [1, 2, 4, 8, 16, most, most, most]
     permits.add(0, most)
     assert [permits.next(0) for _ in range(3)] == [0, 0.01, 0.02]
-    assert permits.next(9) is None  # the others have lapsed
+    assert permits.next(9) is None  # the others have expired
     assert permits.wanted(1) == 3
     assert permits.wanted(7) == 7
     assert permits.wanted(1000) == most
@@ -66,7 +66,7 @@ def test_a_permit_can_be_used_late_within_the_rate_of_the_second() -> None:
     assert permits.begin(6, 6) == 0
     assert permits.begin(6.1, 6.11) == pytest.approx(0.84)
     assert permits.begin(6.1, 6.95) == 0
-    # and in time it lapses
+    # and in time it expires
     assert permits.begin(6.2, 6.2 + WINDOW_SECONDS + MAX_LATE_SECONDS) is None
     assert permits.next(6.3 + WINDOW_SECONDS + MAX_LATE_SECONDS) is None
 

@@ -51,7 +51,7 @@ def apply(connection: asyncpg.Connection, tmp_path: Path) -> Applying:
     return Applying(connection, tmp_path)
 
 
-async def standing(
+async def enrolled_at(
     connection: asyncpg.Connection, step: str, subject: str, ago: str, wait: str
 ) -> int:
     """An enrollment that came to a step a while ago."""
@@ -86,7 +86,7 @@ async def test_a_description_is_kept_and_its_change_wakes_nothing(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
-    await standing(connection, "pause", "ada", "1 days", "3 days")
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
     described = GOOD.replace(
         "name: s\n", "name: s\ndescription: |\n  Greets.\n  Says goodbye.\n", 1
     )
@@ -135,7 +135,7 @@ async def test_a_plan_counts_effects_on_enrollments(
 ) -> None:
     await apply(GOOD)
     for subject, ago in (("ada", "2 days"), ("bob", "1 days"), ("eve", "0 days")):
-        await standing(connection, "pause", subject, ago, "3 days")
+        await enrolled_at(connection, "pause", subject, ago, "3 days")
     begins_later = (
         "INSERT INTO sequencer.enrollments (sequence, subject, step, wake_at)"
         " VALUES ('s', 'zoe', 'pause', now() + interval '1 year')"
@@ -169,7 +169,7 @@ async def test_a_window_is_planned_applied_and_exported(
     windowed = GOOD.replace("steps:", "window: {days: [sun, mon], holidays: DE}\nsteps:")
     await apply(GOOD)
     for subject in ("ada", "bob"):
-        await standing(connection, "hello", subject, "1 hours", "30 hours")
+        await enrolled_at(connection, "hello", subject, "1 hours", "30 hours")
     # it is told before, and after, that the calendar is empty
     lines = await apply.lines(windowed)
     assert lines[:2] == ["s:", "changed window"]
@@ -240,7 +240,7 @@ async def test_a_topic_is_planned_applied_and_exported(
 ) -> None:
     about = GOOD.replace("steps:", "topic: marketing\nsteps:")
     await apply(GOOD)
-    await standing(connection, "pause", "ada", "1 days", "3 days")
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
     assert await apply.lines(about) == ["s:", "topic: none → marketing"]
     await apply(about)
     assert not await apply.plan(about)
@@ -350,8 +350,8 @@ async def test_a_goal_and_a_zone_affect_all_enrollments(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
-    id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
-    await standing(connection, "pause", "bob", "1 days", "3 days")
+    id_ = await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    await enrolled_at(connection, "pause", "bob", "1 days", "3 days")
     await connection.execute(
         "UPDATE sequencer.enrollments SET data = '{\"paid\": 1}' WHERE id = $1", id_
     )
@@ -373,8 +373,8 @@ async def test_a_removed_step_with_enrollments_needs_a_move(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD)
-    id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
-    failed = await standing(connection, "pause", "bob", "1 days", "3 days")
+    id_ = await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    failed = await enrolled_at(connection, "pause", "bob", "1 days", "3 days")
     await connection.execute(
         "UPDATE sequencer.enrollments SET status = 'failed' WHERE id = $1", failed
     )
@@ -419,7 +419,7 @@ async def test_a_move_from_a_step_that_is_not_removed_is_refused(
     apply: Applying, connection: asyncpg.Connection, old: str
 ) -> None:
     await apply(GOOD)
-    await standing(connection, "pause", "ada", "1 days", "3 days")
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
     changed = GOOD.replace("bye", "adieu")
     refusal = f"--move {old}=adieu: these files do not remove a step '{old}'; available: bye"
     assert (await apply.plan(changed, moves={old: "adieu"})).refused == (refusal,)
@@ -436,7 +436,7 @@ async def test_enrollments_that_reach_a_removed_step_after_the_plan_are_not_lost
     await apply(GOOD)
     without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
     planned = await apply.plan(without)
-    await standing(connection, "pause", "ada", "1 days", "3 days")
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
     with pytest.raises(PlanError, match="1 enrollment at pause"):
         await apply(without, expected=planned.fingerprint)
 
@@ -461,7 +461,7 @@ async def test_renames_keep_enrollments_and_goals(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
     await apply(GOOD + GOAL)
-    id_ = await standing(connection, "pause", "ada", "1 days", "3 days")
+    id_ = await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
     await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{x,paid}'")
     before = await connection.fetchrow("SELECT entered_at, wake_at FROM sequencer.enrollments")
     await connection.execute("UPDATE sequencer.steps SET reschedule_from = NULL")

@@ -27,7 +27,7 @@ from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_e
 
 REPOSITORY = Path(__file__).parents[2]
 START = "2026-03-02T09:00:00Z"
-PEOPLE = {"name": "Ada", "email": "ada@example.com", "phone": "+4915112345678"}
+DATA = {"name": "Ada", "email": "ada@example.com", "phone": "+4915112345678"}
 
 
 def loaded(folder: Path, text: str, **outcomes: Any) -> Simulator:
@@ -50,8 +50,8 @@ def test_messages_are_shown_as_they_would_be_sent(tmp_path: Path) -> None:
         "  - {name: sms, type: SMS, config: {from: '+15005550006', to: '{{data.phone}}',"
         " message: 'Hi {{data.name}}'}}\n",
     )
-    people = {"to": "Ada <ada@x.org>", "name": "Ädä & <Co>", "phone": "+49 151 12345678"}
-    mail, sms = sequences.simulate(start=START, data=people).sent
+    addressee = {"to": "Ada <ada@x.org>", "name": "Ädä & <Co>", "phone": "+49 151 12345678"}
+    mail, sms = sequences.simulate(start=START, data=addressee).sent
     assert mail.details == {
         "from": "a@x.org",
         "to": "ada@x.org",

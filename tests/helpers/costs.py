@@ -98,9 +98,11 @@ class Costs:
             terminalreporter.line(f"{_columns(seconds)}  {folder}: {tests:.0f} tests")
             sums = list(map(add, sums, [tests, *seconds]))
         terminalreporter.line(f"{_columns(sums[1:])}  {sums[0]:.0f} tests")
-        dearest = sorted(self.tests.items(), key=lambda item: -sum(item[1]))[:MAX_NAMED_TESTS]
+        most_expensive = sorted(self.tests.items(), key=lambda item: -sum(item[1]))[
+            :MAX_NAMED_TESTS
+        ]
         terminalreporter.line("the most expensive tests:")
-        for test, seconds in dearest:
+        for test, seconds in most_expensive:
             terminalreporter.line(f"{_columns(seconds)}  {test}")
         times = os.times()
         terminalreporter.line(

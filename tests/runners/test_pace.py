@@ -25,7 +25,7 @@ async def test_without_a_rate_there_are_no_permits() -> None:
 async def test_calls_use_blocks_of_permits_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(permits, "WINDOW_SECONDS", 600.0)  # no permit lapses on a busy machine
+    monkeypatch.setattr(permits, "WINDOW_SECONDS", 600.0)  # no permit expires on a busy machine
     asked: list[tuple[str, float, int]] = []
     granted: list[float] = []
     callers: list[str] = []
@@ -74,7 +74,7 @@ async def test_a_call_that_waits_too_long_is_given_back(
 
 
 async def test_the_age_of_permits_is_measured_by_the_fastest_answers() -> None:
-    """Its permits are as old as they are, and lapse; those of the next one do not."""
+    """The permits of the slow answer have expired; those of the next answer have not."""
     loop = asyncio.get_running_loop()
     ages = [0.0, 3.0, 0.0]  # by which the answers are late
 

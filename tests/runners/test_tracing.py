@@ -47,14 +47,14 @@ async def test_each_side_effect_has_a_span(
         return secret if task.view["subject"] == "ada" else Answer()
 
     await define(connection, "s", ("hello", "Note", "{}", None))
-    people = {await enroll(connection, "s", name): name for name in ("ada", "bob")}
+    enrollments = {await enroll(connection, "s", name): name for name in ("ada", "bob")}
     async with running_engine(database, {"Note": Recorder(behave)}):
         await until(connection, ALL_ENDED)
     found = [span for span in spans.get_finished_spans() if span.name == "execute Note"]
     assert len(found) == 2
     for span in found:
         attributes = dict(span.attributes or {})
-        failed = people[int(str(attributes.pop("sequencerd.enrollment")))] == "ada"
+        failed = enrollments[int(str(attributes.pop("sequencerd.enrollment")))] == "ada"
         assert attributes == {
             "sequencerd.sequence": "s",
             "sequencerd.step": "hello",
@@ -66,17 +66,17 @@ async def test_each_side_effect_has_a_span(
         assert "example.com" not in span.to_json()
 
 
-@pytest.mark.parametrize(("people", "name"), [(1, "execute Crm"), (3, "execute Crm batch")])
+@pytest.mark.parametrize(("enrollments", "name"), [(1, "execute Crm"), (3, "execute Crm batch")])
 async def test_an_http_runner_gets_the_context(
     database: str,
     connection: asyncpg.Connection,
     spans: InMemorySpanExporter,
-    people: int,
+    enrollments: int,
     name: str,
 ) -> None:
     await define(connection, "s", ("call", "Crm", "{}", None))
     async with connection.transaction():
-        for number in range(people):
+        for number in range(enrollments):
             await enroll(connection, "s", f"u{number}")
     async with http_server(respond) as server:
         runner = http_runner(server.url, allow_private=True)
