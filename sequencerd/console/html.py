@@ -196,23 +196,23 @@ def bars(
     shows at most is in words as well; its values belong in a table beside it.
     """
 
-    def told(value: float) -> str:
+    def formatted(value: float) -> str:
         return duration(value) if of_delays else f"{value:,}"
 
     most = max((value for _, value in points), default=0)
     drawn = Markup("").join(
-        _wide_bar(n, 100 * value / most, f"{_label(at)}: {told(value)}")
+        _wide_bar(n, 100 * value / most, f"{_label(at)}: {formatted(value)}")
         for n, (at, value) in enumerate(points)
         if value
     )
     total = "" if of_delays else f"{sum(value for _, value in points):,} in "
-    words = f"{title}: {total}{len(points)} {unit}s, at most {told(most)} in one"
+    words = f"{title}: {total}{len(points)} {unit}s, at most {formatted(most)} in one"
     first, last = (_label(points[n][0]) if points else "" for n in (0, -1))
     return Markup(
         '<svg class="bars" viewBox="0 0 {} 100" preserveAspectRatio="none" role="img"'
         ' aria-label="{}">{}</svg><p class="axis"><span>{}</span><span>at most {}</span>'
         "<span>{}</span></p>"
-    ).format(len(points) * 4, words, drawn, first, told(most), last)
+    ).format(len(points) * 4, words, drawn, first, formatted(most), last)
 
 
 def _wide_bar(n: int, height: float, title: str) -> str:

@@ -382,8 +382,8 @@ async def _found(context: PageContext, query: Query) -> EnrollmentPage:
     if not (wanted := query.get("q")):
         return found
     _, remark, advice = await views.by_text(context.pool, wanted, context.settings.mask, 1)
-    told = [text for text in (remark, found.table.remark) if text]
-    return EnrollmentPage(replace(found.table, remark=" ".join(reversed(told)) or None), advice)
+    remarks = [text for text in (remark, found.table.remark) if text]
+    return EnrollmentPage(replace(found.table, remark=" ".join(reversed(remarks)) or None), advice)
 
 
 def _cause(counts: Counts | None, context: PageContext, key: str | None) -> FailureCause | None:

@@ -189,13 +189,13 @@ def _words(definition: Sequence, step: Step) -> list[str]:
     """Describe a step: its wait, and when and how often its side effect may begin."""
     config = dict(step.config) if isinstance(step.config, Mapping) else {}
     found = [describe_wait(step.type, config)]
-    if isinstance(window := config.get("window"), dict) and (told := describe_window(window)):
-        found.append(f"begins only in its window: {told}")
+    if isinstance(window := config.get("window"), dict) and (described := describe_window(window)):
+        found.append(f"begins only in its window: {described}")
     for limit, words in drawing.limits(definition, step):
         found.append(f"{words}, else it {_REACHED[limit.then]}")
-    for key, told in (("to", "to {}"), ("subject", "subject: {}"), ("message", "{}")):
+    for key, form in (("to", "to {}"), ("subject", "subject: {}"), ("message", "{}")):
         if isinstance(config.get(key), str):
-            found.append(told.format(config[key]))
+            found.append(form.format(config[key]))
     return [f"{text[:1].upper()}{text[1:]}" for text in found if text]
 
 

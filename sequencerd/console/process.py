@@ -151,10 +151,10 @@ class _PresentDefinitions:
             try:
                 await (self.begin() if self._pool is None else self.read())
             except (SequencerdError, *TRANSIENT_ERRORS) as error:
-                told = str(error) if isinstance(error, SequencerdError) else brief(error)
+                cause = str(error) if isinstance(error, SequencerdError) else brief(error)
                 if self._error is None:
-                    self.log.warning("the console cannot read the database", error=told)
-                self._error = told
+                    self.log.warning("the console cannot read the database", error=cause)
+                self._error = cause
             else:
                 self._error = None
             notify("WATCHDOG=1")  # and what systemd has not received yet

@@ -57,8 +57,8 @@ async def page(request: Request) -> Response:
     removed = await in_all(
         context, lambda part: connections.read(part.pool, "console_unsuppressed")
     )
-    told = itemgetter("channel", "topic", "source", "reason")
-    latest = [next(iter(same.values())) for same in alike(removed, told)]
+    shown = itemgetter("channel", "topic", "source", "reason")
+    latest = [next(iter(same.values())) for same in alike(removed, shown)]
     latest.sort(key=lambda row: row["removed_at"], reverse=True)
     return render(
         request,

@@ -109,8 +109,8 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
             continue
         yield from _check_languages(step)
         if step.alt_next_step is not None and all(e.path != ALT_NEXT.path for e in step.exits):
-            told = BUILT_IN[step.type].never_alt or f"never taken by a {step.type}: leave it out"
-            yield Remark(step.name, ("altNext",), told)
+            message = BUILT_IN[step.type].never_alt or f"never taken by a {step.type}: leave it out"
+            yield Remark(step.name, ("altNext",), message)
         if wrong := _wrong_in_a_row(step, sequence):
             yield Remark(step.name, ("next",), wrong)
         for exit_ in step.exits:
@@ -322,7 +322,9 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
             if wrong := _wrong_path(target, root, sequence):
                 yield Remark(step.name, ("config", *path), wrong, root in FORMER_KEYS)
     problem = step.behaviour if isinstance(step.behaviour, InvalidStep) else None
-    told = {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
+    reported = (
+        {("config", *fault.path) for fault in problem.faults if fault.path} if problem else ()
+    )
     partials = dict(sequence.shared.partials)
     for path, source in template_texts(step.type, step.config):
         keys = ("config", *path)
@@ -332,7 +334,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
             for missing in missing_layouts(source, known):
                 yield Remark(step.name, keys, missing, is_error=True)
         except DefinitionError as error:
-            if problem and not any(keys[: len(other)] == other for other in told):
+            if problem and not any(keys[: len(other)] == other for other in reported):
                 yield Remark(step.name, keys, str(error), is_error=True)
             continue
         others = {UNSUBSCRIBE_URL} if is_message(step.type) else set()

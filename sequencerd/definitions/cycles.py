@@ -48,16 +48,16 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
         node: [way for way in _passing(step, sequences[node[0]]) if way.target in steps]
         for node, step in steps.items()
     }
-    told: set[StepNode] = set()
+    reported: set[StepNode] = set()
     budget = MAX_STATES
     for is_sure in (True, False):
         part = _cyclic({n: [w for w in ws if w.is_sure >= is_sure] for n, ws in ways.items()})
         for node in part:
-            if isinstance(steps[node].behaviour, Effect) and node not in told and budget > 0:
+            if isinstance(steps[node].behaviour, Effect) and node not in reported and budget > 0:
                 path, states = _way_back(node, part, budget)
                 budget -= states
                 if path:
-                    told.update(path)
+                    reported.update(path)
                     yield node[0], _told(path, part, is_sure=is_sure)
 
 

@@ -114,8 +114,8 @@ class SequenceDiff:
         for name, type_ in self.added.items():
             yield f"added {name} ({type_})"
         for name, keys in self.changed.items():
-            told = ", ".join(f"{key} {change}".strip() for key, change in keys.items())
-            yield f"changed {name}: {told}"
+            changes = ", ".join(f"{key} {change}".strip() for key, change in keys.items())
+            yield f"changed {name}: {changes}"
         for name in self.removed:
             yield f"removed {name}"
         for name, change in self.partials.items():

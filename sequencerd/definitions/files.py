@@ -257,11 +257,11 @@ def check_documents(
         for source in found:
             if (one := built.get(source)) is not None:
                 found_here = check.check(one.sequence, entered.get(source.name or "", set()))
-                told = [*found_here, *remarks.pop(source.name, [])]
-                told += check.check_partials(one.sequence)
+                all_found = [*found_here, *remarks.pop(source.name, [])]
+                all_found += check.check_partials(one.sequence)
                 if source.name is not None and source.name in data:
-                    told += check.unknown_paths(one.sequence, data[source.name])
-                if (definition := _checked(source, one, told)) is not None:
+                    all_found += check.unknown_paths(one.sequence, data[source.name])
+                if (definition := _checked(source, one, all_found)) is not None:
                     definitions.append(definition)
             findings += sorted(source.findings, key=lambda finding: finding.line)
         findings += unreadable

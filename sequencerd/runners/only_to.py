@@ -32,6 +32,6 @@ class OnlyTo:
             for pattern in self._patterns or ()
         )
 
-    def told(self, addresses: Iterable[str]) -> str:
+    def describe(self, addresses: Iterable[str]) -> str:
         """Describe addresses that get no message, with the reason."""
         return f"{', '.join(sorted(addresses))}: not in {self._setting}"

@@ -174,16 +174,16 @@ def _conditional(
 def _past_date(
     config: dict[str, Any], choices: ImportChoices, name: str, made: TranslatedSteps
 ) -> dict[str, Any]:
-    told = f"{name}: its date {config['date']} has passed"
+    passed = f"{name}: its date {config['date']} has passed"
     if choices.past_dates is None:
         made.warnings.append(
-            f"{told}: enrollments that arrive continue at once, in the original never: see "
+            f"{passed}: enrollments that arrive continue at once, in the original never: see "
             "--past-dates"
         )
     if choices.past_dates != "hold":
         return config
     made.warnings.append(
-        f"{told}, and becomes {HELD_UNTIL}: no enrollment passes it, as in the original"
+        f"{passed}, and becomes {HELD_UNTIL}: no enrollment passes it, as in the original"
     )
     return {**config, "date": HELD_UNTIL}
 
@@ -204,8 +204,8 @@ def _known(
             if operand.get("type") == "get":
                 found[key]["value"] = _renamed(operand.get("value"))
     if dropped:
-        told = ", ".join(map(repr, dropped))
-        made.warnings.append(f"{name}: dropped from its config, as the original ignores it: {told}")
+        keys = ", ".join(map(repr, dropped))
+        made.warnings.append(f"{name}: dropped from its config, as the original ignores it: {keys}")
     return found
 
 

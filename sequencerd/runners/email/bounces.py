@@ -114,8 +114,8 @@ def _complaints(part: Message) -> Iterator[UnknownAddress]:
         kind = str(fields.get("Feedback-Type", "")).strip().lower()
         if kind not in _COMPLAINTS:
             continue
-        told = [str(value) for value in fields.get_all("Original-Rcpt-To", [])]
-        found = [address for value in told for address in _ADDRESS.findall(value)]
+        recipients = [str(value) for value in fields.get_all("Original-Rcpt-To", [])]
+        found = [address for value in recipients for address in _ADDRESS.findall(value)]
         yield from (UnknownAddress(address, f"abuse report: {kind}") for address in found or [None])
 
 

@@ -257,7 +257,7 @@ class EmailRunner:
                 mail = write(program, task, now)
             outside = self._only_to.outside(mail.recipients)
             if outside.issuperset(mail.to):
-                return Suppressed(f"not sent to {self._only_to.told(outside)}")
+                return Suppressed(f"not sent to {self._only_to.describe(outside)}")
             files: tuple[AttachmentFile, ...] = ()
             if program.attachments:
                 # suppressed recipients need none; the check is repeated after they are fetched
@@ -294,7 +294,7 @@ class EmailRunner:
             if without:
                 message += f"; suppressed: {describe(without)}"
             if outside:
-                message += f"; not sent to {self._only_to.told(outside)}"
+                message += f"; not sent to {self._only_to.describe(outside)}"
             return replace(result, message=one_line(message, 2000))
         return result
 
@@ -324,8 +324,8 @@ def _skipped(
     """Return the result if no recipient is left, or if the subject is suppressed."""
     if not (without.keys() | outside >= set(mail.to) or task.view["subject"] in without):
         return None
-    told = filter(None, (describe(without), ", ".join(sorted(outside))))
-    return Suppressed(f"not sent to {', '.join(told)}")
+    reasons = filter(None, (describe(without), ", ".join(sorted(outside))))
+    return Suppressed(f"not sent to {', '.join(reasons)}")
 
 
 def write(

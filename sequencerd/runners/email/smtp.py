@@ -432,8 +432,8 @@ def _listed(addresses: list[str]) -> str:
 
 def read_sent(message: str) -> list[str]:
     """Return the recipients that the message of a delivery names."""
-    told = re.search(r"\bsent to (\S+@.+?)(?: and \d+ more)?: \d{3}\b", message)
-    return told[1].split(", ") if told else []
+    found = re.search(r"\bsent to (\S+@.+?)(?: and \d+ more)?: \d{3}\b", message)
+    return found[1].split(", ") if found else []
 
 
 def _describe(error: Exception) -> str:

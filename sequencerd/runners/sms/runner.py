@@ -189,7 +189,7 @@ class _SmsRunner:
             with self._rendering.measured():
                 values = self.preview(program, task)
             if outside := self._only_to.outside([values["to"]]):
-                return Suppressed(f"not sent to {self._only_to.told(outside)}")
+                return Suppressed(f"not sent to {self._only_to.describe(outside)}")
             is_in_time = await self._pace.turn(task.expires)
             if not is_in_time or task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
