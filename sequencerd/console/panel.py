@@ -165,7 +165,7 @@ async def panel(
     )
     return StepPanel(
         step,
-        _words(definition, step),
+        _describe(definition, step),
         config_in_order(step.type, step.config) if isinstance(step.config, dict) else step.config,
         _ways(definition, step, flow, query),
         query.get("way"),
@@ -185,7 +185,7 @@ async def panel(
 _REACHED = {"wait": "waits", "skip": "is skipped", "altNext": "goes to altNext"}
 
 
-def _words(definition: Sequence, step: Step) -> list[str]:
+def _describe(definition: Sequence, step: Step) -> list[str]:
     """Describe a step: its wait, and when and how often its side effect may begin."""
     config = dict(step.config) if isinstance(step.config, Mapping) else {}
     found = [describe_wait(step.type, config)]

@@ -39,13 +39,13 @@ class Query:
         """Return a value; None where it is empty or missing. Raises WrongQueryError."""
         value = self.given.get(name) or None
         if value is not None and ("\0" in value or _is_broken(value)):
-            raise WrongQueryError(f"{_said(name)} contains invalid characters")
+            raise WrongQueryError(f"{_label(name)} contains invalid characters")
         return value
 
     def must(self, name: str) -> str:
         """Return a required value."""
         if (value := self.get(name)) is None:
-            raise WrongQueryError(f"{_said(name)} is missing from the URL of this page")
+            raise WrongQueryError(f"{_label(name)} is missing from the URL of this page")
         return value
 
     def of_shard(self, name: str, shards: Collection[str]) -> Query | None:
@@ -81,7 +81,7 @@ class Query:
 
     def _number(self, name: str, text: str) -> int:
         if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
-            raise WrongQueryError(f"{_said(name)} is not a number")
+            raise WrongQueryError(f"{_label(name)} is not a number")
         return int(text)
 
     def numbers(self, name: str) -> list[int] | None:
@@ -107,11 +107,11 @@ class Query:
             # converted to UTC, it may be outside of the calendar
             return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
         except (ValueError, OverflowError) as error:
-            message = f"{_said(name)} is not a time such as 2026-03-02 09:00"
+            message = f"{_label(name)} is not a time such as 2026-03-02 09:00"
             raise WrongQueryError(message) from error
 
 
-def _said(name: str) -> str:
+def _label(name: str) -> str:
     return name.replace("_", " ")
 
 

@@ -66,9 +66,9 @@ def text(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
     its limits.
     """
     ways = list(edges(sequence))
-    names = [_words(name) for name in sequence.steps]
+    names = [_one_line(name) for name in sequence.steps]
     width = max(map(len, names), default=0)
-    kinds = max((len(_words(step.type)) for step in sequence.steps.values()), default=0)
+    kinds = max((len(_one_line(step.type)) for step in sequence.steps.values()), default=0)
     lines = [f"brake: {brake}"] if brake else []
     for name, step in sequence.steps.items():
         targets = ", ".join(
@@ -77,7 +77,7 @@ def text(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
         count = f"{counts.get((sequence.name, name), 0):>8}  " if counts else ""
         limited = "".join(f"; {words}" for _, words in limits(sequence, step))
         lines.append(
-            f"{count}{_words(name):{width}}  {_words(step.type):{kinds}}  {targets}{limited}"
+            f"{count}{_one_line(name):{width}}  {_one_line(step.type):{kinds}}  {targets}{limited}"
         )
     return "\n".join(lines)
 
@@ -137,17 +137,22 @@ FORMATS: Mapping[str, Callable[[Sequence, StepCounts, str], str]] = {
 
 def _target(way: Edge) -> str:
     if way.target is None:
-        return END if way.sequence is None else f"sequence {_words(way.sequence)}"
-    return _words(f"{way.sequence}/{way.target}" if way.sequence else way.target)
+        return END if way.sequence is None else f"sequence {_one_line(way.sequence)}"
+    return _one_line(f"{way.sequence}/{way.target}" if way.sequence else way.target)
 
 
 def _label(sequence: Sequence, step: Step, counts: StepCounts) -> list[str]:
     count = counts.get((sequence.name, step.name), 0)
     limited = [words for _, words in limits(sequence, step)]
-    return [_words(step.name), _words(step.type), *([f"{count} here"] if count else []), *limited]
+    return [
+        _one_line(step.name),
+        _one_line(step.type),
+        *([f"{count} here"] if count else []),
+        *limited,
+    ]
 
 
-def _words(name: str) -> str:
+def _one_line(name: str) -> str:
     """Return a name as one line."""
     return " ".join(name.split())
 

@@ -321,7 +321,7 @@ class _SimulatedEnrollment:
             message = event.message
             step = self._step(event)
             if step and isinstance(step.behaviour, InstantStep):
-                context = self._look(here, now)
+                context = self._context(here, now)
                 if event.action not in (Action.NEXT, Action.ALT_NEXT, "branch"):
                     pass
                 elif conditions := _evaluated(step, event):
@@ -334,7 +334,7 @@ class _SimulatedEnrollment:
                     message = _changes(answer.data)
             yield self._entry(event.at, event, event.action, message)
 
-    def _look(self, here: Enrollment, now: datetime) -> Context:
+    def _context(self, here: Enrollment, now: datetime) -> Context:
         sequence = self.definitions[here.sequence]
         timezone = here.timezone or sequence.timezone
         return Context(here, now, timezone, self.external, sequence.holidays)
