@@ -494,18 +494,18 @@ async def test_enrollments_that_arrive_one_after_the_other_are_claimed_together(
 
     monkeypatch.setattr(locking, "peek", counted)
     monkeypatch.setattr(claims, "GATHER_TIME", timedelta(hours=1))
+    insert = (  # due by the daemon's clock as well, which may be a little behind
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " SELECT 's', $1 || n, now() - interval '1 second' FROM generate_series(1, $2::int) AS n"
+    )
     await define(connection, "s", ("a", "Note", "{}", None))
     async with running_engine(database, {"Note": Recorder()}) as one:
-        await connection.execute(
-            "INSERT INTO sequencer.enrollments (sequence, subject)"
-            " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
-            claims.SEVERAL,
-        )
+        await connection.execute(insert, "u", claims.SEVERAL)
         await until(connection, ALL_ENDED)
         await eventually(lambda: one._cursors.not_before(("s", "a")) > EARLIEST_WAKE)
         gathered = one._cursors.not_before(("s", "a"))
         for number in range(20):
-            await enroll(connection, "s", f"v{number}")
+            await connection.execute(insert, f"v{number}-", 1)
         await eventually(lambda: one._heap.next_at() == gathered)
         assert sum(counts) == claims.SEVERAL
         one._cursors._by_step["s", "a"].not_before = EARLIEST_WAKE
