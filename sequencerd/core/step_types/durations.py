@@ -74,7 +74,7 @@ MoveTime = Callable[[datetime], datetime]
 
 
 @dataclass(frozen=True, slots=True)
-class _Duration:
+class _CompiledDuration:
     """A compiled duration: there may be one for each step, and nested functions, or the config,
     would take several times as much memory.
     """
@@ -109,7 +109,7 @@ class _Duration:
         return self.bind(context)(context.entered_at)
 
 
-def _compile(duration: DurationConfig, path: KeyPath) -> _Duration:
+def _compile(duration: DurationConfig, path: KeyPath) -> _CompiledDuration:
     amount: Callable[[Context], float] | float | str = duration.amount
     if isinstance(amount, str):
         faults = Faults()
@@ -119,7 +119,7 @@ def _compile(duration: DurationConfig, path: KeyPath) -> _Duration:
         assert not isinstance(amount, str)
     name = intern(duration.unit)
     unit = "" if name in BUSINESS_DAYS else dates.normalise_unit(name)
-    return _Duration(amount, name, unit, duration.holidays, path)
+    return _CompiledDuration(amount, name, unit, duration.holidays, path)
 
 
 def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], MoveTime]:
