@@ -44,7 +44,7 @@ from sequencerd.engine.shared_outcome import SharedOutcome, Start
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
 MAX_INVALID = 10_000  # steps that are remembered
-ON_TIME = timedelta(seconds=1)  # after its wake time, at which an enrollment starts
+START_TOLERANCE = timedelta(seconds=1)  # after its wake time, an enrollment starts on time
 BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
 
 
@@ -123,7 +123,11 @@ class Moves:
         share the outcome of those that start with it. A wait begins at the wake time.
         """
         wake_at = enrollment.wake_at
-        if enrollment.entered_at is None and wake_at is not None and wake_at > now - ON_TIME:
+        if (
+            enrollment.entered_at is None
+            and wake_at is not None
+            and wake_at > now - START_TOLERANCE
+        ):
             known = self._definitions.get(enrollment.sequence)
             step = known.steps.get(enrollment.step) if known else None
             if step is not None and isinstance(step.behaviour, SideEffect):
