@@ -601,7 +601,10 @@ class Settings(Section):
     @model_validator(mode="after")
     def _check_shards(self) -> Settings:
         if self.shards and (self.database.url or self.database.schema_name != SCHEMA):
-            raise ValueError("write [shards], or url and schema of [database], not both")
+            raise ValueError(
+                "write [shards], or url and schema of [database], not both; "
+                "SEQUENCERD_DATABASE sets the url as well"
+            )
         places: dict[tuple[str, str], str] = {}
         for name, shard in self.shards.items():
             place = shard.url.get_secret_value(), shard.schema_name
