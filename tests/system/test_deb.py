@@ -78,6 +78,7 @@ def test_an_upgrade_restarts_the_daemon_and_keeps_its_settings(installed: Machin
 
 
 def test_a_purge_leaves_nothing_but_the_database(installed: Machine) -> None:
+    installed("systemctl enable --now sequencerd@1")
     installed("apt-get purge --yes sequencerd")
     assert installed.show("sequencerd", "LoadState", "ActiveState") == {
         "LoadState": "not-found",
