@@ -118,7 +118,7 @@ class Catalog:
         gone = known - revisions.keys()
         for name in gone:
             del self.sequences[name]
-        self._unfinished -= gone
+        self._unfinished -= (wanted or self._unfinished) - revisions.keys()
         changed = [
             name
             for name, revision in revisions.items()
@@ -194,13 +194,14 @@ class Catalog:
         begin()
         for sequence in made:
             self.sequences[sequence.name] = sequence
-        self._unfinished.difference_update(names)
-        if not self._unfinished:
-            self._outdated = frozenset()
+        self._unfinished.update(names)  # if the report fails, all of it is repeated
         if made:
             await self._report(connection, made, known)
         for step_key in changed:
             self._reschedule(step_key)
+        self._unfinished.difference_update(names)
+        if not self._unfinished:
+            self._outdated = frozenset()
 
     async def _report(
         self,
@@ -219,7 +220,7 @@ class Catalog:
                 await self._write_problems(connection, found, known)
                 over |= {key for key, text in found.items() if text is None}
                 found = {}
-            await asyncio.sleep(0)
+            await self._pause()
         names = {sequence.name for sequence in made}
         await self.revive(
             connection,

@@ -548,6 +548,30 @@ async def test_edits_are_not_forgotten_if_they_cannot_be_read(
     assert failures == 1
 
 
+async def test_what_a_fixed_step_had_failed_is_resumed_after_an_error_of_the_database(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new definition is known by then, and its report is repeated."""
+    failed_steps = sequences.failed_steps
+    failures = 0
+
+    async def failing(*arguments: Any) -> Any:
+        nonlocal failures
+        if failures == 0:
+            failures = 1
+            raise ConnectionResetError
+        return await failed_steps(*arguments)
+
+    await define(connection, "s", ("a", "Note", '{"bad": true}', None))
+    async with running_engine(database, {"Note": Recorder()}):
+        await enroll(connection, "s", "ada")
+        await until(connection, "SELECT failure = 'invalid_step' FROM sequencer.enrollments")
+        monkeypatch.setattr(sequences, "failed_steps", failing)
+        await connection.execute("UPDATE sequencer.steps SET config = '{}'")
+        await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments")
+    assert failures == 1
+
+
 async def test_silent_edits_are_found_by_the_sweep(
     database: str, connection: asyncpg.Connection
 ) -> None:
