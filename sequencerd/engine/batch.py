@@ -61,6 +61,7 @@ class Batch(EnrollmentWrites):
     If the answer to a commit is lost, the number tells whether the rows contain this lease, or one
     of a later transaction after this one was rolled back.
     """
+    transaction: int | None = None  # the number of the transaction, if it is known
     leased: list[Leased] = field(default_factory=list)  # executed after the commit
     jumps: list[PendingJump] = field(default_factory=list)  # into other sequences, to be decided
     limited: list[Limited] = field(default_factory=list)  # side effects with limits, to be reserved

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -103,20 +103,31 @@ class Claims:
 
     async def claim_all(self, step_key: StepKey) -> None:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
-        are many.
+        are many: the second begins when the first is claimed, before it is written.
         """
-        if not await self._claim(step_key):
-            return
+        others: list[asyncio.Task[None]] = []
 
         async def until_none() -> None:
             while not self._stopping.is_set() and await self._claim(step_key, MAX_CLAIMERS):
                 pass
 
-        with self._backlog.flood():
-            claimers = (until_none() for _ in range(MAX_CLAIMERS))
-            for ended in await asyncio.gather(*claimers, return_exceptions=True):
-                if isinstance(ended, BaseException):
-                    raise ended
+        def start_others() -> None:
+            held.enter_context(self._backlog.flood())
+            others.extend(asyncio.create_task(until_none()) for _ in range(MAX_CLAIMERS - 1))
+
+        with ExitStack() as held:
+            try:
+                if await self._claim(step_key, claimed_many=start_others):
+                    await until_none()
+            except asyncio.CancelledError:
+                for other in others:
+                    other.cancel()
+                raise
+            finally:
+                ended = await asyncio.gather(*others, return_exceptions=True)
+            for error in ended:
+                if isinstance(error, BaseException):
+                    raise error
 
     def delay(self, step_key: StepKey) -> timedelta:
         """Return how long a notification of a step is delayed: longer after many claims without a
@@ -126,8 +137,14 @@ class Claims:
         seconds = 0.0 if times < MAX_FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
         return timedelta(seconds=seconds)
 
-    async def _claim(self, step_key: StepKey, claimers: int = 1) -> bool:
-        """Claim and advance a batch. Return whether more may be due.
+    async def _claim(
+        self,
+        step_key: StepKey,
+        claimers: int = 1,
+        claimed_many: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Claim and advance a batch. Return whether more may be due. In that case `claimed_many` is
+        called before the batch is written.
 
         The free slots of an executor are divided among the `claimers` of the step.
         """
@@ -151,7 +168,7 @@ class Claims:
                 executor.waiting.add(step_key)
                 return False
         try:
-            count = await self._claim_batch(step_key, sequence.revision, limit)
+            count = await self._claim_batch(step_key, sequence.revision, limit, claimed_many)
         except Exception as error:
             count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
         if count == 0:
@@ -160,7 +177,9 @@ class Claims:
             )  # nothing is claimed with a definition that has changed
         return count == limit
 
-    async def _claim_batch(self, step_key: StepKey, revision: int, limit: int) -> int:
+    async def _claim_batch(
+        self, step_key: StepKey, revision: int, limit: int, claimed_many: Callable[[], None]
+    ) -> int:
         """Claim and advance a batch. Return how many rows it has read to advance them."""
         now = self._clock.now()
         excluded = self.excluded(step_key)
@@ -172,7 +191,11 @@ class Claims:
             if few is None:
                 batch = Batch()
                 async with self._leases.writing(batch) as connection:
-                    claimed, count = await locking.claim(connection, due)
+                    claimed, count, batch.places, batch.transaction = await locking.claim(
+                        connection, due
+                    )
+                    if count == limit:
+                        claimed_many()
                     await self._move_all(connection, step_key, batch, claimed, now)
                     self._metrics.claimed(step_key, self._due(step_key, claimed), now)
             else:

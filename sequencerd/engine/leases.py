@@ -80,7 +80,8 @@ class Leases:
         ):
             yield connection
             if len(batch.leased) >= locking.MANY_LEASES and not batch.data:
-                self._note(batch, await evaluations.new_transaction(connection))
+                number = batch.transaction or await evaluations.new_transaction(connection)
+                self._note(batch, number)
 
     @asynccontextmanager
     async def without_lock(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:

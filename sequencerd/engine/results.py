@@ -163,12 +163,12 @@ class Results:
         later: list[Finished] = []  # locked by another session, or left over by slow evaluations
         pause = LOCKED_PAUSE
         async with self._leases.writing(batch) as connection:
-            locked, ours, revisions = await locking.lock(
-                connection, known, self._leases.transactions
-            )
-            if changed := [name for name, at in revisions.items() if self._revision(name) != at]:
+            locked = await locking.lock(connection, known, self._leases.transactions)
+            revisions = locked.revisions.items()
+            if changed := [name for name, at in revisions if self._revision(name) != at]:
                 return changed
-            missing = [enrollment.id for enrollment in known if enrollment.id not in locked]
+            batch.places, batch.transaction = locked.places, locked.transaction
+            missing = [enrollment.id for enrollment in known if enrollment.id not in locked.ids]
             exist = await locking.existing(connection, missing) if missing else set()
             slow = SlowEvaluations()
             for number, (leased, result) in enumerate(results):
@@ -176,7 +176,7 @@ class Results:
                     later += results[number:]
                     pause = SLOW_PAUSE
                     break
-                if enrollment := ours.get(leased.fence):
+                if enrollment := locked.unchanged.get(leased.fence):
                     if leased.reservations and not may_have_taken_place(result):
                         given = Reserved(enrollment.id, enrollment.visit, leased.reservations)
                         batch.given_back.append(given)
@@ -191,7 +191,7 @@ class Results:
                     )
                 elif leased.enrollment.id in exist:
                     later.append((leased, result))
-                elif leased.enrollment.id not in locked:
+                elif leased.enrollment.id not in locked.ids:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.executor.is_lookup:
                     event = _stale(leased, result, now)

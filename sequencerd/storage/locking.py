@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -20,11 +20,21 @@ MAX_BYTES = 8_000_000  # of data that one transaction reads, except for a single
 FIRST_LARGE_ROWS = 4  # enrollments with large data that are read before their size is known
 
 
+Places = Mapping[int, str]
+"""By id, where rows are that a transaction has locked and not written yet (ctid)."""
+
+_PLACE_AND_NUMBER = 2  # the columns of a claim before those of the enrollment
+
+
 class Claimed(NamedTuple):
-    """The enrollments that a claim has read, and the number of rows that it has locked."""
+    """The enrollments that a claim has read, and the number of rows that it has locked; their
+    places and the number of the transaction, unless nodes have places and numbers of their own.
+    """
 
     enrollments: list[Enrollment]
     locked: int
+    places: Places
+    transaction: int | None
 
 
 class DueEnrollments(NamedTuple):
@@ -47,7 +57,11 @@ async def claim(connection: asyncpg.Connection, due: DueEnrollments) -> Claimed:
     transaction.
     """
     rows = await connection.fetch(QUERIES["claim"], *due)
-    return Claimed(list(map(Enrollment._make, await _with_data(connection, rows))), len(rows))
+    number = rows[0]["transaction"] if rows else None
+    places = {} if number is None else {row["id"]: row["place"] for row in rows}
+    whole = await _with_data(connection, rows)
+    enrollments = [Enrollment._make(row[_PLACE_AND_NUMBER:]) for row in whole]
+    return Claimed(enrollments, len(rows), places, number)
 
 
 class Peeked(NamedTuple):
@@ -139,9 +153,7 @@ async def claim_some(
     return list(map(Enrollment._make, await _with_data(connection, rows)))
 
 
-async def _with_data(
-    connection: asyncpg.Connection, rows: Rows[asyncpg.Record]
-) -> Rows[Iterable[Any]]:
+async def _with_data(connection: asyncpg.Connection, rows: Rows[asyncpg.Record]) -> Rows[Rows[Any]]:
     """Add large data, which the statements omit, to rows: as much as fits into MAX_BYTES. Further
     rows are dropped.
     """
@@ -193,32 +205,47 @@ async def orphans(
     return found
 
 
+class Locked(NamedTuple):
+    """Enrollments whose side effects have ended: the ids of the locked rows; the enrollments whose
+    fences are unchanged, as they are now; and the revisions of their sequences. Of rows that were
+    not read, also the places, and the number of the transaction.
+    """
+
+    ids: set[int]
+    unchanged: dict[Fence, Enrollment]
+    revisions: dict[str, int | None]
+    places: Places
+    transaction: int | None
+
+
 async def lock(
     connection: asyncpg.Connection, known: Rows[Enrollment], transactions: Mapping[int, int]
-) -> tuple[set[int], dict[Fence, Enrollment], dict[str, int | None]]:
+) -> Locked:
     """Lock enrollments, except those that another session has locked.
 
-    Return the ids of the locked rows; the enrollments whose fences are unchanged, read again; and
-    the revisions of their sequences. Values that cannot change within a visit are taken from
-    memory, because dates take long to decode. Rows that nothing has changed since the
-    `transactions`, given by the number of the lease, are not read at all.
+    Values that cannot change within a visit are taken from memory, because dates take long to
+    decode. Rows that nothing has changed since the `transactions`, given by the number of the
+    lease, are not read at all.
     """
-    by_fence = {enrollment.fence: enrollment for enrollment in known}
     ids = {enrollment.id for enrollment in known}
     locked: set[int] = set()
     now: dict[Fence, Enrollment] = {}
     revisions: dict[str, int | None] = {}
+    places: dict[int, str] = {}
+    ours: int | None = None
     for (number, sequence), count in Counter((one.leases, one.sequence) for one in known).items():
         if count < MANY_LEASES or number not in transactions:
             continue
         leased = {one.id: one for one in known if (one.leases, one.sequence) == (number, sequence)}
-        unchanged, revisions[sequence] = await connection.fetchrow(
+        unchanged, where, revisions[sequence], ours = await connection.fetchrow(
             QUERIES["lock_unchanged"], id_array(leased), str(transactions[number]), sequence
         )
         locked.update(unchanged)
+        places.update(zip(unchanged, where, strict=True))
         now |= {leased[id_].fence: leased[id_] for id_ in unchanged}
     if not ids - locked:
-        return locked, now, revisions
+        return Locked(locked, now, revisions, places, ours)
+    by_fence = {enrollment.fence: enrollment for enrollment in known}
     rows = await connection.fetch(QUERIES["lock"], id_array(sorted(ids - locked)))
     for row in await _with_data(connection, rows):
         id_, visit, leases, leased_by, *rest = row
@@ -249,7 +276,7 @@ async def lock(
                 elsewhere,
                 executed,
             )
-    return locked, now, revisions
+    return Locked(locked, now, revisions, places, ours)
 
 
 async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:

@@ -51,6 +51,8 @@ class EnrollmentWrites:
     events: dict[Event, list[int]] = field(default_factory=dict)
     goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
     data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into the data
+    places: Mapping[int, str] = field(default_factory=dict)
+    """By id, where rows are that the transaction has locked, as far as that is known (ctid)."""
 
 
 async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime) -> None:
@@ -75,10 +77,13 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
     if written.events and not groups:
         groups.append((NO_STATE, []))
     events = written.events
+    # what has been written before is at another place
+    places = {} if written.data or written.goals_met else written.places
     for row, ids in groups:
+        where = _in_places(ids, places)
         await connection.execute(
-            QUERIES["write_and_record"],
-            id_array(ids),
+            QUERIES["write_in_place" if where else "write_and_record"],
+            where or id_array(ids),
             *row,
             now,
             *_happened(events),
@@ -161,6 +166,17 @@ def _joined(lists: Iterable[Rows[int]]) -> str:
         texts.append(texts[-1] if ids == before else ",".join(map(str, ids)))
         before = ids
     return f"{{{','.join(texts)}}}"
+
+
+def _in_places(ids: Rows[int], places: Mapping[int, str]) -> str | None:
+    """Return the places of rows as an array in PostgreSQL's text format, if all are known."""
+    if not ids or not places:
+        return None
+    try:
+        joined = '","'.join([places[id_] for id_ in ids])
+    except KeyError:
+        return None
+    return f'{{"{joined}"}}'
 
 
 def id_array(numbers: Iterable[int]) -> str:

@@ -1252,3 +1252,28 @@ async def test_a_failure_that_is_written_after_its_step_was_defined_is_resumed(
         )
     actions = await way(connection, id_)
     assert actions == ["leave enrolled", "leave jump", "x failed", "x resumed"]
+
+
+async def test_a_second_batch_is_claimed_while_the_first_is_written(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT 's', 'u' || n FROM generate_series(1, 30) AS n"
+    )
+    other = await asyncpg.connect(database)
+    writing = (
+        "SELECT count(*) > 1 FROM pg_locks"
+        " WHERE relation = 'sequencer.events'::regclass AND NOT granted"
+    )
+    lock = other.transaction()
+    await lock.start()
+    await other.execute("LOCK TABLE sequencer.events IN SHARE MODE")
+    async with running_engine(database, {}, batch=10):
+        await until(connection, writing)
+        await lock.rollback()
+        await until(
+            connection, "SELECT bool_and(entered_at IS NOT NULL) FROM sequencer.enrollments"
+        )
+    await other.close()

@@ -451,7 +451,7 @@ async def test_a_claim_is_bounded_by_bytes(
     )
     at = Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
-    claimed, locked = await locking.claim(
+    claimed, locked, _, _ = await locking.claim(
         connection, locking.DueEnrollments("s", "note", at, "me", [], revision, 100, EARLIEST_WAKE)
     )
     assert locked == 30

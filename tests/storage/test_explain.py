@@ -40,6 +40,8 @@ HOT = {
     "lock_unchanged": f"{IDS}, '1', 's'",
     "write_and_record": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"
     " '{}', NULL, NULL, now()" + 10 * ", '{}'",
+    "write_in_place": f"'{{\"(0,1)\"}}', {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL,"
+    " NULL, '{}', NULL, NULL, now()" + 10 * ", '{}'",
     "write_each": f"{IDS}" + 15 * ", '{}'" + ", now()",
     "write_unchanged": f"{IDS}" + 15 * ", '{}'" + ", now()" + 11 * ", '{}'" + ", 1, 's'",
     "write_one_unchanged": f"1, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"

@@ -26,7 +26,7 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
     now = datetime.now(UTC)
     async with transaction(connection):
-        claimed, _ = await locking.claim(
+        claimed, _, places, number = await locking.claim(
             connection,
             locking.DueEnrollments("s", "call", now, "me", [], revision, COUNT, EARLIEST_WAKE),
         )
@@ -35,10 +35,11 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
         row = writes.EnrollmentState(
             at.sequence, at.step, "active", now, now, at.visit, 1, NUMBER, None, at.leased_by
         )
-        written = writes.EnrollmentWrites(rows={row: [one.id for one in leased]})
+        written = writes.EnrollmentWrites(rows={row: [one.id for one in leased]}, places=places)
         await writes.write(connection, written, now)
-        number = await evaluations.new_transaction(connection)
+        assert number == await evaluations.new_transaction(connection)
     assert number is not None
+    assert places.keys() == {one.id for one in leased}
     return leased, {NUMBER: number % 2**32}
 
 
@@ -59,7 +60,7 @@ async def test_only_rows_changed_since_the_lease_are_read_again(
     other = await asyncpg.connect(database)
     async with other.transaction(), connection.transaction():
         await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", locked.id)
-        ids, now, revisions = await locking.lock(connection, leased, transactions)
+        ids, now, revisions, *_ = await locking.lock(connection, leased, transactions)
     await other.close()
     assert ids == {one.id for one in leased} - {locked.id}
     assert now.keys() == {one.fence for one in (edited, *others)}
@@ -82,6 +83,41 @@ async def test_rows_are_read_again_if_other_triggers_may_have_changed_them(
     )
     leased, transactions = await lease(connection)
     async with connection.transaction():
-        _, now, _ = await locking.lock(connection, leased, transactions)
+        _, now, *_ = await locking.lock(connection, leased, transactions)
     assert len(now) == COUNT
     assert {one.data for one in now.values()} == {'{"touched": true}'}
+
+
+async def test_rows_are_written_where_they_were_locked(connection: asyncpg.Connection) -> None:
+    leased, transactions = await lease(connection)
+    now = datetime.now(UTC)
+    half = [one.id for one in leased[::2]]
+    row = writes.EnrollmentState("s", "call", "completed", None, now, 1, 1, 0, None, None)
+    async with connection.transaction():
+        locked = await locking.lock(connection, leased, transactions)
+        assert locked.transaction == await evaluations.new_transaction(connection)
+        written = writes.EnrollmentWrites(rows={row: half}, places=locked.places)
+        await writes.write(connection, written, now)
+    ended = await connection.fetch(
+        "SELECT id FROM sequencer.enrollments WHERE status = 'completed' ORDER BY id"
+    )
+    assert [id_ for (id_,) in ended] == half
+
+
+async def test_rows_that_have_been_written_since_they_were_locked_are_found_by_id(
+    connection: asyncpg.Connection,
+) -> None:
+    leased, transactions = await lease(connection)
+    now = datetime.now(UTC)
+    ids = [one.id for one in leased]
+    row = writes.EnrollmentState("s", "call", "completed", None, now, 1, 1, 0, None, None)
+    async with connection.transaction():
+        locked = await locking.lock(connection, leased, transactions)
+        written = writes.EnrollmentWrites(
+            rows={row: ids}, data={ids[0]: {"k": 1}}, places=locked.places
+        )
+        await writes.write(connection, written, now)
+    ended = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
+    assert await connection.fetchval(ended) == len(ids)
+    changed = "SELECT id FROM sequencer.enrollments WHERE data = '{\"k\": 1}'"
+    assert await connection.fetchval(changed) == ids[0]

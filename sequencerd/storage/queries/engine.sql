@@ -212,6 +212,10 @@ e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.
    AND {is_current}
    AND (e.leased_by = $4 OR {is_free})
 
+-- part: transaction
+-- The number of this transaction. None with Citus, where each node has numbers of its own.
+CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN pg_current_xact_id()::text::bigint END
+
 -- part: due_since
 -- The due enrollments of one step from a time on: see engine/cursors.py. None if the definition is not the
 -- known revision.
@@ -228,8 +232,9 @@ FROM sequencer.enrollments AS e
 
 -- name: claim
 -- Claim due enrollments of one step, the oldest first: none that a living daemon has leased, even if a lock
--- kept that daemon from extending the lease. Large data are read separately.
-SELECT {enrollment}
+-- kept that daemon from extending the lease. Large data are read separately. Nothing moves the rows from
+-- their places while they are locked.
+SELECT e.ctid::text AS place, (SELECT {transaction}) AS transaction, {enrollment}
   {due_since} AND {is_free}
  ORDER BY e.wake_at LIMIT $7
    FOR UPDATE OF e SKIP LOCKED;
@@ -414,16 +419,18 @@ SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
 
 -- name: lock_unchanged
 -- Lock those enrollments of one sequence that are still as a transaction of this daemon has written them,
--- and return their ids and the revision of the sequence. None where triggers of others may have changed
--- what was written.
-SELECT ARRAY(SELECT e.id FROM sequencer.enrollments AS e
-              WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $2::text::xid
-                AND NOT EXISTS (
-                    SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
-                     WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
-                       AND f.pronamespace <> 'sequencer'::regnamespace)
-              ORDER BY e.id FOR UPDATE OF e SKIP LOCKED) AS ids,
-       (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = $3) AS revision;
+-- and return their ids and places, the revision of the sequence, and the number of this transaction. None
+-- where triggers of others may have changed what was written.
+SELECT coalesce(array_agg(e.id), '{}') AS ids, coalesce(array_agg(e.place), '{}') AS places,
+       (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = $3) AS revision,
+       pg_current_xact_id()::text::bigint AS transaction
+  FROM (SELECT e.id, e.ctid::text AS place FROM sequencer.enrollments AS e
+         WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $2::text::xid
+           AND NOT EXISTS (
+               SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+                WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
+                  AND f.pronamespace <> 'sequencer'::regnamespace)
+         ORDER BY e.id FOR UPDATE OF e SKIP LOCKED) AS e;
 
 -- name: fences
 -- Read the fences of enrollments. It waits for their locks, and so for a transaction whose outcome is
@@ -453,19 +460,31 @@ SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action
 -- The columns of an event.
 (enrollment_id, at, sequence, step, visit, action, message, revision, seconds_at_step)
 
+-- part: write_state
+-- Write the new state of enrollments that have the same, as most of a batch do.
+UPDATE sequencer.enrollments
+   SET sequence = $2, step = $3, status = $4,
+       wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
+       entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
+       failure = $12, last_error = $13, executed = (SELECT $14::text::text[]),
+       expires_at = $15,
+       waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
+       ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
+
 -- name: write_and_record
--- Write the new state of all enrollments that have the same, as most of a batch do, and insert events.
--- Arrays of ids are sent as text: asyncpg looks at each element of a list four times as long.
+-- Write the new state of all enrollments that have the same, and insert events. Arrays of ids are sent as
+-- text: asyncpg looks at each element of a list four times as long.
 WITH written AS (
-    UPDATE sequencer.enrollments
-       SET sequence = $2, step = $3, status = $4,
-           wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
-           entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
-           failure = $12, last_error = $13, executed = (SELECT $14::text::text[]),
-           expires_at = $15,
-           waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
-           ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
-     WHERE id = ANY ($1::text::bigint[])
+    {write_state} WHERE id = ANY ($1::text::bigint[])
+)
+INSERT INTO sequencer.events {event}
+{happened};
+
+-- name: write_in_place
+-- Write and insert like `write_and_record`, but find the rows, which this transaction has locked and not
+-- written yet, by their places instead of their ids.
+WITH written AS (
+    {write_state} WHERE ctid = ANY ($1::text::tid[])
 )
 INSERT INTO sequencer.events {event}
 {happened};
@@ -653,9 +672,8 @@ RETURNING reschedule_from IS NOT NULL AS again;
 
 -- name: new_transaction
 -- Draw a transaction number. The xmax of a snapshot would not do: transactions in progress may have
--- greater numbers than that. None with Citus, where each node has numbers of its own.
-SELECT CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL
-            THEN pg_current_xact_id()::text::bigint END;
+-- greater numbers than that.
+SELECT {transaction};
 
 -- name: oldest_transaction
 -- Read the number of the oldest transaction that is still in progress.
