@@ -216,7 +216,7 @@ class Claims:
                         since=claim.since,
                         with_ahead=is_last and claim.ahead is None,
                     )
-            if is_last and count >= SEVERAL:
+            if is_last and SEVERAL <= count <= MAX_UNLOCKED:
                 claim.not_before = self._clock.now() + GATHER_TIME
             if is_last and (left := claim.left):
                 next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
