@@ -62,7 +62,10 @@ async def _read(context: PageContext, id_: int) -> asyncpg.Record:
 
 
 async def _shown(context: PageContext, row: asyncpg.Record) -> str:
-    hidden = hide_data(exact_json.loads(row["data"]), context.settings.mask)
+    try:
+        hidden = hide_data(exact_json.loads(row["data"]), context.settings.mask)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the data cannot be read: {error}; change it in SQL") from error
     return await _pretty(context, exact_json.dumps(hidden))
 
 

@@ -31,6 +31,11 @@ _TOKEN = re.compile(rf"(?<={re.escape(UNSUBSCRIBE)})[\w.=-]+")
 _NAMED = re.compile(r"""(?<=\bsubject )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 """The subject in the problem of a scheduled run, as repr() writes it."""
 
+UNREADABLE = "data that cannot be read"
+"""The only key of data in place of those that Python cannot parse, with the reason."""
+
+MANY_BRACKETS = 100  # from which on data may be nested too deep
+
 _TEXTS = ("subject", "last_error", "message")
 
 MaskedRow = dict[str, Any]
@@ -52,7 +57,7 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], MaskedRow]:
         known, known_subject = row.get("known"), row.get("known_subject")
         shown = _without_known(row)
         values: set[str] = set()
-        for kept in (shown.get("data"), json.loads(json.dumps(known))):
+        for kept in (shown.get("data"), copy.deepcopy(known)):
             if isinstance(kept, dict):
                 for path in keys:
                     values.update(_hide(kept, path))
@@ -156,8 +161,21 @@ def restore_data(
 def _without_known(row: Mapping[str, Any]) -> MaskedRow:
     shown = {key: value for key, value in row.items() if key not in ("known", "known_subject")}
     if isinstance(shown.get("data"), str):
-        shown["data"] = json.loads(shown["data"])
+        shown["data"] = read_data(shown["data"])
     return shown
+
+
+def read_data(text: str) -> Any:
+    """Parse data. Any application may write data that PostgreSQL takes and Python does not, such as
+    thousands of brackets or of digits: they keep no page from showing the other enrollments.
+    """
+    try:
+        data = json.loads(text)
+        if text.count("[") + text.count("{") > MANY_BRACKETS:
+            copy.deepcopy(data)  # fails for less depth than what pages do
+    except (ValueError, RecursionError) as error:
+        return {UNREADABLE: str(error)}
+    return data
 
 
 def _hide(data: Any, path: Sequence[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import asyncpg
 
 from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
-from sequencerd.console.mask import MaskedRow, MaskRow
+from sequencerd.console.mask import MaskedRow, MaskRow, read_data
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import MAX_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
@@ -410,7 +409,7 @@ async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: MaskRow) -> 
         versions = await connection.fetch(QUERIES["console_versions"], [id_])
     if row is None:
         raise NotFoundError(f"Enrollment {id_} does not exist.")
-    known = {"known": json.loads(row["data"]), "known_subject": row["subject"]}
+    known = {"known": read_data(row["data"]), "known_subject": row["subject"]}
     events = [mask({**event, **known}) for event in found[: query.rows]]
     more = None
     if len(found) > query.rows:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import asyncpg
 import httpx
+import pytest
 
 from sequencerd.console.lists import FILTERS
 from tests.console.conftest import console, counted, page_with
@@ -18,7 +19,7 @@ from tests.console.test_roles import as_role, console_of_users, settled, token_o
 from tests.console.test_roles import forms as forms_
 from tests.console.test_viewers import FOR_OPERATORS, WITHOUT_DATA, _pages, _runners
 from tests.console.test_viewers import journey as journey_
-from tests.helpers.engines import until
+from tests.helpers.engines import define, enroll, until
 
 journey = journey_
 forms = forms_
@@ -212,3 +213,38 @@ async def test_links_to_deleted_objects(
             page = await client.get(path)
             assert page.status_code == status, path
             assert words in check(page), path
+
+
+@pytest.mark.parametrize("masked", [(), ("data.email", "subject")])
+async def test_data_that_cannot_be_read_hide_no_other_enrollment(
+    database: str, connection: asyncpg.Connection, masked: tuple[str, ...]
+) -> None:
+    """PostgreSQL takes more brackets and digits than Python."""
+    await define(
+        connection, "s", ("wait", "WaitForDuration", '{"amount": 1, "unit": "days"}', None)
+    )
+    ids = [
+        await enroll(
+            connection, "s", f"u{number}", f'{{"email": "{number}@example.com", "a": {a}}}'
+        )
+        for number, a in enumerate(
+            ("1", "[" * 5000 + "]" * 5000, "[" * 400 + "]" * 400, "1" * 5000)
+        )
+    ]
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data, status, failure, last_error)"
+        " SELECT sequence, subject || 'f', data, 'failed', 'error', 'x' FROM sequencer.enrollments"
+    )
+    async with console(database, write=True, mask=masked) as client:
+        await counted(client, "failures")
+        for path in (
+            *("/failures", "/search", "/search?columns=data.a,data.email&sort=data.a"),
+            *("/tables/search.json", "/tables/search.csv", "/sequence?sequence=s&step=wait"),
+            *(f"/enrollments/{id_}" for id_ in ids),
+        ):
+            page = await client.get(path)
+            assert page.status_code == 200, f"{path} {page.text}"
+        assert (await client.get(f"/data?id={ids[0]}")).status_code == 200
+        for id_ in ids[1:3]:
+            page = await client.get(f"/data?id={id_}")
+            assert page.status_code in (200, 422), page.text
