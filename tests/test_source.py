@@ -70,3 +70,10 @@ def test_no_two_types_have_the_same_name() -> None:
         for name in names_of_types(file):
             found[name.lower()].append(f"{file.relative_to(REPOSITORY)}: {name}")
     assert [places for places in found.values() if len(places) > 1] == []
+
+
+def test_connections_are_opened_in_one_place() -> None:
+    """With the shard's schema, and with what libpq's connection strings and variables say."""
+    opening = re.compile(r"asyncpg\.(connect|create_pool)\(")
+    places = [file.name for file in modules("sequencerd") if opening.search(file.read_text())]
+    assert places == ["connections.py"]

@@ -16,7 +16,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.errors import UsageError
 from sequencerd.storage import bulk
 from sequencerd.storage.bulk import BulkResult, Selection
-from sequencerd.storage.connections import Shard, arguments
+from sequencerd.storage.connections import Shard, open_connection
 from sequencerd.storage.database_errors import brief
 
 ACTIONS = {
@@ -154,8 +154,10 @@ class BulkChanges:
 
     async def _change(self, change: BulkChange, shard: Shard, selection: Selection) -> None:
         # not from the pool, whose sessions do not notify daemons
-        connection = await asyncpg.connect(
-            **arguments(shard, name="sequencerd console", timeout=CONNECT_TIMEOUT),
+        connection = await open_connection(
+            shard,
+            name="sequencerd console",
+            timeout=CONNECT_TIMEOUT,
             statement_cache_size=0,  # the URL may be that of a pooler
         )
 

@@ -54,7 +54,7 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import DatabaseError, ShardsError, UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings, Role
-from sequencerd.storage.connections import Shard, arguments
+from sequencerd.storage.connections import Shard, open_pool
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 MAX_CONNECTIONS = 4  # of the pages to the database
@@ -96,8 +96,10 @@ def make_console(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         # no connection before the first request
-        async with asyncpg.create_pool(
-            **arguments(shard, name="sequencerd console", timeout=TIMEOUT),
+        async with open_pool(
+            shard,
+            name="sequencerd console",
+            timeout=TIMEOUT,
             min_size=0,
             max_size=MAX_CONNECTIONS,
             command_timeout=TIMEOUT,

@@ -194,9 +194,7 @@ def build(
     hints = MAX_HINTS
     for step in ordered:
         missing = []
-        for (
-            exit_
-        ) in step.behaviour.exits:  # those without a path in the config follow a foreign key
+        for exit_ in step.behaviour.exits:  # without next and altNext, which are foreign keys
             is_own = exit_.path[0] == "config" and exit_.sequence in (None, name)
             if is_own and exit_.target is not None and exit_.target not in by_name:
                 hint = f"; {nearest(exit_.target, list(by_name))}" if hints else ""

@@ -172,9 +172,8 @@ class Claims:
         except Exception as error:
             count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
         if count == 0:
-            await self._reload(
-                [step_key[0]]
-            )  # nothing is claimed with a definition that has changed
+            # nothing is claimed with a definition that has changed
+            await self._reload([step_key[0]])
         return count == limit
 
     async def _claim_batch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
@@ -33,10 +33,32 @@ class Shard(NamedTuple):
     number: ShardNumber | None = None
 
 
-def arguments(
-    shard: Shard, *, name: str, timeout: float, settings: Mapping[str, str] | None = None
+def open_connection(
+    shard: Shard, *, name: str, timeout: float, **options: Any
+) -> Awaitable[asyncpg.Connection]:
+    """Open a connection, with asyncpg's options. Raises SettingsError, and asyncpg's errors."""
+    opening: Awaitable[asyncpg.Connection]
+    opening = asyncpg.connect(**_arguments(shard, name, timeout), **options)
+    return opening
+
+
+def open_pool(
+    shard: Shard,
+    *,
+    name: str,
+    timeout: float,
+    settings: Mapping[str, str] | None = None,
+    **options: Any,
+) -> asyncpg.Pool:
+    """Return a pool of connections, to be awaited or entered, with asyncpg's options. `settings`
+    are those of its sessions. Raises SettingsError.
+    """
+    return asyncpg.create_pool(**_arguments(shard, name, timeout, settings), **options)
+
+
+def _arguments(
+    shard: Shard, name: str, timeout: float, settings: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return asyncpg's arguments. Raises SettingsError."""
     made = conninfo.arguments(shard.url, name=name, timeout=timeout, settings=settings)
     return made | {"connection_class": connection_class(shard.schema)}
 
@@ -46,8 +68,10 @@ async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Conn
     DatabaseError, which does not contain the password.
     """
     try:
-        connection = await asyncpg.connect(
-            **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT),
+        connection = await open_connection(
+            shard,
+            name="sequencerd",
+            timeout=CONNECT_TIMEOUT,
             command_timeout=seconds,
             statement_cache_size=0,  # the URL may be that of a pooler
         )
@@ -88,8 +112,11 @@ async def connect_pool(
     else:
         # for the lifetime of the connection: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
-    return await asyncpg.create_pool(
-        **arguments(shard, name="sequencerd", timeout=CONNECT_TIMEOUT, settings=notify),
+    return await open_pool(
+        shard,
+        name="sequencerd",
+        timeout=CONNECT_TIMEOUT,
+        settings=notify,
         min_size=least,
         max_size=size,
         command_timeout=COMMAND_TIMEOUT,

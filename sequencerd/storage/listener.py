@@ -21,7 +21,7 @@ import asyncpg
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sequencerd.core.model import StepKey
-from sequencerd.storage.connections import Shard, arguments
+from sequencerd.storage.connections import Shard, open_connection
 from sequencerd.storage.daemons import (
     acquire_notify_lock,
     acquire_requests_lock,
@@ -173,8 +173,10 @@ async def listen(
     refusals = _InvalidNotifications(refused, log)
     while True:
         try:
-            connection = await asyncpg.connect(
-                **arguments(shard, name="sequencerd listener", timeout=PROBE_TIMEOUT * 2),
+            connection = await open_connection(
+                shard,
+                name="sequencerd listener",
+                timeout=PROBE_TIMEOUT * 2,
                 command_timeout=PROBE_TIMEOUT,
                 **options,
             )
