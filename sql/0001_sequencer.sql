@@ -1596,13 +1596,12 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     e record;
 BEGIN
-    SELECT d.* INTO e FROM (SELECT DISTINCT sequence, step, reentry, status FROM entered) AS d
-     WHERE NOT EXISTS (
-           SELECT FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
-            WHERE s.name = d.sequence AND p.name = d.step AND s.reentry = d.reentry
-              AND (s.status <> 'archived' OR d.status <> 'active'))
-     LIMIT 1;
-    IF FOUND THEN
+    -- Citus joins no transition table with a table
+    FOR e IN SELECT DISTINCT sequence, step, reentry, status FROM entered LOOP
+        PERFORM FROM sequencer.sequences AS s JOIN sequencer.steps AS p ON p.sequence = s.name
+          WHERE s.name = e.sequence AND p.name = e.step AND s.reentry = e.reentry
+            AND (s.status <> 'archived' OR e.status <> 'active');
+        CONTINUE WHEN FOUND;
         RAISE foreign_key_violation USING
             MESSAGE = format(
                 'no enrollment can enter sequence %L at step %L with reentry %L: there is no such '
@@ -1610,7 +1609,7 @@ BEGIN
                 e.sequence, e.step, e.reentry),
             SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'sequence',
             HINT = 'Leave the settings sequencer.entry_... alone; if the definition was changed meanwhile, insert again.';
-    END IF;
+    END LOOP;
     RETURN NULL;
 END $$;
 
