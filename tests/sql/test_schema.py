@@ -70,7 +70,8 @@ async def test_statements_have_the_columns_of_the_model(
     connection: asyncpg.Connection, name: str
 ) -> None:
     columns = [c.name for c in (await connection.prepare(QUERIES[name])).get_attributes()]
-    assert columns[: len(Enrollment._fields)] == list(Enrollment._fields)
+    first = columns.index("id")
+    assert columns[first:][: len(Enrollment._fields)] == list(Enrollment._fields)
 
 
 def test_advisory_locks_have_the_same_numbers_in_sql_and_python(repository: Path) -> None:
