@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from sequencerd.cli.commands import connect, explain, on_shards, tell
@@ -52,13 +53,12 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
     async def read(shard: Shard) -> dict[str, list[dict[str, Any]]]:
         connection = await connect(shard)
         try:
-            return {
-                name: [
-                    json.loads(row["data"])
-                    for row in await connection.fetch(QUERIES["sample_data"], name)
-                ]
-                for name in names
-            }
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            for name, examples in found.items():
+                for row in await connection.fetch(QUERIES["sample_data"], name):
+                    with suppress(ValueError, RecursionError):  # others have the same paths
+                        examples.append(json.loads(row["data"]))
+            return found
         finally:
             await connection.close()
 
@@ -66,7 +66,8 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
         answers = await ask(explain(arguments), shards, read)
         for name in names:
             if examples := [one for found in answers.found.values() for one in found[name]]:
-                known[name] = known_paths(examples)
+                with suppress(RecursionError):
+                    known[name] = known_paths(examples)
         return tell(answers)
 
     if settings.database.url is not None or settings.shards:

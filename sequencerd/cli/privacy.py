@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import asyncpg
 from sequencerd.cli.commands import connect, explain, on_shards, reading, tell
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
-from sequencerd.cli.output import say, say_json, warn
+from sequencerd.cli.output import say, say_json, say_raw, warn
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
@@ -182,13 +183,29 @@ async def export_subject_command(
         answers = await ask(explain(arguments), shards, reading_with(texts))
     exported: dict[str, Any] = {}
     for shard, document in answers.found.items():
-        for key, value in json.loads(document).items():
+        try:
+            parts = json.loads(document)
+        except (ValueError, RecursionError) as error:  # PostgreSQL takes more brackets and digits
+            if len(shards) > 1:
+                raise UsageError(
+                    f"the data in shard {shard.name} cannot be read ({error}): export each shard "
+                    "by itself, with --shard"
+                ) from error
+            say_raw(f"{_in_ascii(document)}\n")
+            return tell(answers)
+        for key, value in parts.items():
             if isinstance(value, list):
                 exported.setdefault(key, []).extend(_with_shard(shard, row) for row in value)
             else:
                 exported.setdefault(key, value)
     say_json(exported, indent=2)
     return tell(answers)
+
+
+def _in_ascii(document: str) -> str:
+    """Return JSON without characters that may control a terminal."""
+    ascii_only = re.sub("[^\0-\x7e]", lambda found: json.dumps(found[0])[1:-1], document)
+    return ascii_only.replace("\x7f", "\\u007f")
 
 
 async def _export(shard: Shard, subject: str, texts: Sequence[TextRow]) -> str:

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 from sequencerd.core.config import nearest
 from sequencerd.core.model import (
     Enrollment,
+    EvaluationError,
     Failed,
     InvalidStep,
     Sequence,
@@ -47,7 +48,11 @@ def make_message(
     runner = runners.get(step.type)
     if not isinstance(runner, MessageRunner):
         raise UsageError(f"{place(step)} is a {step.type}, which sends no message")
-    return StepMessage(sequence, step, runner, program, _task(enrollment, sequence, step, external))
+    try:
+        task = _task(enrollment, sequence, step, external)
+    except EvaluationError as error:
+        raise UsageError(str(error)) from error
+    return StepMessage(sequence, step, runner, program, task)
 
 
 def sample(data: str, subject: str | None = None, timezone: str | None = None) -> Enrollment:

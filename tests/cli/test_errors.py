@@ -155,3 +155,25 @@ def test_commands_that_help_to_correct_settings_read_none(
         assert run(*command) == 0
         assert capsys.readouterr().out
     assert run("status") == 2
+
+
+async def test_data_that_python_cannot_parse_keep_no_command_from_working(
+    applied: Command, connection: asyncpg.Connection
+) -> None:
+    """PostgreSQL takes more brackets and digits."""
+    deep = '{"x": "\\u009b", "a": ' + "[" * 5000 + "]" * 5000 + "}"
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, data) VALUES ('s', 'deep', $1)", deep
+    )
+    applied("check", "s.yaml")
+    assert not applied.errors
+    exported = applied("export-subject", "deep")
+    assert "[" * 5000 in exported
+    assert exported.isascii()
+    assert "\\u009b" in exported
+    (applied.folder / "m.yaml").write_text(
+        "name: m\nsteps:\n- name: a\n  type: Email\n  config: {from: a@example.com,"
+        " to: b@example.com, subject: x, text: y}\n"
+    )
+    applied("preview", "m.yaml", "a", "--enrollment", "1", code=1)
+    assert "data cannot be read" in applied.errors
