@@ -205,10 +205,8 @@ async def test_every_page_fits_every_width_and_is_accessible(
                 await page.goto(path)
                 if path in ("/console/failures", "/console/health", "/console/"):
                     await page.locator("table, .actions").first.wait_for()
-                if path == "/console/":
-                    await shows(page, ".note", f"since {first_day():%Y-%m-%d}")
-                    monkeypatch.setattr(summary, "MIN_PAUSE", PATIENCE)
                 await check_page(page, path)
+                monkeypatch.setattr(summary, "MIN_PAUSE", PATIENCE)
     async with (
         console(database, password_hash=make_hash("secret"), is_served=True) as client,
         window(browser, client) as page,
@@ -637,9 +635,14 @@ async def test_columns_are_ticked_in_the_page(
 
 
 async def test_screenshots(
-    database: str, connection: asyncpg.Connection, browser: Browser, tmp_path: Path
+    database: str,
+    connection: asyncpg.Connection,
+    browser: Browser,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """What the docs show, of the example."""
+    monkeypatch.setattr(summary, "PAUSE_FACTOR", 0)  # each count is of one more day
     folder = REPOSITORY / "docs" if os.environ.get("SCREENSHOTS") else tmp_path
     path = REPOSITORY / "examples/onboarding.yaml"
     runners = {"Email": Recorder(), "SMS": Recorder(), "Score": Recorder()}
@@ -655,6 +658,7 @@ async def test_screenshots(
                 await page.goto(address)
                 if name == "overview":
                     await shows(page, ".note", f"since {first_day():%Y-%m-%d}")
+                    monkeypatch.setattr(summary, "MIN_PAUSE", PATIENCE)
                 await shows(page, "#state", "Live")
                 if name == "sequence":  # what only a goal leads to is apart, with its own end
                     assert await page.locator("#graph .drawing .end").count() == 2
