@@ -80,15 +80,15 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
     # what has been written before is at another place
     places = {} if written.data or written.goals_met else written.places
     for row, ids in groups:
-        where = _in_places(ids, places)
-        await connection.execute(
-            QUERIES["write_in_place" if where else "write_and_record"],
-            where or id_array(ids),
-            *row,
-            now,
-            *_happened(events),
-        )
-        events = {}
+        happened, events = _happened(events), {}
+        if where := _in_places(ids, places):
+            written_in_place = await connection.fetchval(
+                QUERIES["write_in_place"], where, *row, now, *happened
+            )
+            if written_in_place == len(ids):
+                continue
+            happened = _happened(events)
+        await connection.execute(QUERIES["write_and_record"], id_array(ids), *row, now, *happened)
 
 
 class Unchanged(NamedTuple):

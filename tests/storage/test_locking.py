@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment
+from sequencerd.core.model import Enrollment, Event
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import evaluations, locking, writes
 from sequencerd.storage.connections import transaction
@@ -121,3 +121,27 @@ async def test_rows_that_have_been_written_since_they_were_locked_are_found_by_i
     assert await connection.fetchval(ended) == len(ids)
     changed = "SELECT id FROM sequencer.enrollments WHERE data = '{\"k\": 1}'"
     assert await connection.fetchval(changed) == ids[0]
+
+
+async def test_a_row_that_a_trigger_has_moved_since_it_was_locked_is_written(
+    connection: asyncpg.Connection,
+) -> None:
+    """As a trigger of an application does that updates others when an event is recorded."""
+    leased, transactions = await lease(connection)
+    now = datetime.now(UTC)
+    ids = [one.id for one in leased]
+    row = writes.EnrollmentState("s", "call", "completed", None, now, 1, 1, 0, None, None)
+    event = Event(now, "s", "call", 1, "next")
+    async with connection.transaction():
+        locked = await locking.lock(connection, leased, transactions)
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET data = '{\"k\": 1}' WHERE id = $1", ids[0]
+        )
+        written = writes.EnrollmentWrites(
+            rows={row: ids}, events={event: ids}, places=locked.places
+        )
+        await writes.write(connection, written, now)
+    ended = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
+    assert await connection.fetchval(ended) == len(ids)
+    recorded = "SELECT count(*) FROM sequencer.events WHERE action = 'next'"
+    assert await connection.fetchval(recorded) == len(ids)

@@ -481,13 +481,16 @@ INSERT INTO sequencer.events {event}
 {happened};
 
 -- name: write_in_place
--- Write and insert like `write_and_record`, but find the rows, which this transaction has locked and not
--- written yet, by their places instead of their ids.
+-- Write and insert like `write_and_record`, but find the rows, which this transaction has locked, by their
+-- places instead of their ids. Return how many were found: one that a trigger has written since then is at
+-- another place.
 WITH written AS (
-    {write_state} WHERE ctid = ANY ($1::text::tid[])
+    {write_state} WHERE ctid = ANY ($1::text::tid[]) RETURNING 1
+), recorded AS (
+    INSERT INTO sequencer.events {event}
+    {happened}
 )
-INSERT INTO sequencer.events {event}
-{happened};
+SELECT count(*) FROM written;
 
 -- part: states
 -- Write the new states of enrollments that differ, each with its own. Their ids as text keep the planner
