@@ -1255,24 +1255,24 @@ async def test_a_failure_that_is_written_after_its_step_was_defined_is_resumed(
 
 
 async def test_a_second_batch_is_claimed_while_the_first_is_written(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(connections, "COMMAND_TIMEOUT", 2 * PATIENCE)  # the first is not repeated
     await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
-    await connection.execute(
-        "INSERT INTO sequencer.enrollments (sequence, subject)"
-        " SELECT 's', 'u' || n FROM generate_series(1, 30) AS n"
-    )
     other = await asyncpg.connect(database)
     writing = (
-        "SELECT count(*) > 1 FROM pg_locks"
-        " WHERE relation = 'sequencer.events'::regclass AND NOT granted"
+        "SELECT count(*) > 1 FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        " AND query LIKE '%WITH written AS%'"
     )
-    lock = other.transaction()
-    await lock.start()
-    await other.execute("LOCK TABLE sequencer.events IN SHARE MODE")
     async with running_engine(database, {}, batch=10):
-        await until(connection, writing)
-        await lock.rollback()
+        async with other.transaction():
+            await other.execute("LOCK TABLE sequencer.events IN SHARE MODE")
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " SELECT 's', 'u' || n FROM generate_series(1, 30) AS n"
+            )
+            await until(connection, writing)
         await until(
             connection, "SELECT bool_and(entered_at IS NOT NULL) FROM sequencer.enrollments"
         )
