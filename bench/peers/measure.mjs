@@ -22,8 +22,9 @@ const NAME = "sequencerd_bench";
 async function onServer(statement) {
   const client = new pg.Client({ connectionString: given.dsn });
   await client.connect();
-  await client.query(statement);
+  const { rows } = await client.query(statement);
   await client.end();
+  return rows;
 }
 
 /** Runs a workload in a new database, and drops it. */
@@ -39,6 +40,9 @@ export async function fresh(work) {
     await work(url.href, client);
   } finally {
     await client.end();
+    // a pool that is still closing would fail if the server ended its connections
+    const open = `SELECT pid FROM pg_stat_activity WHERE datname = '${NAME}'`;
+    for (let tries = 0; tries < 50 && (await onServer(open)).length > 0; tries++) await sleep(0.1);
     await onServer(`DROP DATABASE ${NAME} WITH (FORCE)`);
   }
 }
