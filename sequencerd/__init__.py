@@ -1,3 +1,3 @@
 """Moves enrollments through sequences of steps at the right time, on PostgreSQL."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
