@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import asyncpg
@@ -527,41 +527,38 @@ async def test_a_sequence_that_is_deleted_while_it_is_read_is_forgotten(
         assert amount(engine, "s2") == 3
 
 
+def failing_once(
+    function: Callable[..., Awaitable[Any]],
+) -> tuple[Callable[..., Awaitable[Any]], list[ConnectionResetError]]:
+    """Return a function that loses its connection at its first call, and the errors so far."""
+    failures: list[ConnectionResetError] = []
+
+    async def failing(*arguments: Any) -> Any:
+        if not failures:
+            failures.append(ConnectionResetError())
+            raise failures[0]
+        return await function(*arguments)
+
+    return failing, failures
+
+
 async def test_edits_are_not_forgotten_if_they_cannot_be_read(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await many_sequences(connection, 2)
-    read_some = sequences.read_some
-    failures = 0
-
-    async def failing(*arguments: Any) -> Any:
-        nonlocal failures
-        if failures == 0:
-            failures = 1
-            raise ConnectionResetError
-        return await read_some(*arguments)
-
+    failing, failures = failing_once(sequences.read_some)
     async with running_engine(database) as engine:
         monkeypatch.setattr(sequences, "read_some", failing)
         await connection.execute(EDIT, "s1", 5)
         await eventually(lambda: amount(engine, "s1") == 5)
-    assert failures == 1
+    assert len(failures) == 1
 
 
 async def test_what_a_fixed_step_had_failed_is_resumed_after_an_error_of_the_database(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new definition is known by then, and its report is repeated."""
-    failed_steps = sequences.failed_steps
-    failures = 0
-
-    async def failing(*arguments: Any) -> Any:
-        nonlocal failures
-        if failures == 0:
-            failures = 1
-            raise ConnectionResetError
-        return await failed_steps(*arguments)
-
+    failing, failures = failing_once(sequences.failed_steps)
     await define(connection, "s", ("a", "Note", '{"bad": true}', None))
     async with running_engine(database, {"Note": Recorder()}):
         await enroll(connection, "s", "ada")
@@ -569,7 +566,7 @@ async def test_what_a_fixed_step_had_failed_is_resumed_after_an_error_of_the_dat
         monkeypatch.setattr(sequences, "failed_steps", failing)
         await connection.execute("UPDATE sequencer.steps SET config = '{}'")
         await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments")
-    assert failures == 1
+    assert len(failures) == 1
 
 
 async def test_silent_edits_are_found_by_the_sweep(

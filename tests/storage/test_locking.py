@@ -88,20 +88,26 @@ async def test_rows_are_read_again_if_other_triggers_may_have_changed_them(
     assert {one.data for one in now.values()} == {'{"touched": true}'}
 
 
+COMPLETED = writes.EnrollmentState("s", "call", "completed", None, None, 1, 1, 0, None, None)
+
+
+async def completed(connection: asyncpg.Connection) -> list[int]:
+    rows = await connection.fetch(
+        "SELECT id FROM sequencer.enrollments WHERE status = 'completed' ORDER BY id"
+    )
+    return [row["id"] for row in rows]
+
+
 async def test_rows_are_written_where_they_were_locked(connection: asyncpg.Connection) -> None:
     leased, transactions = await lease(connection)
     now = datetime.now(UTC)
     half = [one.id for one in leased[::2]]
-    row = writes.EnrollmentState("s", "call", "completed", None, now, 1, 1, 0, None, None)
     async with connection.transaction():
         locked = await locking.lock(connection, leased, transactions)
         assert locked.transaction == await evaluations.new_transaction(connection)
-        written = writes.EnrollmentWrites(rows={row: half}, places=locked.places)
+        written = writes.EnrollmentWrites(rows={COMPLETED: half}, places=locked.places)
         await writes.write(connection, written, now)
-    ended = await connection.fetch(
-        "SELECT id FROM sequencer.enrollments WHERE status = 'completed' ORDER BY id"
-    )
-    assert [id_ for (id_,) in ended] == half
+    assert await completed(connection) == half
 
 
 async def test_rows_that_have_been_written_since_they_were_locked_are_found_by_id(
@@ -110,15 +116,13 @@ async def test_rows_that_have_been_written_since_they_were_locked_are_found_by_i
     leased, transactions = await lease(connection)
     now = datetime.now(UTC)
     ids = [one.id for one in leased]
-    row = writes.EnrollmentState("s", "call", "completed", None, now, 1, 1, 0, None, None)
     async with connection.transaction():
         locked = await locking.lock(connection, leased, transactions)
         written = writes.EnrollmentWrites(
-            rows={row: ids}, data={ids[0]: {"k": 1}}, places=locked.places
+            rows={COMPLETED: ids}, data={ids[0]: {"k": 1}}, places=locked.places
         )
         await writes.write(connection, written, now)
-    ended = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
-    assert await connection.fetchval(ended) == len(ids)
+    assert await completed(connection) == ids
     changed = "SELECT id FROM sequencer.enrollments WHERE data = '{\"k\": 1}'"
     assert await connection.fetchval(changed) == ids[0]
 
@@ -130,7 +134,6 @@ async def test_a_row_that_a_trigger_has_moved_since_it_was_locked_is_written(
     leased, transactions = await lease(connection)
     now = datetime.now(UTC)
     ids = [one.id for one in leased]
-    row = writes.EnrollmentState("s", "call", "completed", None, now, 1, 1, 0, None, None)
     event = Event(now, "s", "call", 1, "next")
     async with connection.transaction():
         locked = await locking.lock(connection, leased, transactions)
@@ -138,10 +141,9 @@ async def test_a_row_that_a_trigger_has_moved_since_it_was_locked_is_written(
             "UPDATE sequencer.enrollments SET data = '{\"k\": 1}' WHERE id = $1", ids[0]
         )
         written = writes.EnrollmentWrites(
-            rows={row: ids}, events={event: ids}, places=locked.places
+            rows={COMPLETED: ids}, events={event: ids}, places=locked.places
         )
         await writes.write(connection, written, now)
-    ended = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
-    assert await connection.fetchval(ended) == len(ids)
+    assert await completed(connection) == ids
     recorded = "SELECT count(*) FROM sequencer.events WHERE action = 'next'"
     assert await connection.fetchval(recorded) == len(ids)
