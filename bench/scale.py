@@ -5,7 +5,8 @@
     enroll       INSERTs one by one from 1, 8 and 32 connections, and in bulk, against a bare table;
                  the same beside a daemon that executes a task for each
     mix          enroll, wait, decide, execute and mail for minutes, a tenth to --smtp: the sizes of
-                 tables and indexes, and CPU time of both sides for an event of the history
+                 tables and indexes, how late waits end, and CPU time of both sides for an event of
+                 the history; --held 10 30 opens a snapshot after ten minutes, for thirty
     snapshot     w1 of bench/engine.py with a snapshot held open, against one without
     daemons      w1 with 1, 2 and 4 daemons: rate, and CPU time of both sides for a transition;
                  --server-cores 0 --daemon-cores 1 keeps each side to cores of its own
@@ -161,14 +162,16 @@ async def mix(dsn: str, arguments: argparse.Namespace) -> None:
                 "UPDATE sequencer.steps SET alt_next_step = 'mail' WHERE name = 'decide';"
                 "UPDATE sequencer.steps SET next_step = NULL WHERE name = 'task'"
             )
-            sizes = Sizes(connection, await postmaster(dsn))
+            work = "held" if arguments.held else "mix"
+            sizes = Sizes(connection, await postmaster(dsn), work)
             async with engine(url, {"Email": EmailRunner(server)}):
                 enrolling = asyncio.create_task(enroll_steadily(url, arguments))
+                holding = asyncio.create_task(hold_snapshot(url, arguments.held))
                 await sizes.say()
                 while not enrolling.done():
                     await asyncio.wait([enrolling], timeout=arguments.minutes * 60 / 20)
                     await sizes.say()
-                await enrolling
+                await asyncio.gather(enrolling, holding)
                 await until(connection, ALL_ENDED)
                 await sizes.say()
 
@@ -199,12 +202,25 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
     await connection.close()
 
 
-class Sizes:
-    """What there is, and what each event has cost since the last time."""
+async def hold_snapshot(url: str, held: Sequence[float] | None) -> None:
+    """Keep a transaction open, as a forgotten session does: after some minutes, for others."""
+    if held is None:
+        return
+    after, minutes = held
+    await asyncio.sleep(after * 60)
+    connection = await asyncpg.connect(url)
+    await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+    await asyncio.sleep(minutes * 60)
+    await connection.close()
 
-    def __init__(self, connection: asyncpg.Connection, server: int | None) -> None:
-        self._connection, self._server = connection, server
+
+class Sizes:
+    """What there is, and what has happened since the last time: cost and lateness."""
+
+    def __init__(self, connection: asyncpg.Connection, server: int | None, work: str) -> None:
+        self._connection, self._server, self._work = connection, server, work
         self._begun = time.perf_counter()
+        self._last = datetime.now(UTC)
         self._before = (math.nan, math.nan, math.nan)
 
     async def say(self) -> None:
@@ -219,18 +235,24 @@ class Sizes:
                      WHERE relname LIKE 'events%') AS events_mb,
                    (SELECT count(*) FROM sequencer.enrollments) AS rows,
                    (SELECT count(*) FROM sequencer.enrollments WHERE wake_at < now()) AS overdue,
-                   (SELECT coalesce(extract(epoch FROM max(now() - wake_at)), 0) * 1000
-                      FROM sequencer.enrollments WHERE wake_at < now() AND leased_by IS NULL)
-                   AS latest_ms
-            """
+                   (SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'enrollments')
+                   AS dead_rows,
+                   1000 * late[1] AS late_p50_ms, 1000 * late[2] AS late_p99_ms, now() AS now
+              FROM (SELECT percentile_cont('{0.5, 0.99}'::float8[])
+                               WITHIN GROUP (ORDER BY seconds_at_step - 1) AS late
+                      FROM sequencer.events
+                     WHERE step = 'wait' AND action = 'next' AND at > $1) AS e
+            """,
+            self._last,
         )
-        figures = {name: float(value) for name, value in row.items()}
+        figures = {name: float(value or 0) for name, value in row.items() if name != "now"}
+        self._last = row["now"]
         served = cpu.tree(self._server) if self._server else math.nan
         present = (figures["events"], time.process_time(), served)
         events, own, server = (b - a for a, b in zip(self._before, present, strict=True))
         self._before = present
         say(
-            "mix",
+            self._work,
             seconds=time.perf_counter() - self._begun,
             **figures,
             **({"daemon_us": 1e6 * own / events, "postgres_us": 1e6 * server / events})
@@ -384,6 +406,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="of enroll")
     parser.add_argument("--minutes", type=float, default=10, help="of the mix")
     parser.add_argument("--rate", type=int, default=2000, help="enrollments a second in the mix")
+    parser.add_argument("--held", type=float, nargs=2, metavar=("AFTER", "MINUTES"))
     parser.add_argument("--smtp", help="URL of the mix's mail server; default: one of its own")
     parser.add_argument("--daemons", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--server-cores", type=core_numbers, metavar="CORES", help="such as 0,2-3")
