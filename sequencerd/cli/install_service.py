@@ -26,10 +26,8 @@ def units(*, config: Path | None = None, user: str | None = None) -> dict[str, s
     for file in _folder().iterdir():
         text = file.read_text(encoding="utf-8").replace(_IN_UNITS, start)
         if user is not None:
-            about = (
-                "# A user that exists while the service runs: nothing to create, no file to own."
-            )
-            text = text.replace(f"{about}\nDynamicUser=yes\n", f"# Has to exist.\nUser={user}\n")
+            about = "# A user that exists only while the service runs; it owns no files."
+            text = text.replace(f"{about}\nDynamicUser=yes\n", f"# Must exist.\nUser={user}\n")
         found[file.name] = text
     return dict(sorted(found.items()))
 
