@@ -1,8 +1,8 @@
-# Installs the pinned packages and no others; runs as nobody in particular on a read-only root.
+# Installs only the pinned packages. Runs as any user, also with a read-only root file system.
 FROM python:3.13-slim AS build
 WORKDIR /build
 COPY requirements.txt ./
-# Checked against their hashes here, so that the next step takes what it needs without asking.
+# The hashes are checked here, so that the package can be installed below without the network.
 RUN pip download --quiet --no-cache-dir --require-hashes --dest wheels -r requirements.txt
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY sequencerd ./sequencerd
