@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from sequencerd.cli.commands import connect, explain, on_shards, tell
+from sequencerd.cli.commands import connected, explain, on_shards, tell
 from sequencerd.cli.output import say, say_json, warn
 from sequencerd.core.describe import counted
 from sequencerd.definitions import files, json_schema
@@ -51,16 +51,13 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
     names = files.names(arguments.files)
 
     async def read(shard: Shard) -> dict[str, list[dict[str, Any]]]:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for name, examples in found.items():
                 for row in await connection.fetch(QUERIES["sample_data"], name):
                     with suppress(ValueError, RecursionError):  # others have the same paths
                         examples.append(json.loads(row["data"]))
             return found
-        finally:
-            await connection.close()
 
     async def read_all(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
         answers = await ask(explain(arguments), shards, read)

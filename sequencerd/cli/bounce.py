@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, on_shards
+from sequencerd.cli.commands import connected, explain, on_shards
 from sequencerd.cli.output import say
 from sequencerd.core.model import Undeliverable
 from sequencerd.errors import ShardsError
@@ -36,21 +36,15 @@ async def bounce_command(
         return 0
 
     async def find(shard: Shard) -> list[Undeliverable]:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             return await _find(connection, report)
-        finally:
-            await connection.close()
 
     answers = await ask(explain(arguments), shards, find)
     found = list(dict.fromkeys(one for ours in answers.found.values() for one in ours))
 
     async def suppress(shard: Shard) -> None:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             await suppressions.add(connection, found)
-        finally:
-            await connection.close()
 
     if found:
         await ask_all(explain(arguments), shards, suppress, otherwise=MAIL_SERVER_RETRIES)

@@ -211,8 +211,7 @@ async def import_command(
         raise ArgumentError("specify the original's database: import-original --database URL")
     runners = registry.make_runners(settings)
     async with changing(explain(arguments), shards, connect) as change:
-        there = await connections.connect(Shard(arguments.original or shards[0].url))
-        try:
+        async with connections.connected(Shard(arguments.original or shards[0].url)) as there:
             source = ImportSource(
                 there,
                 schema=arguments.schema,
@@ -226,8 +225,6 @@ async def import_command(
 
             parts = await change.on_each(read_for, at_once=1)  # by one connection there
             found = await place.apply(source, change, parts, runners)
-        finally:
-            await there.close()
         is_done = arguments.apply and not found.questions
         if is_done:
             await place.leave_ids(change)

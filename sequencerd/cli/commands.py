@@ -269,12 +269,9 @@ async def apply_migrations(
     """Create or update the schema and grant its roles their missing privileges. Return the
     migrations that were applied, and the privileges that could not be granted.
     """
-    connection = await connections.connect(shard)
-    try:
+    async with connections.connected(shard) as connection:
         applied = await migrate.migrate(connection, number=shard.number)
         return applied, await migrate.grant(connection)
-    finally:
-        await connection.close()
 
 
 async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Connection:
@@ -291,17 +288,27 @@ async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Conn
 
 
 @asynccontextmanager
+async def connected(
+    shard: Shard, *, seconds: float | None = None
+) -> AsyncIterator[asyncpg.Connection]:
+    """Connect like `connect`, and close the connection at the end of the context."""
+    connection = await connect(shard, seconds=seconds)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
 async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
     """Connect to a database with our schema, to read a consistent state. Of several shards, one
     that does not answer is left out.
     """
-    connection = await connect(shard, seconds=None if shard.name is None else STATEMENT_TIMEOUT)
-    try:
+    seconds = None if shard.name is None else STATEMENT_TIMEOUT
+    async with connected(shard, seconds=seconds) as connection:
         with busy("reading"):
             async with connections.counting(connection, isolation="repeatable_read"):
                 yield connection
-    finally:
-        await connection.close()
 
 
 async def fetch(shard: Shard, query: str, *parameters: object) -> list[asyncpg.Record]:

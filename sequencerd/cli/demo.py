@@ -78,8 +78,7 @@ def _program() -> str:
 
 
 async def _show(shard: Shard, http: str, config: Path) -> None:
-    connection = await connections.connect(shard)
-    try:
+    async with connections.connected(shard) as connection:
         await migrate.migrate(connection)
         async with _mail_server() as smtp, _daemon(shard, smtp, http, config):
             await _apply(connection, load({}, config))
@@ -87,8 +86,6 @@ async def _show(shard: Shard, http: str, config: Path) -> None:
             await connection.execute(ENROLLMENTS)
             await _follow(connection)
         await _print_history(connection)
-    finally:
-        await connection.close()
 
 
 def _shortened() -> str:

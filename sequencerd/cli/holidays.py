@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 
-from sequencerd.cli.commands import connect, explain, on_shards, tell
+from sequencerd.cli.commands import connected, explain, on_shards, tell
 from sequencerd.cli.ids import labelled
 from sequencerd.cli.output import say, say_json
 from sequencerd.core.config import nearest
@@ -26,13 +26,10 @@ async def holidays_command(
     calendar = arguments.calendar or code
 
     async def add(shard: Shard) -> int:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             added: int = await connection.fetchval(
                 QUERIES["add_holidays"], calendar, list(days), list(days.values())
             )
-        finally:
-            await connection.close()
         return added
 
     answers = await ask(explain(arguments), shards, add)

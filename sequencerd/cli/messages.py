@@ -13,7 +13,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, on_shards, read_settings, tell
+from sequencerd.cli.commands import connected, explain, on_shards, read_settings, tell
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
 from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions
@@ -100,16 +100,13 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
         definitions = {one.sequence.name: one.sequence for one in files.read_file(path, runners)}
 
     async def read_one(shard: Shard) -> tuple[dict[str, Sequence], list[asyncpg.Record]]:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             return (
                 definitions or await read_sequences(connection, runners),
                 await connection.fetch(QUERIES["simulated"], arguments.enrollment.number)
                 if arguments.enrollment is not None
                 else [],
             )
-        finally:
-            await connection.close()
 
     async def read(arguments: argparse.Namespace, _: Settings, shards: Rows[Shard]) -> int:
         if arguments.enrollment is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import check_names, connect, explain, on_shards, tell
+from sequencerd.cli.commands import check_names, connected, explain, on_shards, tell
 from sequencerd.cli.ids import Id, by_shard, labelled
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
@@ -45,8 +45,7 @@ async def enroll_command(
         raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")
 
     async def work(shard: Shard) -> int:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             await check_names(connection, arguments.sequence, arguments.step)
             return await bulk.enroll(
                 connection,
@@ -57,8 +56,6 @@ async def enroll_command(
                 step=arguments.step,
                 at=at,
             )
-        finally:
-            await connection.close()
 
     try:
         id_ = (await ask(explain(arguments), [shard], work)).found[shard]
@@ -87,8 +84,7 @@ async def change_command(
 
     async def select(shard: Shard) -> tuple[Sequence[int], list[asyncpg.Record]]:
         ours = selection._replace(ids=wanted.get(shard))
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             await check_names(connection, ours.sequence, ours.step, ours.failure)
             ids, groups = await _select(connection, action, ours, to, arguments.dry_run)
             if ours.ids is not None:
@@ -97,8 +93,6 @@ async def change_command(
                 )
             if to is not None:
                 await _check_step(connection, to, groups, ours.sequence)
-        finally:
-            await connection.close()
         return ids, groups
 
     if wanted:  # all or nothing, as with one database
@@ -229,16 +223,14 @@ async def _change(
             advance(bulk.BATCH_SIZE)
 
         async def change(shard: Shard) -> None:
-            connection = await connect(shard)
+            reason = bulk.changed_by(arguments.reason)
             try:
-                reason = bulk.changed_by(arguments.reason)
-                await bulk.change(
-                    connection, action, ids[shard], reason=reason, to=to, progress=progress
-                )
+                async with connected(shard) as connection:
+                    await bulk.change(
+                        connection, action, ids[shard], reason=reason, to=to, progress=progress
+                    )
             except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
                 raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
-            finally:
-                await connection.close()
 
         try:
             code = tell(await ask(explain(arguments), ids, change), refusals=True) if ids else 0
@@ -280,14 +272,11 @@ async def set_status_command(
     names = sorted(set(arguments.sequences))
 
     async def work(shard: Shard) -> list[asyncpg.Record]:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             for name in names:
                 await check_names(connection, name)
             reason = bulk.changed_by(arguments.reason)
             return await bulk.set_status(connection, names, words.status, reason)
-        finally:
-            await connection.close()
 
     # an unavailable shard must not prevent a pause in the others
     answers = await ask(explain(arguments), shards, work)

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, on_shards, reading, tell
+from sequencerd.cli.commands import connected, explain, on_shards, reading, tell
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import describe, model
@@ -64,11 +64,8 @@ async def _simulate_present(
     runners = make_runners(settings, outcomes)
 
     async def read(shard: Shard) -> dict[str, model.Sequence]:
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             return await read_sequences(connection, runners)
-        finally:
-            await connection.close()
 
     answers = await ask(explain(arguments), shards, read)
     definitions = merged_definitions(answers.found.values())
@@ -127,16 +124,15 @@ async def _simulate_enrollment(
     async def read_all(
         shard: Shard,
     ) -> tuple[StartedEnrollment | None, dict[str, model.Sequence], datetime]:
-        connection = await connect(shard)
-        try:
-            async with connection.transaction(isolation="repeatable_read", readonly=True):
-                return (
-                    await read_started(connection, id_.number),
-                    await read_sequences(connection, runners),
-                    await server.server_time(connection),
-                )
-        finally:
-            await connection.close()
+        async with (
+            connected(shard) as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            return (
+                await read_started(connection, id_.number),
+                await read_sequences(connection, runners),
+                await server.server_time(connection),
+            )
 
     started, definitions, now = (await ask(explain(arguments), [shard], read_all)).found[shard]
     if started is None:

@@ -13,7 +13,7 @@ from sequencerd import passwords
 from sequencerd.cli import install_service
 from sequencerd.cli.commands import (
     apply_migrations,
-    connect,
+    connected,
     explain,
     on_shards,
     shards_of,
@@ -129,8 +129,7 @@ async def grants_command(
     async def work(shard: Shard) -> bool:
         if shard.name is not None:
             say(f"-- shard {shard.name}")
-        connection = await connect(shard)
-        try:
+        async with connected(shard) as connection:
             if arguments.apply:
                 ungranted = await migrate.grant(connection)
                 if ungranted:
@@ -139,8 +138,6 @@ async def grants_command(
                 say("the roles have all privileges")
                 return True
             missing = await connection.fetch(QUERIES["missing_grants"])
-        finally:
-            await connection.close()
         for (statement,) in missing:
             say(statement)
         if not missing:

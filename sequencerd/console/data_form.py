@@ -104,13 +104,10 @@ async def change(request: Request) -> Response:
     keys = sorted(key for key in {*original, *data} if original.get(key) != data.get(key))
     cause = why(request, f"{reason}; changed {', '.join(keys)}")
     # a connection of its own, not one of the pool's: the daemons are to be notified
-    connection = await connections.connect(context.shard)
-    try:
+    async with connections.connected(context.shard) as connection:
         done = await connection.execute(
             QUERIES["console_set_data"], id_, exact_json.dumps(data), row["version"], cause[:2000]
         )
-    finally:
-        await connection.close()
     if done == "INSERT 0 0":
         wrong = "The data has changed meanwhile: nothing was written. This is the difference."
         return await _page(request, id_, text, 409, lines=lines, wrong=wrong)

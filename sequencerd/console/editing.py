@@ -143,11 +143,8 @@ async def set_status(request: Request) -> Response:
     words = bulk.SEQUENCE_STATUSES[action]
 
     async def work(shard: Shard) -> None:
-        connection = await connections.connect(shard)
-        try:
+        async with connections.connected(shard) as connection:
             await bulk.set_status(connection, [name], words.status, why(request, reason))
-        finally:
-            await connection.close()
 
     # a shard that cannot be reached must not prevent a pause in the others
     answers = await _in_thread(context, lambda: ask(_explain, _shards(context), work))
@@ -364,14 +361,11 @@ class _Edit:
 
     async def plan(self) -> ShardAnswers[Plan]:
         async def make(shard: Shard) -> Plan:
-            connection = await connections.connect(shard)
-            try:
-                async with connection.transaction(isolation="repeatable_read", readonly=True):
-                    return await plan.make(
-                        connection, self.definitions, self.runners, moves=self.moves
-                    )
-            finally:
-                await connection.close()
+            async with (
+                connections.connected(shard) as connection,
+                connection.transaction(isolation="repeatable_read", readonly=True),
+            ):
+                return await plan.make(connection, self.definitions, self.runners, moves=self.moves)
 
         return await ask(_explain, self.shards, make)
 

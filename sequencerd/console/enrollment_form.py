@@ -134,9 +134,8 @@ def _read(query: Query) -> dict[str, Any]:
 
 async def _enroll(shard: Shard, given: dict[str, Any], cause: str) -> int:
     # not one of the pool's: the daemons are to be notified
-    connection = await connections.connect(shard)
     try:
-        async with connection.transaction():
+        async with connections.connected(shard) as connection, connection.transaction():
             id_ = await bulk.enroll(connection, **given)
             await connection.execute(QUERIES["console_created"], id_, cause)
     except asyncpg.InsufficientPrivilegeError as error:
@@ -144,6 +143,4 @@ async def _enroll(shard: Shard, given: dict[str, Any], cause: str) -> int:
             f"the database refuses: {error}. To enroll here, the console's login needs GRANT "
             "sequencer_enroller"
         ) from error
-    finally:
-        await connection.close()
     return id_

@@ -121,12 +121,9 @@ class _PresentDefinitions:
 
     async def begin(self) -> None:
         """Connect, and read the definitions for the first time. Raises SequencerdError."""
-        connection = await connections.connect(self.shard)
-        try:
+        async with connections.connected(self.shard) as connection:
             await migrate.check(connection, self.shard.number)
             self.is_standby = await server.is_standby(connection)
-        finally:
-            await connection.close()
         self._pool = await connections.connect_pool(self.shard, 1, pooled=True, least=0)
         await self.read()
 

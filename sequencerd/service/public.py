@@ -111,11 +111,8 @@ class PublicPages:
         done = []
         async with asyncio.timeout(TIMEOUT), self._slots:
             for shard in self._shards:
-                connection = await connections.connect(shard)
-                try:
+                async with connections.connected(shard) as connection:
                     done.append(await work(connection))
-                finally:
-                    await connection.close()
         return done
 
     # --- unsubscribing

@@ -83,6 +83,18 @@ async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Conn
     return connection
 
 
+@asynccontextmanager
+async def connected(
+    shard: Shard, *, seconds: float | None = None
+) -> AsyncIterator[asyncpg.Connection]:
+    """Open a connection like `connect`, and close it at the end of the context."""
+    connection = await connect(shard, seconds=seconds)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
 def explain(error: BaseException) -> str:
     """Return why a connection could not be made."""
     return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
