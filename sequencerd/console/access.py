@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console.auth import TooManyError, Visitor
-from sequencerd.console.context import context_of, local, query_of, render, say
+from sequencerd.console.context import context_of, local, message_page, query_of, render
 from sequencerd.console.oidc import LoginError
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.sessions import hash_of
@@ -89,14 +89,14 @@ async def from_provider(request: Request) -> Response:
     except LoginError as error:
         return _failed(request, error)
     if auth.role_of_groups(login.groups) is None:
-        return say(request, 403, "No access", no_role(login.user))
+        return message_page(request, 403, "No access", no_role(login.user))
     request.state.visitor = await auth.log_in_by_provider(request, login)
     # an own page redirects further: after a redirect, SameSite treats the provider as the origin
     return RedirectResponse(local(login.to), 303)
 
 
 def _failed(request: Request, error: LoginError) -> Response:
-    return say(
+    return message_page(
         request, 403, "Not logged in", f"The login failed: {error}.", link=("/login", "Log in")
     )
 

@@ -27,9 +27,9 @@ from sequencerd.console import (
     funnel,
     html,
     mail,
-    once,
     over_time,
     pages,
+    sent_forms,
     simulating,
     step_form,
     suppressing,
@@ -40,8 +40,8 @@ from sequencerd.console.context import (
     CONTENT_SECURITY_POLICY,
     PageContext,
     context_of,
+    message_page,
     missing,
-    say,
     to_its_shard,
     unmasked,
 )
@@ -147,7 +147,7 @@ def make_console(
             get("/revision", editing.compare),
         ],
         middleware=[Middleware(WithHeaders)],
-        exception_handlers={HTTPException: said},
+        exception_handlers={HTTPException: error_page},
         lifespan=lifespan,
     )
 
@@ -251,14 +251,14 @@ class WithHeaders:
         await self._app(scope, receive, send_more)
 
 
-def said(request: Request, error: Exception) -> Response:
+def error_page(request: Request, error: Exception) -> Response:
     """Return the page for an HTTP error."""
     assert isinstance(error, HTTPException)
     texts: Mapping[int, str] = {
         404: "Page not found.",
         405: "This page does not support that method.",
     }
-    answer = say(
+    answer = message_page(
         request,
         error.status_code,
         error.detail.capitalize(),
@@ -286,7 +286,7 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
             text = text if len(text) <= MAX_ERROR_LENGTH else f"{text[:MAX_ERROR_LENGTH]}…"
             if page in ROUTES_OF_PROGRAMS:
                 return PlainTextResponse(f"{text}\n", status)
-            return say(request, status, title, text)
+            return message_page(request, status, title, text)
 
         context = context_of(request)
         auth = context.auth
@@ -300,27 +300,27 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
                 if page in ROUTES_OF_PROGRAMS:
                     return PlainTextResponse("Log in first.\n", 401)
                 to = str(request.url.replace(scheme="", netloc=""))
-                return _kept(request, RedirectResponse(at("/login", to=to), 303))
+                return _with_session(request, RedirectResponse(at("/login", to=to), 303))
             if request.method == "POST":
                 most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
                 request.state.form = await pages.form(request, most)
                 if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
-                    return say(
+                    return message_page(
                         request,
                         403,
                         "Not done",
                         "This form has expired or comes from another site. Reload the page.",
                     )
             if role in ("operator", "editor") and not context.settings.write:
-                return say(
+                return message_page(
                     request,
                     403,
                     "Read only",
                     "Changes are disabled. Set console.write = true to allow them.",
                 )
             if role is not None and not visitor.may(role):
-                return say(request, 403, "Not allowed", _lacks(visitor, role))
-            made = await _made(context, page, request)
+                return message_page(request, 403, "Not allowed", _missing_role(visitor, role))
+            made = await _response(context, page, request)
         except NotFoundError as error:
             made = refused(404, "Not found", str(error))
         except (WrongQueryError, UsageError) as error:
@@ -341,29 +341,31 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
                 log.warning("the console cannot reach the database", error=brief(error))
                 is_read = request.method != "POST"
                 what = "This page retries automatically." if is_read else NOT_KNOWN
-                made = say(request, 503, "The database cannot be reached", what, retry=is_read)
+                made = message_page(
+                    request, 503, "The database cannot be reached", what, retry=is_read
+                )
                 made.headers["Retry-After"] = "5"
         except Exception as error:  # its text may contain data of enrollments
             log.error("a console page failed", path=request.url.path, error=_where(error))
-            made = say(request, 500, "Internal error", "The daemon's log has the details.")
-        return _kept(request, made)
+            made = message_page(request, 500, "Internal error", "The daemon's log has the details.")
+        return _with_session(request, made)
 
     return answer
 
 
-async def _made(context: PageContext, page: pages.Page, request: Request) -> Response:
-    if request.method == "POST" and once.FIELD in (form := request.state.form):
-        return await context.once.do(request.state.visitor.nonce, form, page(request))
+async def _response(context: PageContext, page: pages.Page, request: Request) -> Response:
+    if request.method == "POST" and sent_forms.FIELD in (form := request.state.form):
+        return await context.sent_forms.process(request.state.visitor.nonce, form, page(request))
     return await page(request)
 
 
-def _lacks(visitor: Visitor, role: Role) -> str:
+def _missing_role(visitor: Visitor, role: Role) -> str:
     if visitor.role is None:
         return access.no_role(visitor.user or "")
     return f"This needs the role {role}; {visitor.user} has the role {visitor.role}."
 
 
-def _kept(request: Request, response: Response) -> Response:
+def _with_session(request: Request, response: Response) -> Response:
     if not request.url.path.startswith(at("/static/")):
         context_of(request).auth.keep(request, response, request.state.visitor)
     return response

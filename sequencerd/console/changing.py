@@ -250,7 +250,7 @@ def _outcome(context: PageContext, row: Any) -> dict[str, Any]:
         {"message": row["cause"], "data": row["data"], "known_subject": row["subject"]}
     )
     return {
-        "words": status or row["status"],
+        "outcome": status or row["status"],
         "status": row["status"],
         "cause": (shown["message"] or NO_ERROR) if row["status"] == "failed" else None,
         "enrollments": row["enrollments"],
@@ -261,7 +261,7 @@ def _by_outcome(outcomes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add up the outcomes of several shards."""
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in outcomes:
-        key = one["status"], one["words"], one["cause"]
+        key = one["status"], one["outcome"], one["cause"]
         known = merged.setdefault(key, {**one, "enrollments": 0})
         known["enrollments"] += one["enrollments"]
     return sorted(merged.values(), key=lambda one: -one["enrollments"])
@@ -271,5 +271,5 @@ def _result(outcomes: list[dict[str, Any]]) -> str:
     """Describe outcomes, such as "3 completed, 84 failed again"."""
     numbers: dict[str, int] = {}
     for row in outcomes:
-        numbers[row["words"]] = numbers.get(row["words"], 0) + row["enrollments"]
-    return ", ".join(f"{number:,} {words}" for words, number in numbers.items())
+        numbers[row["outcome"]] = numbers.get(row["outcome"], 0) + row["enrollments"]
+    return ", ".join(f"{number:,} {outcome}" for outcome, number in numbers.items())

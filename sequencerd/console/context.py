@@ -19,8 +19,8 @@ from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.live import LiveTopics
 from sequencerd.console.mask import make_mask
-from sequencerd.console.once import Once
 from sequencerd.console.query import ROWS_PER_PAGE, Query, WrongQueryError
+from sequencerd.console.sent_forms import SentForms
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at, at_shard
 from sequencerd.console.views import EnrollmentHistory
@@ -62,7 +62,7 @@ class PageContext:
     runners: Callable[[], Mapping[str, Runner]]
     now: Callable[[], datetime]
     actions: BulkChanges
-    once: Once = field(default_factory=Once)
+    sent_forms: SentForms = field(default_factory=SentForms)
     sent_tests: dict[str, SentTest] = field(default_factory=dict)
     simulating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     counting_history: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
@@ -119,7 +119,7 @@ def _may(context: PageContext, visitor: Visitor | None, role: Role) -> bool:
     return context.settings.write and visitor is not None and visitor.may(role)
 
 
-def say(
+def message_page(
     request: Request,
     status: int,
     title: str,

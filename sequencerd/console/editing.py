@@ -25,7 +25,7 @@ from sequencerd.console.context import (
     query_of,
     render,
 )
-from sequencerd.console.merging import in_all, or_each
+from sequencerd.console.merging import common_or_each, in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
 from sequencerd.definitions import json_schema, plan, plan_of_shards, yaml_reader
@@ -76,7 +76,7 @@ async def read_stored(context: PageContext, name: str) -> StoredSequence:
         for shard, row in stored.items()
     )
     merged = {
-        "status": or_each({shard: row["status"] for shard, row in stored.items()}),
+        "status": common_or_each({shard: row["status"] for shard, row in stored.items()}),
         "from_file": any(row["from_file"] for row in stored.values()),
         "base": base,
     }
@@ -170,12 +170,12 @@ async def _in_thread(context: PageContext, work: Callable[[], Coroutine[Any, Any
         try:
             return await asyncio.to_thread(lambda: asyncio.run(work()))
         except asyncpg.InsufficientPrivilegeError as error:
-            raise WrongQueryError(_lacks(error)) from error
+            raise WrongQueryError(_missing_privilege(error)) from error
         except DatabaseError as error:
             raise WrongQueryError(str(error)) from error
 
 
-def _lacks(error: asyncpg.InsufficientPrivilegeError) -> str:
+def _missing_privilege(error: asyncpg.InsufficientPrivilegeError) -> str:
     return (
         f"the database refuses: {error}. To change sequences here, the console's login needs "
         "GRANT sequencer_editor"
@@ -188,7 +188,7 @@ async def _explain(_: Shard, error: BaseException) -> SequencerdError:
         case SequencerdError():
             return error
         case asyncpg.InsufficientPrivilegeError():
-            return DatabaseError(_lacks(error))
+            return DatabaseError(_missing_privilege(error))
     return DatabaseError(brief(error))
 
 

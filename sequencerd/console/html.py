@@ -150,11 +150,11 @@ def days(counts: Mapping[str, int]) -> str:
         for n, (day, count) in enumerate(counts.items())
     )
     total = sum(counts.values())
-    words = f"{total:,} in {len(counts)} days, at most {most:,} in one"
+    label = f"{total:,} in {len(counts)} days, at most {most:,} in one"
     return Markup(
         '<svg class="chart" viewBox="0 0 {} 24" role="img" aria-label="{}">{}</svg> '
         '<span class="sum">{}</span>'
-    ).format(len(counts) * 7 - 2, words, bars, f"{total:,}")
+    ).format(len(counts) * 7 - 2, label, bars, f"{total:,}")
 
 
 def wakes(bars: Sequence[Any]) -> str:
@@ -172,11 +172,11 @@ def wakes(bars: Sequence[Any]) -> str:
     )
     columns = round((last.since - first.since) / width) + 1
     total = sum(bar.number for bar in bars)
-    words = f"{total:,} next checks, at most {most:,} within {duration(width.total_seconds())}"
+    label = f"{total:,} next checks, at most {most:,} within {duration(width.total_seconds())}"
     return Markup(
         '<svg class="chart wakes" viewBox="0 0 {} 24" preserveAspectRatio="none" role="img"'
         ' aria-label="{}">{}</svg>'
-    ).format(max(columns, 8) * 7 - 2, words, drawn)
+    ).format(max(columns, 8) * 7 - 2, label, drawn)
 
 
 def _bar(x: int, height: int, title: str) -> str:
@@ -192,8 +192,8 @@ def bars(
     *,
     of_delays: bool = False,
 ) -> str:
-    """Return a chart of one bar for each hour or day, of counts or of delays in seconds. What it
-    shows at most is in words as well; its values belong in a table beside it.
+    """Return a chart of one bar for each hour or day, of counts or of delays in seconds. Its
+    maximum is given as text as well; its values belong in a table beside it.
     """
 
     def formatted(value: float) -> str:
@@ -206,13 +206,13 @@ def bars(
         if value
     )
     total = "" if of_delays else f"{sum(value for _, value in points):,} in "
-    words = f"{title}: {total}{len(points)} {unit}s, at most {formatted(most)} in one"
+    label = f"{title}: {total}{len(points)} {unit}s, at most {formatted(most)} in one"
     first, last = (_label(points[n][0]) if points else "" for n in (0, -1))
     return Markup(
         '<svg class="bars" viewBox="0 0 {} 100" preserveAspectRatio="none" role="img"'
         ' aria-label="{}">{}</svg><p class="axis"><span>{}</span><span>at most {}</span>'
         "<span>{}</span></p>"
-    ).format(len(points) * 4, words, drawn, first, formatted(most), last)
+    ).format(len(points) * 4, label, drawn, first, formatted(most), last)
 
 
 def _wide_bar(n: int, height: float, title: str) -> str:

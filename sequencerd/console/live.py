@@ -49,7 +49,7 @@ class LiveTopics:
         while True:
             await self._open.wait()
             if self._watched[COUNTS_TOPIC]:
-                self._summary.look()
+                self._summary.record_view()
             ids = [id_ for id_, pages in self._watched.items() if id_ != COUNTS_TOPIC and pages > 0]
             if ids:
                 try:

@@ -44,10 +44,10 @@ class SummaryOfShards(Summary):
         versions = [summary.version for summary in self._shards.values()]
         return UNREADABLE_VERSION if {*versions} == {UNREADABLE_VERSION} else " ".join(versions)
 
-    def look(self) -> None:
+    def record_view(self) -> None:
         """Record that a page is open."""
         for summary in self._shards.values():
-            summary.look()
+            summary.record_view()
 
     async def get(self, first: float = PAGE_WAIT) -> Counts | None:
         """Return the latest counts; None if there are none yet. Raises the error if all fail."""
@@ -83,8 +83,12 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
     return replace(
         every[0],
         at=min(counts.at for counts in every),
-        sequences=_once({name: counts.sequences for name, counts in shards.items()}, ("name",)),
-        steps=_once({name: counts.steps for name, counts in shards.items()}, ("sequence", "step")),
+        sequences=_merge_rows(
+            {name: counts.sequences for name, counts in shards.items()}, ("name",)
+        ),
+        steps=_merge_rows(
+            {name: counts.steps for name, counts in shards.items()}, ("sequence", "step")
+        ),
         failed=[row for counts in every for row in counts.failed],
         causes=[row for counts in every for row in counts.causes],
         next=sorted((row for counts in every for row in counts.next), key=lambda row: row["at"]),
@@ -109,7 +113,7 @@ def _in_shard(name: str, row: SummaryRow) -> str:
     return f"{name}/{about}" if row["kind"] == "quarantined" else f"{about} in {name}"
 
 
-def _once(shards: Mapping[str, Sequence[SummaryRow]], key: Sequence[str]) -> list[SummaryRow]:
+def _merge_rows(shards: Mapping[str, Sequence[SummaryRow]], key: Sequence[str]) -> list[SummaryRow]:
     """Return one row for those of the shards with the same key: numbers of enrollments are added
     up, and another status or problem is named with its shard.
     """
@@ -117,21 +121,21 @@ def _once(shards: Mapping[str, Sequence[SummaryRow]], key: Sequence[str]) -> lis
     for name, rows in shards.items():
         for row in rows:
             found.setdefault(tuple(row[part] for part in key), {})[name] = row
-    merged = [_one(rows) for rows in found.values()]
+    merged = [_merge_row(rows) for rows in found.values()]
     return sorted(merged, key=lambda row: row[key[0]])
 
 
-def _one(rows: Mapping[str, SummaryRow]) -> SummaryRow:
+def _merge_row(rows: Mapping[str, SummaryRow]) -> SummaryRow:
     made = dict(next(iter(rows.values())))
     for name in made.keys() & {"active", "soon", "overdue"}:
         known = [row[name] for row in rows.values() if row[name] is not None]
         made[name] = sum(known) if known else None
     for name in made.keys() & {"status", "problem"}:
-        made[name] = or_each({shard: row[name] for shard, row in rows.items()})
+        made[name] = common_or_each({shard: row[name] for shard, row in rows.items()})
     return made
 
 
-def or_each(values: Mapping[str | None, _T]) -> _T | str:
+def common_or_each(values: Mapping[str | None, _T]) -> _T | str:
     """Return a value if all shards have the same, otherwise the value of each shard."""
     first, *others = values.values()
     if all(value == first for value in others):
@@ -173,7 +177,7 @@ async def in_all(
     return found
 
 
-def not_in_all(found: Iterable[str | None]) -> str | None:
+def say_where_missing(found: Iterable[str | None]) -> str | None:
     """Say in which shards a change was made if some are missing; None if it was made in all."""
     if not missing.get():
         return None
@@ -201,7 +205,7 @@ def grouped(found: Mapping[str | None, _T | None]) -> list[tuple[str | None, _T]
     ]
 
 
-def alike(
+def matching_rows(
     found: Mapping[str | None, Iterable[SummaryRow]], key: Callable[[SummaryRow], object]
 ) -> list[dict[str | None, SummaryRow]]:
     """Return the rows of shards, those that several have as one: the nth with a key is in all of
@@ -219,7 +223,7 @@ def alike(
 # --- tables
 
 
-def _asked_of(part: PageContext, context: PageContext, query: Query) -> Query:
+def _query_for(part: PageContext, context: PageContext, query: Query) -> Query:
     """Return the part of a query that concerns one shard; with one database, the query itself."""
     if not context.parts:
         return query
@@ -230,7 +234,7 @@ async def waiting_in_all(context: PageContext, query: Query) -> Table:
     """Return the enrollments at a step by wake time, in the order of a single database."""
 
     async def of(part: PageContext) -> Table:
-        return await views.enrollments(part.pool, _asked_of(part, context, query), part.mask)
+        return await views.enrollments(part.pool, _query_for(part, context, query), part.mask)
 
     found = await in_all(context, of)
     if None in found:
@@ -277,13 +281,13 @@ async def revisions_in_all(context: PageContext, query: Query) -> Table:
     """
 
     async def of(part: PageContext) -> Table:
-        return await views.revisions(part.pool, _asked_of(part, context, query), part.mask)
+        return await views.revisions(part.pool, _query_for(part, context, query), part.mask)
 
     found = await in_all(context, of)
     if None in found:
         return found[None]
     rows = []
-    for same in alike(
+    for same in matching_rows(
         {name: table.rows for name, table in found.items()},
         lambda row: (row["by"], row["reason"], row["changes"]),
     ):

@@ -271,7 +271,7 @@ def _graph(
                 "chosen": step.name == chosen,
                 "active": html.number(row.get("active")),
                 "failed": html.number(row["failed"]) if row.get("failed") else "",
-                "limit": " · ".join(words for _, words in drawing.limits(definition, step)),
+                "limit": " · ".join(text for _, text in drawing.limits(definition, step)),
                 "stay": html.duration(row.get("median_stay")),
                 "problem": bool(row.get("problem")),
             }

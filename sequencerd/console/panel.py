@@ -116,7 +116,7 @@ class StepPanel:
     """The contents of the panel."""
 
     step: Step
-    words: list[str]
+    description: list[str]
     config: Any
     ways: list[ExitFlow]
     way: str | None  # that is chosen
@@ -191,8 +191,8 @@ def _describe(definition: Sequence, step: Step) -> list[str]:
     found = [describe_wait(step.type, config)]
     if isinstance(window := config.get("window"), dict) and (described := describe_window(window)):
         found.append(f"begins only in its window: {described}")
-    for limit, words in drawing.limits(definition, step):
-        found.append(f"{words}, else it {_REACHED[limit.then]}")
+    for limit, text in drawing.limits(definition, step):
+        found.append(f"{text}, else it {_REACHED[limit.then]}")
     for key, form in (("to", "to {}"), ("subject", "subject: {}"), ("message", "{}")):
         if isinstance(config.get(key), str):
             found.append(form.format(config[key]))

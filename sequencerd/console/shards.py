@@ -24,11 +24,11 @@ from sequencerd.console import mail, simulating
 from sequencerd.console.actions import BulkChanges
 from sequencerd.console.app import (
     WithHeaders,
+    error_page,
     guarded_routes,
     in_its_shard,
     make_console,
     routes_of_pages,
-    said,
 )
 from sequencerd.console.auth import Auth
 from sequencerd.console.context import (
@@ -136,7 +136,7 @@ def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLog
             ),
         ],
         middleware=[Middleware(WithHeaders)],
-        exception_handlers={HTTPException: said},
+        exception_handlers={HTTPException: error_page},
         lifespan=lifespan,
     )
 

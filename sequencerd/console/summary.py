@@ -99,7 +99,7 @@ class Summary:
         self._log = log
         self._counts: Counts | None = None
         self._error: BaseException | None = None
-        self._looked = float("-inf")
+        self._viewed_at = float("-inf")
         self._wanted = asyncio.Event()
         self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._flow: defaultdict[tuple[str, str, str], Counter[date]] = defaultdict(Counter)
@@ -123,9 +123,9 @@ class Summary:
             return UNREADABLE_VERSION
         return self._counts.at.isoformat() if self._counts else ""
 
-    def look(self) -> None:
+    def record_view(self) -> None:
         """Record that a page is open."""
-        self._looked = time.monotonic()
+        self._viewed_at = time.monotonic()
         self._wanted.set()
 
     async def get(self, first: float = PAGE_WAIT) -> Counts | None:
@@ -133,7 +133,7 @@ class Summary:
         them from being made.
         """
         was_idle = not self._wanted.is_set()
-        self.look()
+        self.record_view()
         if self._counts is None or (was_idle and datetime.now(UTC) - self._counts.at > MAX_AGE):
             patience = first if self._counts is None else PAGE_WAIT
             with suppress(TimeoutError):
@@ -146,7 +146,7 @@ class Summary:
         """Count until cancelled."""
         while True:
             await self._wanted.wait()
-            if time.monotonic() - self._looked > COUNTED_AFTER_VIEW:
+            if time.monotonic() - self._viewed_at > COUNTED_AFTER_VIEW:
                 self._wanted.clear()
                 continue
             begun, self._details_took = time.monotonic(), 0.0

@@ -14,9 +14,9 @@ from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console.auth import Visitor
 from sequencerd.console.changing import reason_of, why
-from sequencerd.console.context import PageContext, context_of, query_of, render, say
+from sequencerd.console.context import PageContext, context_of, message_page, query_of, render
 from sequencerd.console.mask import MASKED_VALUE, MaskedRow
-from sequencerd.console.merging import alike, in_all, not_in_all
+from sequencerd.console.merging import in_all, matching_rows, say_where_missing
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import Undeliverable
@@ -58,7 +58,7 @@ async def page(request: Request) -> Response:
         context, lambda part: connections.read(part.pool, "console_unsuppressed")
     )
     shown = itemgetter("channel", "topic", "source", "reason")
-    latest = [next(iter(same.values())) for same in alike(removed, shown)]
+    latest = [next(iter(same.values())) for same in matching_rows(removed, shown)]
     latest.sort(key=lambda row: row["removed_at"], reverse=True)
     return render(
         request,
@@ -183,7 +183,7 @@ async def suppress(request: Request) -> Response:
             return not known and bool(await suppressions.add(connection, [entry], topic))
 
     added = await in_all(context, add)
-    if wrong := not_in_all(added):
+    if wrong := say_where_missing(added):
         return _form(request, query, f"Suppressed in {wrong}", 503)
     if not any(added.values()):
         return _form(request, query, "This address is already suppressed.", 409)
@@ -237,7 +237,7 @@ async def _entry(
             return await _entries(connection, *key)
 
     found = await in_all(context, find)
-    same = alike(found, lambda row: (row["source"], row["reason"]))
+    same = matching_rows(found, lambda row: (row["source"], row["reason"]))
     entries = [next(iter(rows.values())) for rows in same]
     if not entries:
         channel, _, topic = key
@@ -280,8 +280,8 @@ async def remove(request: Request) -> Response:
             return await _entries(connection, channel, address, topic)
 
     left = await in_all(context, remove_from)
-    if wrong := not_in_all(left):
-        return say(
+    if wrong := say_where_missing(left):
+        return message_page(
             request,
             503,
             "Not removed everywhere",

@@ -279,8 +279,8 @@ async def brake(pool: asyncpg.Pool, sequence: str) -> dict[str, Any] | None:
     if not rows:
         return None
     row = rows[0]
-    words = drawing.describe_brake(row["at_most"], row["per"])
-    return {"words": words, "until": row["until"], "reason": row["reason"]}
+    limit = drawing.describe_brake(row["at_most"], row["per"])
+    return {"limit": limit, "until": row["until"], "reason": row["reason"]}
 
 
 async def revisions(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:

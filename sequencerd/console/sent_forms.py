@@ -16,13 +16,13 @@ FIELD = "once"
 MAX_KEPT_FORMS = 1000  # forms that were sent
 
 
-class Once:
+class SentForms:
     """The results of the forms that were sent."""
 
     def __init__(self) -> None:
         self._sent: dict[str, asyncio.Task[Response]] = {}
 
-    async def do(
+    async def process(
         self, user: str, form: Mapping[str, str], work: Coroutine[Any, Any, Response]
     ) -> Response:
         """Do the work of a form, unless it is being done or was done: then lead to where that led.
