@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from sequencerd.cli.commands import connected, explain, on_shards, tell
+from sequencerd.cli.commands import connected, explain, on_shards, report_missing
 from sequencerd.cli.output import say, say_json, warn
 from sequencerd.core.describe import counted
 from sequencerd.definitions import files, json_schema
@@ -65,7 +65,7 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
             if examples := [one for found in answers.found.values() for one in found[name]]:
                 with suppress(RecursionError):
                     known[name] = known_paths(examples)
-        return tell(answers)
+        return report_missing(answers)
 
     if settings.database.url is not None or settings.shards:
         try:

@@ -18,24 +18,24 @@ from sequencerd.cli.commands import (
     fetch,
     on_shards,
     reading,
-    tell,
+    report_missing,
 )
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core.describe import text
 from sequencerd.definitions import files, plan, plan_of_shards
 from sequencerd.definitions.diff import describe_revision, parse_document
-from sequencerd.definitions.original import place
+from sequencerd.definitions.original import enrollments
 from sequencerd.definitions.original.read import ImportSource, read
 from sequencerd.definitions.original.report import ImportReport
 from sequencerd.definitions.original.translate import ImportChoices
 from sequencerd.definitions.plan import Plan
-from sequencerd.definitions.plan_of_shards import again
+from sequencerd.definitions.plan_of_shards import how_to_complete
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import ArgumentError, PlanError, UsageError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
-from sequencerd.storage.change_of_shards import Words, changing
+from sequencerd.storage.change_of_shards import ChangeTexts, changing
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask
 
@@ -79,7 +79,7 @@ async def plan_command(
             say(line)
         if made and not made.refused and not answers.missing:
             say(f"to apply exactly this plan: apply --plan {made.fingerprint}")
-    code = tell(answers)
+    code = report_missing(answers)
     if made.refused:
         raise PlanError("\n".join(made.refused))
     return code or (EXIT_CODE_OF_CHANGES if made and arguments.detailed_exitcode else 0)
@@ -103,7 +103,7 @@ async def apply_command(
             brake=arguments.brake,
         )
         how = "the command without --plan" if arguments.plan else "the command"
-        await change.commit(Words("the revision", again(how)), warn)
+        await change.commit(ChangeTexts("the revision", how_to_complete(how)), warn)
     if arguments.json:
         say_json(done.as_dict())
     else:
@@ -137,7 +137,7 @@ async def history_command(
                 for row, numbers in revisions
             ]
         )
-        return tell(answers)
+        return report_missing(answers)
     for row, numbers in revisions:
         why = f" ({row['reason']})" if row["reason"] else ""
         title = f"revision {row['revision']}"
@@ -146,7 +146,7 @@ async def history_command(
         say(f"{title}, {text(row['at'])}, by {row['by']}{why}")
         for line in describe_revision(name, row["before"], row["document"]):
             say(f"  {line}")
-    return tell(answers)
+    return report_missing(answers)
 
 
 def _revisions(
@@ -200,7 +200,7 @@ async def export_command(
             "one of them with --shard, and apply it to all"
         )
     say_lines(to_yaml(parse_document(arguments.sequence, document)))
-    return tell(answers)
+    return report_missing(answers)
 
 
 @on_shards
@@ -224,11 +224,11 @@ async def import_command(
                 return await read(source, change.connections[shard], runners)
 
             parts = await change.on_each(read_for, at_once=1)  # by one connection there
-            found = await place.apply(source, change, parts, runners)
+            found = await enrollments.apply(source, change, parts, runners)
         is_done = arguments.apply and not found.questions
         if is_done:
-            await place.leave_ids(change)
-            await change.commit(Words("the import", REPEAT_IMPORT), warn)
+            await enrollments.reserve_original_ids(change)
+            await change.commit(ChangeTexts("the import", REPEAT_IMPORT), warn)
     if arguments.json:
         say_json(found.as_dict())
     else:

@@ -125,7 +125,7 @@ def on_shards(run: ShardsCommand) -> Command:
 # --- all shards
 
 
-def tell(answers: ShardAnswers[_T], *, refusals: bool = False) -> int:
+def report_missing(answers: ShardAnswers[_T], *, refusals: bool = False) -> int:
     """Report what is missing, and return the exit code."""
     lines = answers.lines(refusals=refusals)
     for line in lines:
@@ -322,7 +322,7 @@ async def check_sequence(arguments: argparse.Namespace, answers: ShardAnswers[An
     """Raise UsageError if the sequence that a command names exists in none of the shards that
     answered; report the others.
     """
-    tell(answers)
+    report_missing(answers)
 
     async def check(shard: Shard) -> None:
         async with reading(shard) as connection:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 
-from sequencerd.cli.commands import connected, explain, on_shards, tell
+from sequencerd.cli.commands import connected, explain, on_shards, report_missing
 from sequencerd.cli.ids import labelled
 from sequencerd.cli.output import say, say_json
 from sequencerd.core.config import nearest
@@ -42,7 +42,7 @@ async def holidays_command(
         where = "" if shard.name is None else f"{shard.name}: "
         known = f"; {len(days) - added} existed already" if added < len(days) else ""
         say(f"{where}{calendar}: added {added} holidays of {years}{known}")
-    return tell(answers)
+    return report_missing(answers)
 
 
 def _public_holidays(code: str, years: Collection[int]) -> Mapping[date, str]:

@@ -21,7 +21,7 @@ from sequencerd.cli.commands import (
     explain,
     on_shards,
     reading,
-    tell,
+    report_missing,
 )
 from sequencerd.cli.ids import Id, labelled, shard_of_id
 from sequencerd.cli.output import is_terminal, laid_out, say, say_json, show, warn
@@ -87,7 +87,7 @@ async def status_command(
     definitions = {str(shard.name): found.definitions for shard, found in answers.found.items()}
     if differing := differences(definitions):
         warn(f"sequencerd: the shards have different definitions of {'; '.join(differing)}")
-    return tell(answers)
+    return report_missing(answers)
 
 
 _COUNTS = ("active", "due", "overdue", "failed", "rescheduling")
@@ -106,14 +106,14 @@ def added_up(by_shard: Mapping[Shard, Sequence[Mapping[str, Any]]]) -> list[dict
     in_order = sorted(steps.values(), key=lambda found: next(iter(found.values()))["sequence"])
     return [
         {
-            **{name: _together(name, found) for name in dict(next(iter(found.values())))},
+            **{name: _merge_values(name, found) for name in dict(next(iter(found.values())))},
             "shards": [str(shard.name) for shard in found],
         }
         for found in in_order
     ]
 
 
-def _together(name: str, rows: Mapping[Shard, Mapping[str, Any]]) -> Any:
+def _merge_values(name: str, rows: Mapping[Shard, Mapping[str, Any]]) -> Any:
     values = [row[name] for row in rows.values() if row[name] is not None]
     if name in _COUNTS:
         return sum(values) if values else None
@@ -137,7 +137,7 @@ async def _check_found(
 async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
     loop = asyncio.get_running_loop()
     before: dict[tuple[str, str], int] = {}
-    with _kept() as connected, _screen() as draw:
+    with _kept_connections() as connected, _screen() as draw:
 
         async def read(shard: Shard) -> list[asyncpg.Record]:
             connection = await connected(shard)
@@ -163,7 +163,7 @@ async def watch_command(arguments: argparse.Namespace, _: Settings, shards: Sequ
 
 
 @contextmanager
-def _kept() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connection]]]:
+def _kept_connections() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connection]]]:
     """Provide a connection to a shard, which is kept for as long as it works."""
     kept: dict[Shard, asyncpg.Connection] = {}
 
@@ -236,7 +236,7 @@ async def list_command(arguments: argparse.Namespace, _: Settings, shards: Seque
     show(rows, arguments.json, empty="no matching enrollments")
     if len(rows) == arguments.limit and not arguments.json:
         warn(f"there may be more; next page: --after {rows[-1]['id']}")
-    return tell(answers)
+    return report_missing(answers)
 
 
 def _after(shards: Sequence[Shard], id_: Id) -> dict[Shard, int]:
@@ -306,7 +306,7 @@ async def tail_command(arguments: argparse.Namespace, _: Settings, shards: Seque
     number = None if arguments.id is None else arguments.id.number
     since: dict[Shard, datetime] = {}
     seen: dict[Shard, dict[tuple[Any, ...], datetime]] = {shard: {} for shard in shards}
-    with _kept() as connected:
+    with _kept_connections() as connected:
 
         async def begin(shard: Shard) -> None:
             connection = await connected(shard)
@@ -341,7 +341,7 @@ async def tail_command(arguments: argparse.Namespace, _: Settings, shards: Seque
             for shard, row in sorted(new, key=lambda one: one[1]["at"]):
                 _print_event(labelled(shard, row, arguments.json, "enrollment_id"), arguments.json)
             if answers.missing.keys() != away:
-                tell(answers)
+                report_missing(answers)
                 for shard in away - answers.missing.keys():
                     warn(f"sequencerd: shard {shard.name} is back")
             away = answers.missing.keys()

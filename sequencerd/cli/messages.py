@@ -13,7 +13,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import connected, explain, on_shards, read_settings, tell
+from sequencerd.cli.commands import connected, explain, on_shards, read_settings, report_missing
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
 from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions
@@ -115,7 +115,7 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
         definitions.update(merged_definitions(one[0] for one in answers.found.values()))
         found.extend(row for one in answers.found.values() for row in one[1])
         if not is_file(path) and arguments.target not in definitions:
-            tell(answers)
+            report_missing(answers)
         return 0
 
     if not definitions or arguments.enrollment is not None:

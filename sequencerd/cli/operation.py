@@ -14,7 +14,7 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.cli.commands import check_names, connected, explain, on_shards, tell
+from sequencerd.cli.commands import check_names, connected, explain, on_shards, report_missing
 from sequencerd.cli.ids import Id, by_shard, labelled
 from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
@@ -106,8 +106,8 @@ async def change_command(
         show(groups, as_json=False, empty="no matching enrollments")
     if arguments.dry_run:
         _report(arguments, selected, BulkResult())
-        return tell(answers)
-    code = tell(answers)
+        return report_missing(answers)
+    code = report_missing(answers)
     if selected > 1 and not arguments.yes:
         confirm(f"{arguments.command} {bulk.count(selected)}?")
     ids = {shard: found for shard, (found, _) in answers.found.items() if found}
@@ -233,7 +233,11 @@ async def _change(
                 raise UsageError(f"{with_hint(error)}; {total.changed:,} were changed") from error
 
         try:
-            code = tell(await ask(explain(arguments), ids, change), refusals=True) if ids else 0
+            code = (
+                report_missing(await ask(explain(arguments), ids, change), refusals=True)
+                if ids
+                else 0
+            )
         except asyncio.CancelledError:
             warn(f"interrupted: {total.changed:,} of {bulk.count(selected)} done")
             raise
@@ -268,7 +272,7 @@ def _report(arguments: argparse.Namespace, selected: int, done: BulkResult) -> i
 async def set_status_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
-    words = bulk.SEQUENCE_STATUSES[arguments.command]
+    change = bulk.SEQUENCE_STATUSES[arguments.command]
     names = sorted(set(arguments.sequences))
 
     async def work(shard: Shard) -> list[asyncpg.Record]:
@@ -276,21 +280,21 @@ async def set_status_command(
             for name in names:
                 await check_names(connection, name)
             reason = bulk.changed_by(arguments.reason)
-            return await bulk.set_status(connection, names, words.status, reason)
+            return await bulk.set_status(connection, names, change.status, reason)
 
     # an unavailable shard must not prevent a pause in the others
     answers = await ask(explain(arguments), shards, work)
     rows = [(shard, row) for shard, found in answers.found.items() for row in found]
     if arguments.json:
-        say_json([{**labelled(*one, as_json=True), "status": words.status} for one in rows])
-        return tell(answers, refusals=True)
+        say_json([{**labelled(*one, as_json=True), "status": change.status} for one in rows])
+        return report_missing(answers, refusals=True)
     for name in names:
         ours = [row for _, row in rows if row["name"] == name]
-        already = " already" if all(row["before"] == words.status for row in ours) else ""
+        already = " already" if all(row["before"] == change.status for row in ours) else ""
         count = bulk.count(sum(row["active"] for row in ours))
         where = f" in {', '.join(str(shard.name) for shard in answers.found)}"
         say(
-            f"{name} is {words.status}{already}{where if answers.missing else ''}: {count} "
-            f"{words.inside}"
+            f"{name} is {change.status}{already}{where if answers.missing else ''}: {count} "
+            f"{change.effect}"
         )
-    return tell(answers, refusals=True)
+    return report_missing(answers, refusals=True)

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import connected, explain, on_shards, reading, tell
+from sequencerd.cli.commands import connected, explain, on_shards, reading, report_missing
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import describe, model
@@ -70,7 +70,7 @@ async def _simulate_present(
     answers = await ask(explain(arguments), shards, read)
     definitions = merged_definitions(answers.found.values())
     if str(arguments.file) not in definitions:
-        tell(answers)
+        report_missing(answers)
     arguments.sequence = choose(definitions, str(arguments.file))
     return _simulate(arguments, Simulator(definitions, runners, outcomes))
 
@@ -139,7 +139,7 @@ async def _simulate_enrollment(
         raise UsageError(f"enrollment {id_} does not exist")
     if arguments.file is not None:
         read = files.read_all([arguments.file], runners)
-        definitions |= {one.sequence.name: _dealing(one, definitions) for one in read}
+        definitions |= {one.sequence.name: _with_stored_seeds(one, definitions) for one in read}
     _check_types(arguments, definitions)
     simulation = Simulator(definitions, runners, outcomes).follow(
         started.enrollment,
@@ -153,7 +153,9 @@ async def _simulate_enrollment(
     return 0
 
 
-def _dealing(definition: Definition, present: Mapping[str, model.Sequence]) -> model.Sequence:
+def _with_stored_seeds(
+    definition: Definition, present: Mapping[str, model.Sequence]
+) -> model.Sequence:
     """Return a sequence from a file, with the seeds in the database."""
     known = present.get(definition.sequence.name)
     steps = known.steps if known else {}
@@ -302,7 +304,7 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
                 brakes.update({row["sequence"]: _brake(row) for row in braked})
             counts.update({(row["sequence"], row["step"]): row["active"] for row in rows})
         _draw(arguments, definitions, counts, brakes)
-        return tell(answers)
+        return report_missing(answers)
 
     return on_shards(with_counts)(arguments, settings)
 
@@ -328,5 +330,5 @@ def _period(duration: Mapping[str, Any]) -> timedelta:
 
 
 def _brake(row: asyncpg.Record) -> str:
-    words = drawing.describe_brake(row["at_most"], row["per"])
-    return f"{words}, until {describe.text(row['until'])}" if row["until"] else words
+    brake = drawing.describe_brake(row["at_most"], row["per"])
+    return f"{brake}, until {describe.text(row['until'])}" if row["until"] else brake

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, on_shards, reading, tell
+from sequencerd.cli.commands import connect, explain, on_shards, reading, report_missing
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, say_raw, warn
@@ -87,12 +87,12 @@ async def forget_command(
         would = _added_up(answers)
         if arguments.dry_run or not any(would[:-1]):
             _report(arguments, would)
-            return _tell(answers)
-        _tell(answers)
+            return _report_missing(answers)
+        _report_missing(answers)
         confirm(f"forget {arguments.subject} ({would})? This cannot be undone.")
     answers = await forget(commit=True)
     _report(arguments, _added_up(answers))
-    return _tell(answers)
+    return _report_missing(answers)
 
 
 def _texts(document: str) -> Iterator[TextRow]:
@@ -121,8 +121,8 @@ def _added_up(answers: ShardAnswers[Forgotten]) -> Forgotten:
     return reduce(Forgotten.plus, answers.found.values(), nothing)
 
 
-def _tell(answers: ShardAnswers[Forgotten]) -> int:
-    if code := tell(answers, refusals=True):
+def _report_missing(answers: ShardAnswers[Forgotten]) -> int:
+    if code := report_missing(answers, refusals=True):
         warn(
             "the data in these shards is not forgotten: repeat the command when they can be reached"
         )
@@ -192,14 +192,14 @@ async def export_subject_command(
                     "by itself, with --shard"
                 ) from error
             say_raw(f"{_in_ascii(document)}\n")
-            return tell(answers)
+            return report_missing(answers)
         for key, value in parts.items():
             if isinstance(value, list):
                 exported.setdefault(key, []).extend(_with_shard(shard, row) for row in value)
             else:
                 exported.setdefault(key, value)
     say_json(exported, indent=2)
-    return tell(answers)
+    return report_missing(answers)
 
 
 def _in_ascii(document: str) -> str:

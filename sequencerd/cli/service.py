@@ -16,8 +16,8 @@ from sequencerd.cli.commands import (
     connected,
     explain,
     on_shards,
+    report_missing,
     shards_of,
-    tell,
 )
 from sequencerd.cli.output import say, say_lines, warn
 from sequencerd.errors import DatabaseError, UsageError
@@ -88,7 +88,7 @@ async def migrate_command(
             )
 
     # one after the other, because all shards of a server share the roles
-    return tell(await ask(explain(arguments), shards, work, at_once=1))
+    return report_missing(await ask(explain(arguments), shards, work, at_once=1))
 
 
 async def _numbers(
@@ -145,7 +145,7 @@ async def grants_command(
         return True
 
     answers = await ask(explain(arguments), shards, work, at_once=1)
-    return tell(answers) or int(not all(answers.found.values()))
+    return report_missing(answers) or int(not all(answers.found.values()))
 
 
 def _warn_of(ungranted: list[migrate.Ungranted]) -> None:

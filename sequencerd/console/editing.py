@@ -36,7 +36,7 @@ from sequencerd.definitions.plan import Plan
 from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import DatabaseError, FileError, PlanError, SequencerdError, ShardsError
 from sequencerd.storage import bulk, connections
-from sequencerd.storage.change_of_shards import Words, changing
+from sequencerd.storage.change_of_shards import ChangeTexts, changing
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import brief
 from sequencerd.storage.every_shard import ShardAnswers, ask
@@ -122,7 +122,7 @@ async def _ask_status(
         title=f"{action.capitalize()} {name}?",
         name=name,
         action=action,
-        inside=bulk.SEQUENCE_STATUSES[action].inside,
+        effect=bulk.SEQUENCE_STATUSES[action].effect,
         stored=stored,
         wrong=wrong,
     )
@@ -140,18 +140,18 @@ async def set_status(request: Request) -> Response:
     name, action = query.must("sequence"), _action(query)
     if (reason := reason_of(query)) is None:
         return await _ask_status(request, query, "Write a reason: it is recorded.", 422)
-    words = bulk.SEQUENCE_STATUSES[action]
+    change = bulk.SEQUENCE_STATUSES[action]
 
     async def work(shard: Shard) -> None:
         async with connections.connected(shard) as connection:
-            await bulk.set_status(connection, [name], words.status, why(request, reason))
+            await bulk.set_status(connection, [name], change.status, why(request, reason))
 
     # a shard that cannot be reached must not prevent a pause in the others
     answers = await _in_thread(context, lambda: ask(_explain, _shards(context), work))
     if lines := answers.lines(refusals=True):
         done = ", ".join(str(shard.name) for shard in answers.found)
         wrong = (
-            f"{name} is {words.status} in {done}. Not everywhere: {'; '.join(lines)}. Repeat the "
+            f"{name} is {change.status} in {done}. Not everywhere: {'; '.join(lines)}. Repeat the "
             "change when all can be reached."
         )
         return await _ask_status(request, query, wrong, 503)
@@ -385,7 +385,9 @@ class _Edit:
                 brake=brake,
                 from_files=False,
             )
-            await change.commit(Words("the revision", plan_of_shards.again("the change")))
+            await change.commit(
+                ChangeTexts("the revision", plan_of_shards.how_to_complete("the change"))
+            )
 
 
 def _is_brake(text: str) -> bool:

@@ -525,7 +525,7 @@ class _Evaluation:
         """Wait until a limit has room again, or go on without the side effect."""
         self.is_limited = True
         is_own = isinstance(step.behaviour, SideEffect) and step.behaviour.limit is limit
-        message = f"{LIMIT_REACHED} {limit.words}"
+        message = f"{LIMIT_REACHED} {limit.description}"
         if not is_own:
             message += f", for the topic {topic}"
         if limit.then == "wait":

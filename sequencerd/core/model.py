@@ -254,7 +254,7 @@ class Limit:
     at_most: int
     per: timedelta
     then: Literal["wait", "skip", "altNext"]
-    words: str  # for messages
+    description: str  # such as "3 in 7 days", for messages
 
     def reservation(self, context: Context, topic: str) -> Reservation:
         """Return the place to reserve before the side effect begins. Raises EvaluationError."""

@@ -45,7 +45,7 @@ def check(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Remark]]:
 def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Remark]]:
     steps = {(s.name, step.name): step for s in sequences.values() for step in s.steps.values()}
     ways = {
-        node: [way for way in _passing(step, sequences[node[0]]) if way.target in steps]
+        node: [way for way in _immediate_exits(step, sequences[node[0]]) if way.target in steps]
         for node, step in steps.items()
     }
     reported: set[StepNode] = set()
@@ -58,7 +58,7 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
                 budget -= states
                 if path:
                     reported.update(path)
-                    yield node[0], _told(path, part, is_sure=is_sure)
+                    yield node[0], _loop_message(path, part, is_sure=is_sure)
 
 
 def _cyclic(ways: Mapping[StepNode, list[UnwaitedExit]]) -> dict[StepNode, list[UnwaitedExit]]:
@@ -104,7 +104,7 @@ def _matching(matching: Matching, exit_: Exit) -> Matching | None:
     return frozenset({**known, name: both}.items()) if both else None
 
 
-def _told(
+def _loop_message(
     path: list[StepNode], ways: Mapping[StepNode, list[UnwaitedExit]], *, is_sure: bool
 ) -> Remark:
     sequence, name = path[0]
@@ -123,7 +123,7 @@ def _told(
     return Remark(name, (), f"{shown} may never wait: {', '.join(reasons)}; {failing}")
 
 
-def _passing(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
+def _immediate_exits(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
     """Return the exits of a step that may be taken on arrival."""
     if isinstance(step.behaviour, InvalidStep):
         return

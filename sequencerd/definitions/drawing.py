@@ -58,24 +58,24 @@ def limits(sequence: Sequence, step: Step) -> Iterator[tuple[Limit, str]]:
         if isinstance(limit, Limit):
             counted = limit.topic or topic
             about = f" (topic {counted})" if counted else ""
-            yield limit, f"at most {limit.words}{about}"
+            yield limit, f"at most {limit.description}{about}"
 
 
 def text(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
     """Draw a line for each step, below the brake: its count, name and type, where it leads, and
     its limits.
     """
-    ways = list(edges(sequence))
+    every_edge = list(edges(sequence))
     names = [_one_line(name) for name in sequence.steps]
     width = max(map(len, names), default=0)
     kinds = max((len(_one_line(step.type)) for step in sequence.steps.values()), default=0)
     lines = [f"brake: {brake}"] if brake else []
     for name, step in sequence.steps.items():
         targets = ", ".join(
-            f"{way.label or 'next'} {_target(way)}" for way in ways if way.source == name
+            f"{edge.label or 'next'} {_target(edge)}" for edge in every_edge if edge.source == name
         )
         count = f"{counts.get((sequence.name, name), 0):>8}  " if counts else ""
-        limited = "".join(f"; {words}" for _, words in limits(sequence, step))
+        limited = "".join(f"; {description}" for _, description in limits(sequence, step))
         lines.append(
             f"{count}{_one_line(name):{width}}  {_one_line(step.type):{kinds}}  {targets}{limited}"
         )
@@ -93,16 +93,16 @@ def mermaid(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
     if brake:
         lines.append(f'  brake>"{_for_mermaid(f"brake: {brake}")}"] -.- {ids[sequence.first_step]}')
     others: dict[str, str] = {}
-    for way in edges(sequence):
-        target = ids.get(way.target or "") if way.sequence is None else None
+    for edge in edges(sequence):
+        target = ids.get(edge.target or "") if edge.sequence is None else None
         if target is None:
-            shown = _target(way)
+            shown = _target(edge)
             if shown not in others:
                 others[shown] = f"o{len(others)}"
                 lines.append(f'  {others[shown]}(["{_for_mermaid(shown)}"])')
             target = others[shown]
-        arrow = f"-- {way.label} -->" if way.label else "-->"
-        lines.append(f"  {ids[way.source]} {arrow} {target}")
+        arrow = f"-- {edge.label} -->" if edge.label else "-->"
+        lines.append(f"  {ids[edge.source]} {arrow} {target}")
     return "\n".join(lines)
 
 
@@ -116,15 +116,15 @@ def dot(sequence: Sequence, counts: StepCounts, brake: str = "") -> str:
         shape = ", shape=hexagon" if step in sequence.goals else ""
         lines.append(f"  {_for_dot('step ' + name)} [label={label}{shape}];")
     others = set()
-    for way in edges(sequence):
-        target = f"step {way.target}"
-        if way.target is None or way.sequence is not None:
-            target = f"other {_target(way)}"
+    for edge in edges(sequence):
+        target = f"step {edge.target}"
+        if edge.target is None or edge.sequence is not None:
+            target = f"other {_target(edge)}"
             if target not in others:
                 others.add(target)
-                lines.append(f"  {_for_dot(target)} [label={_for_dot(_target(way))}, shape=oval];")
-        label = f" [label={_for_dot(way.label)}]" if way.label else ""
-        lines.append(f"  {_for_dot('step ' + way.source)} -> {_for_dot(target)}{label};")
+                lines.append(f"  {_for_dot(target)} [label={_for_dot(_target(edge))}, shape=oval];")
+        label = f" [label={_for_dot(edge.label)}]" if edge.label else ""
+        lines.append(f"  {_for_dot('step ' + edge.source)} -> {_for_dot(target)}{label};")
     return "\n".join([*lines, "}"])
 
 
@@ -135,15 +135,15 @@ FORMATS: Mapping[str, Callable[[Sequence, StepCounts, str], str]] = {
 }
 
 
-def _target(way: Edge) -> str:
-    if way.target is None:
-        return END if way.sequence is None else f"sequence {_one_line(way.sequence)}"
-    return _one_line(f"{way.sequence}/{way.target}" if way.sequence else way.target)
+def _target(edge: Edge) -> str:
+    if edge.target is None:
+        return END if edge.sequence is None else f"sequence {_one_line(edge.sequence)}"
+    return _one_line(f"{edge.sequence}/{edge.target}" if edge.sequence else edge.target)
 
 
 def _label(sequence: Sequence, step: Step, counts: StepCounts) -> list[str]:
     count = counts.get((sequence.name, step.name), 0)
-    limited = [words for _, words in limits(sequence, step)]
+    limited = [description for _, description in limits(sequence, step)]
     return [
         _one_line(step.name),
         _one_line(step.type),

@@ -304,7 +304,7 @@ class _SequenceSource:
             try:
                 self.files[path], holder[key] = included.read(folder, holder[key][FILE])
             except included.IncludedError as error:
-                self.say((*path, FILE), str(error))
+                self.add_finding((*path, FILE), str(error))
                 holder[key] = ""
         if not isinstance(value, dict) or not isinstance(value.get("partials", {}), dict):
             return
@@ -313,12 +313,12 @@ class _SequenceSource:
                 self.files["partials", name], text = included.read(folder, file)
                 value.setdefault("partials", {})[name] = text
         except included.IncludedError as error:
-            self.say((), f"partials: {error}")
+            self.add_finding((), f"partials: {error}")
 
     def __str__(self) -> str:
         return f"{self.origin}:{self.document.line(())}"
 
-    def say(self, keys: KeyPath, message: str, *, is_error: bool = True) -> None:
+    def add_finding(self, keys: KeyPath, message: str, *, is_error: bool = True) -> None:
         """Add a finding; `keys` is the path from the top of the document."""
         step, text = None, str(Fault(keys, message))
         if keys[:1] == ("steps",) and len(keys) > 1:
@@ -381,7 +381,7 @@ class _BuiltSequence(NamedTuple):
 
     sequence: model.Sequence
     parsed: FileSequence | None
-    are_ways_known: bool
+    are_exits_known: bool
 
 
 def _build(
@@ -390,7 +390,7 @@ def _build(
     """Build the sequence unless none of its steps can be read."""
     parsed = _parse(source)
     _check_names(source, sources)
-    are_ways_known = not source.findings
+    are_exits_known = not source.findings
     shared = MessageContext(parsed.locale if parsed else None, _check_partials(source))
     steps = _read_steps(source, runners, shared)
     if not steps:
@@ -413,21 +413,21 @@ def _build(
             known = step.behaviour.faults if isinstance(step.behaviour, InvalidStep) else ()
             for keys, message in built.faults[len(known) :]:
                 config = ("config",) if keys else ()
-                source.say(("steps", step.position, *config, *keys), message)
-    return _BuiltSequence(sequence, parsed, are_ways_known)
+                source.add_finding(("steps", step.position, *config, *keys), message)
+    return _BuiltSequence(sequence, parsed, are_exits_known)
 
 
 def _checked(
     source: _SequenceSource, built: _BuiltSequence, remarks: Iterable[check.Remark]
 ) -> Definition | None:
     """Return the definition if it has no error."""
-    sequence, parsed, are_ways_known = built
+    sequence, parsed, are_exits_known = built
     for name, keys, message, is_error in remarks:
         if keys[:1] == ("partials",):
-            source.say(keys, message, is_error=is_error)
-        elif are_ways_known or keys:
+            source.add_finding(keys, message, is_error=is_error)
+        elif are_exits_known or keys:
             number = sequence.steps[name].position
-            source.say(("steps", number, *keys), message, is_error=is_error)
+            source.add_finding(("steps", number, *keys), message, is_error=is_error)
     if parsed is None or any(finding.is_error for finding in source.findings):
         return None
     where = f"{source}: sequence {parsed.name!r}"
@@ -460,7 +460,7 @@ def _check_partials(source: _SequenceSource) -> tuple[tuple[str, str], ...]:
         except DefinitionError as error:
             source.wrong_partials.add(name)
             for fault in error.faults:
-                source.say(("partials", name), fault.message)
+                source.add_finding(("partials", name), fault.message)
     return tuple(texts.items())
 
 
@@ -470,7 +470,7 @@ def _parse(source: _SequenceSource) -> FileSequence | None:
         parsed = FileSequence.model_validate(value)
     except ValidationError as error:
         for keys, message in faults(error, FileSequence, value, "a sequence"):
-            source.say(keys, message)
+            source.add_finding(keys, message)
         return None
     return parsed
 
@@ -479,22 +479,24 @@ def _check_names(source: _SequenceSource, sources: Mapping[str | None, _Sequence
     """Report duplicate names and targets that do not exist."""
     first = sources[source.name]
     if source.name is not None and first is not source:
-        source.say(("name",), f"sequence {source.name!r} is defined twice, first in {first}")
+        source.add_finding(
+            ("name",), f"sequence {source.name!r} is defined twice, first in {first}"
+        )
     for number, step in enumerate(source.steps):
         name = source.step_names[number]
         if name is not None and source.step_names.index(name) != number:
-            source.say(("steps", number, "name"), f"step {name!r} is defined twice")
+            source.add_finding(("steps", number, "name"), f"step {name!r} is defined twice")
         for key in ("next", "altNext"):
             if (target := _text_at(step, key)) is not None:
                 _check_target(source, ("steps", number, key), target, source)
     former = [_text_at(step, "renamedFrom") for step in source.steps]
     for number, name in enumerate(former):
         if name is not None and former.index(name) != number:
-            source.say(
+            source.add_finding(
                 ("steps", number, "renamedFrom"), f"another step was also renamed from {name!r}"
             )
         if name is not None and _renamed_in_a_circle(number, source.step_names, former):
-            source.say(
+            source.add_finding(
                 ("steps", number, "renamedFrom"),
                 "these steps change names in a circle: rename one of them in a first apply",
             )
@@ -525,7 +527,7 @@ def _check_target(
         known = [name for name in there.step_names if name is not None]
         # a file full of errors must not take minutes
         hint = f"; {nearest(target, known)}" if len(source.findings) < MAX_HINTS else ""
-        source.say(keys, f"step {target!r} does not exist{where}{hint}")
+        source.add_finding(keys, f"step {target!r} does not exist{where}{hint}")
 
 
 def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
@@ -535,7 +537,7 @@ def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
             "its config has altNext" if is_message(step.type) else "its runner may answer altNext"
         )
         message = f"{cause}, which ends the enrollment here: write altNext, with a step or null"
-        source.say(("steps", number), message, is_error=False)
+        source.add_finding(("steps", number), message, is_error=False)
 
 
 def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContext) -> list[Step]:
@@ -564,7 +566,7 @@ def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContex
             _check_alt_next(source, number, step)
         if parsed.seed is not None and not is_seeded(parsed.type):
             message = f"a {parsed.type} is not decided by a seed: leave it out"
-            source.say(("steps", number, "seed"), message)
+            source.add_finding(("steps", number, "seed"), message)
         steps.setdefault(step.name, step)
         if isinstance(step.behaviour, InvalidStep):
             is_served = is_instant(parsed.type) or parsed.type in runners
@@ -572,5 +574,5 @@ def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContex
                 if any(message.startswith(f"partial {name!r}: ") for name in source.wrong_partials):
                     continue
                 key = "config" if is_served else "type"
-                source.say(("steps", number, key, *keys), message.removeprefix("type "))
+                source.add_finding(("steps", number, key, *keys), message.removeprefix("type "))
     return list(steps.values())

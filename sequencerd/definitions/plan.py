@@ -385,7 +385,9 @@ async def _limits(
             lines["no longer limits" if limit is None else change].append(step)
         of_topic = of_topics.get(topic or "")
         if isinstance(of_topic, Limit) and (step not in old or topic != before_topic):
-            lines[f"the limit of the topic {topic} ({of_topic.words}) applies to"].append(step)
+            lines[f"the limit of the topic {topic} ({of_topic.description}) applies to"].append(
+                step
+            )
         elif isinstance(of_topic, InvalidStep):
             lines[f"{of_topic.message}; it stops"].append(step)
     return tuple(
@@ -432,7 +434,7 @@ async def _document(
     if status is None:  # a deployment does not end a manual pause
         status = "paused" if before and before["status"] == "paused" else "active"
     steps = sorted(sequence.steps.values(), key=lambda step: step.position)
-    dealt_by = definition.seeds(seeds(before) if before else {})
+    known_seeds = definition.seeds(seeds(before) if before else {})
     document = {
         "name": sequence.name,
         "description": definition.description,
@@ -454,7 +456,7 @@ async def _document(
                 "config": step.config,
                 "next": step.next_step,
                 "altNext": step.alt_next_step,
-                **_seed(sequence.name, step.name, dealt_by),
+                **_seed(sequence.name, step.name, known_seeds),
             }
             for step in steps
         ],
@@ -469,9 +471,9 @@ async def _document(
     return kept
 
 
-def _seed(sequence: str, step: str, dealt_by: Mapping[str, str]) -> dict[str, str]:
+def _seed(sequence: str, step: str, known_seeds: Mapping[str, str]) -> dict[str, str]:
     """Return the seed of a Split whose seed differs from its present names."""
-    seed = dealt_by.get(step)
+    seed = known_seeds.get(step)
     return {} if seed in (None, f"{sequence}/{step}") else {"seed": seed}
 
 

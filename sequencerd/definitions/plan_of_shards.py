@@ -63,7 +63,7 @@ async def apply(
     return merged
 
 
-def again(how: str) -> str:
+def how_to_complete(how: str) -> str:
     """Say how to complete a change that was committed on only some shards."""
     return (
         f"repeat {how} when all shards can be reached: it completes the others, and does not "

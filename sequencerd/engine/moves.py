@@ -308,7 +308,7 @@ class Moves:
             for one in batch.limited
             if self._is_braked(one.advanced.enrollment, now)
         }
-        rooms = await brakes.rooms(connection, braked, now) if braked else {}
+        remaining = await brakes.remaining(connection, braked, now) if braked else {}
         begun, over = Counter[str](), set[str]()
         unused = []
         for number, (before, advanced, again) in enumerate(batch.limited):
@@ -317,7 +317,7 @@ class Moves:
                 continue
             name = advanced.enrollment.sequence
             leased = len(batch.leased)
-            if begun[name] < rooms.get(name, math.inf):
+            if begun[name] < remaining.get(name, math.inf):
                 self.add(batch, before, advanced, now, is_reserved=True)
                 begun[name] += len(batch.leased) - leased
             else:
@@ -327,7 +327,7 @@ class Moves:
                 unused.append(wanted[number])
         if any(one.places for one in unused):
             await reservations.reserve(connection, [], unused, now)
-        counted = {name: (begun[name], name in over) for name in rooms}
+        counted = {name: (begun[name], name in over) for name in remaining}
         if any(count or is_over for count, is_over in counted.values()):
             await brakes.count(connection, counted, now)
 

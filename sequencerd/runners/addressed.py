@@ -87,7 +87,7 @@ class AddressedRunner:
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         asked = (address, str(task.view["subject"]))
-        found = await suppressions.among(recipient.channel, asked, task.topic)
+        found = await suppressions.find_suppressed(recipient.channel, asked, task.topic)
         return Suppressed(f"not sent to {describe(found)}") if found else None
 
     async def close(self) -> None:

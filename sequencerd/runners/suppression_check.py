@@ -30,7 +30,7 @@ class Suppressions:
         self._wanted: set[SuppressionKey] = set()
         self._round: asyncio.Task[AbstractSet[SuppressionKey]] | None = None
 
-    async def among(
+    async def find_suppressed(
         self, channel: str, addresses: Iterable[str], topic: str | None
     ) -> dict[str, str]:
         """Return which of the addresses are suppressed now, for all topics or this one, each with

@@ -10,7 +10,7 @@ import asyncpg
 from sequencerd.storage.statements import QUERIES
 
 
-async def rooms(
+async def remaining(
     connection: asyncpg.Connection, sequences: Iterable[str], now: datetime
 ) -> dict[str, int]:
     """Lock the brakes of sequences. Return how many side effects may begin in each."""

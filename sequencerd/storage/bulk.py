@@ -239,7 +239,7 @@ class StatusChange(NamedTuple):
     """A status of sequences, and its meaning for their enrollments."""
 
     status: str
-    inside: str
+    effect: str
 
 
 SEQUENCE_STATUSES = {

@@ -25,11 +25,11 @@ _T = TypeVar("_T")
 Connect = Callable[[Shard], Awaitable[asyncpg.Connection]]
 
 
-class Words(NamedTuple):
-    """The words for a change that only some shards have."""
+class ChangeTexts(NamedTuple):
+    """How messages name a change, and how to complete it if only some shards have it."""
 
-    what: str  # such as "the revision"
-    again: str  # what completes the change
+    name: str  # such as "the revision"
+    completion: str
 
 
 class Change:
@@ -65,7 +65,9 @@ class Change:
         """Do a part of the work on one shard. Raises SequencerdError if it refuses."""
         return (await ask_all(self._explain, [shard], work, otherwise=NOTHING_CHANGED))[shard]
 
-    async def commit(self, words: Words, warn: Callable[[str], None] = lambda _: None) -> None:
+    async def commit(
+        self, texts: ChangeTexts, warn: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Commit on one shard after the other, if all can. Raises ShardsError, which says what a
         failure has left; an interruption is reported to `warn`.
         """
@@ -80,8 +82,8 @@ class Change:
                 if shard.name is not None:
                     left = [str(one.name) for one in self._shards if str(one.name) not in done]
                     left.remove(shard.name)
-                    where = _where(words, done, left, [*unknown, shard.name])
-                    warn(f"interrupted: {where}; {words.again}")
+                    where = _where(texts, done, left, [*unknown, shard.name])
+                    warn(f"interrupted: {where}; {texts.completion}")
                 raise
             except TRANSIENT_ERRORS as error:
                 if shard.name is None:
@@ -96,7 +98,7 @@ class Change:
             if shard.name is not None and shard.name not in failed:
                 done.append(shard.name)
         if failed:
-            where = f"{_where(words, done, failed, unknown)}; {words.again}"
+            where = f"{_where(texts, done, failed, unknown)}; {texts.completion}"
             raise ShardsError("\n".join([*failed.values(), where]))
 
     async def _prepare(self, shard: Shard) -> str | None:
@@ -133,12 +135,12 @@ class Change:
 
 
 def _where(
-    words: Words, done: Collection[str], failed: Collection[str], unknown: Collection[str]
+    texts: ChangeTexts, done: Collection[str], failed: Collection[str], unknown: Collection[str]
 ) -> str:
     undone = [name for name in failed if name not in unknown]
     parts = (
-        (f"{words.what} is in ", done),
-        ("not in " if done else f"{words.what} is not in ", undone),
+        (f"{texts.name} is in ", done),
+        ("not in " if done else f"{texts.name} is not in ", undone),
         ("it is not known whether it is in ", unknown),
     )
     return ", ".join(f"{text}{', '.join(names)}" for text, names in parts if names)

@@ -80,14 +80,14 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
     # what has been written before is at another place
     places = {} if written.data or written.goals_met else written.places
     for row, ids in groups:
-        happened, events = _happened(events), {}
+        happened, events = _event_columns(events), {}
         if where := _in_places(ids, places):
             written_in_place = await connection.fetchval(
                 QUERIES["write_in_place"], where, *row, now, *happened
             )
             if written_in_place == len(ids):
                 continue
-            happened = _happened(events)
+            happened = _event_columns(events)
         await connection.execute(QUERIES["write_and_record"], id_array(ids), *row, now, *happened)
 
 
@@ -127,7 +127,7 @@ async def write_unchanged(
             QUERIES["write_unchanged"],
             *_states(written),
             now,
-            *_happened(written.events),
+            *_event_columns(written.events),
             id_array(known.versions[id_] for _, ids in rows for id_ in ids),
             known.revision,
             known.sequence,
@@ -148,7 +148,7 @@ def _states(written: EnrollmentWrites) -> Rows[Any]:
     return id_array(id_ for _, id_ in every), *zip(*(row for row, _ in every), strict=True)
 
 
-def _happened(events: Mapping[Event, Rows[int]]) -> Rows[Any]:
+def _event_columns(events: Mapping[Event, Rows[int]]) -> Rows[Any]:
     """Return the ids of all events, the number of what happened to each, and that by column."""
     numbers = (f",{number}" * len(ids) for number, ids in enumerate(events.values(), 1))
     return (

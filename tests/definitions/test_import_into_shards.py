@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.routing import shard_of
-from sequencerd.definitions.original import place
+from sequencerd.definitions.original import enrollments
 from tests.cli.test_shards import COMMITTING, KILL, commits_wait
 from tests.definitions.test_import_original import FIRST_ROWS, TABLES, send_reminder
 from tests.helpers.command_line import Command
@@ -31,7 +31,7 @@ Shards = Mapping[str, asyncpg.Connection]
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "BATCH_SIZE", 3)
+    monkeypatch.setattr(enrollments, "BATCH_SIZE", 3)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.definitions.original import place
+from sequencerd.definitions.original import enrollments
 from sequencerd.runners.email.runner import EmailRunner, write
 from sequencerd.runners.fields import RenderError
 from sequencerd.runners.registry import make_runners
@@ -475,7 +475,7 @@ async def test_equal_rows_are_all_imported_and_none_twice(
     sequencerd: Command, original: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where they are on both sides of a batch's border."""
-    monkeypatch.setattr(place, "BATCH_SIZE", 2)
+    monkeypatch.setattr(enrollments, "BATCH_SIZE", 2)
     await original.execute(
         "INSERT INTO runners SELECT n, 'twin', 1, 11, true, '2020-01-01', NULL, now()"
         " FROM generate_series(100, 104) AS n"

@@ -176,7 +176,7 @@ async def test_a_daemon_that_was_killed_is_counted(
     note = Recorder()
     await go(connection)
     async with connection.transaction():
-        await brakes.rooms(connection, ["s"], datetime.now(UTC))
+        await brakes.remaining(connection, ["s"], datetime.now(UTC))
         await brakes.count(connection, {"s": (3, False)}, datetime.now(UTC))
     async with running_engine(database, {"Note": note}):
         await until(connection, PAUSED)
@@ -194,7 +194,7 @@ async def test_never_more_begin_in_any_period(connection: asyncpg.Connection, se
     for n in range(400):
         at = NOW + n * per / 37
         async with connection.transaction():
-            room = (await brakes.rooms(connection, ["s"], at))["s"]
+            room = (await brakes.remaining(connection, ["s"], at))["s"]
             wanted = min(n % 4, room)
             await brakes.count(connection, {"s": (wanted, False)}, at)
         begun += [at] * wanted
@@ -213,12 +213,12 @@ async def test_the_brake_of_apply_holds_in_place_of_the_other_until_its_end(
     )
     before, after = NOW - timedelta(seconds=1), NOW + timedelta(seconds=1)
     async with connection.transaction():
-        assert await brakes.rooms(connection, ["s"], before) == {"s": 3}
-        assert await brakes.rooms(connection, ["s"], after) == {"s": 10}
+        assert await brakes.remaining(connection, ["s"], before) == {"s": 3}
+        assert await brakes.remaining(connection, ["s"], after) == {"s": 10}
         await connection.execute(
             "UPDATE sequencer.sequences SET brake_at_most = NULL, brake_per = NULL"
         )
-        assert await brakes.rooms(connection, ["s"], after) == {}
+        assert await brakes.remaining(connection, ["s"], after) == {}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ async def test_the_period_is_named_in_its_unit(
     await braked(connection, 1, per)
     await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
     async with connection.transaction():
-        assert await brakes.rooms(connection, ["s"], NOW) == {"s": 1}
+        assert await brakes.remaining(connection, ["s"], NOW) == {"s": 1}
         await brakes.count(connection, {"s": (1, True)}, NOW)
     reason = await connection.fetchval("SELECT reason FROM sequencer.brakes")
     assert reason == f"brake: more than 1 in {words}"
@@ -289,7 +289,7 @@ async def test_an_apply_that_removes_brakes_waits_for_a_daemon(
             "SELECT EXISTS (SELECT FROM pg_stat_activity"
             " WHERE wait_event_type = 'Lock' AND datname = current_database())",
         )
-        assert set(await brakes.rooms(daemon, ["a", "b"], NOW)) == {"a", "b"}
+        assert set(await brakes.remaining(daemon, ["a", "b"], NOW)) == {"a", "b"}
     await applying
     await daemon.close()
     assert await connection.fetchval("SELECT count(*) FROM sequencer.brakes") == 0
@@ -300,12 +300,12 @@ async def test_without_a_brake_there_is_no_extra_query(
 ) -> None:
     asked: list[object] = []
 
-    async def rooms(*arguments: object) -> dict[str, int]:
+    async def remaining(*arguments: object) -> dict[str, int]:
         asked.append(arguments)
         return {}
 
-    monkeypatch.setattr(brakes, "rooms", rooms)
-    monkeypatch.setattr(brakes, "count", rooms)
+    monkeypatch.setattr(brakes, "remaining", remaining)
+    monkeypatch.setattr(brakes, "count", remaining)
     await define(connection, "s", ("send", "Note", "{}", None))
     await fill(connection, 5)
     async with running_engine(database, {"Note": Recorder()}):

@@ -302,7 +302,7 @@ class EmailRunner:
         if self._suppressions is None:
             return {}
         addresses = (*mail.to, *mail.others, str(task.view["subject"]))
-        return await self._suppressions.among("email", addresses, task.topic)
+        return await self._suppressions.find_suppressed("email", addresses, task.topic)
 
     async def check(self) -> Result:
         """Connect and log in without sending a message. Errors of the server are returned, not

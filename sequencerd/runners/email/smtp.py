@@ -353,7 +353,7 @@ class _DeliveryAttempt:
         all_refused = len(self.refused) == len(mail.recipients)
         return Failed(
             ("" if all_refused else "not sent to any recipient yet, ")
-            + f"refused: {_told(self.refused)}",
+            + f"refused: {_list_refusals(self.refused)}",
             permanent=all(failed.permanent for failed in failures),
             retry_after=max(waits, default=None),
             fault=faults.pop() if len(faults) == 1 else "enrollment",
@@ -368,7 +368,7 @@ class _DeliveryAttempt:
         later = [address for address, why in refused.items() if not why.permanent]
         message = f"sent to {_listed(self.sent)}: {self.said}"
         if refused:
-            message += f"; refused: {_told(refused)}"
+            message += f"; refused: {_list_refusals(refused)}"
         return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
 
     def end(self) -> None:
@@ -418,7 +418,7 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _told(refused: Mapping[str, Failed]) -> str:
+def _list_refusals(refused: Mapping[str, Failed]) -> str:
     shown = list(refused.items())[:MAX_ADDRESSES]
     more = f" and {len(refused) - len(shown)} more" if len(refused) > len(shown) else ""
     return ", ".join(f"{address} ({failed.message})" for address, failed in shown) + more

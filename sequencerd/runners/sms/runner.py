@@ -195,7 +195,7 @@ class _SmsRunner:
                 return NotStarted()
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))
-                if without := await self._suppressions.among("sms", asked, task.topic):
+                if without := await self._suppressions.find_suppressed("sms", asked, task.topic):
                     return Suppressed(f"not sent to {describe(without)}")
             return await self._post(values, task)
         except RenderError as error:

@@ -618,7 +618,7 @@ async def test_suppressions_of_many_messages_are_read_together() -> None:
 
     suppressions = Suppressions(ask)
     found = await asyncio.gather(
-        *(suppressions.among("sms", [f"+49151123456{n}"], None) for n in range(70, 90))
+        *(suppressions.find_suppressed("sms", [f"+49151123456{n}"], None) for n in range(70, 90))
     )
     assert sum(map(len, found)) == 1
     assert 1 <= len(asked) <= 2

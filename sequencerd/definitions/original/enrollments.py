@@ -111,7 +111,7 @@ async def apply(
     return result
 
 
-async def leave_ids(change: Change) -> None:
+async def reserve_original_ids(change: Change) -> None:
     """Let later enrollments in any shard get ids that none of the original has in another."""
 
     async def read(shard: Shard) -> int | None:
