@@ -29,7 +29,7 @@ from sequencerd.runners.http import BATCH_BYTES, BatchRunner, Endpoint, HttpEndp
 from sequencerd.runners.pace import TakePermits
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
-from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner
+from sequencerd.runners.sms.runner import HttpSmsRunner, SmsOptions, TwilioRunner
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from sequencerd.settings import (
@@ -156,6 +156,14 @@ def _sms_runner(
     links: UnsubscribeLinks | None,
     take: TakePermits | None,
 ) -> Runner:
+    options: SmsOptions = {
+        "limits": sms.limits,
+        "suppressions": suppressions,
+        "only_to": sms.only_to,
+        "links": links,
+        "retry": sms.retry,
+        "take": take,
+    }
     if sms.provider == "http":
         if not sms.url or not sms.body:
             return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
@@ -163,13 +171,8 @@ def _sms_runner(
             sms.url,
             body=sms.body,
             headers=_secrets(sms.headers),
-            limits=sms.limits,
             allow_private=sms.allow_private,
-            suppressions=suppressions,
-            only_to=sms.only_to,
-            links=links,
-            retry=sms.retry,
-            take=take,
+            **options,
         )
     token = _secret(sms.auth_token)
     if not sms.account_sid or not token:
@@ -178,14 +181,9 @@ def _sms_runner(
         sms.account_sid,
         token,
         base_url=sms.base_url,
-        limits=sms.limits,
-        suppressions=suppressions,
-        only_to=sms.only_to,
-        links=links,
         suppress_bounces=sms.suppress_bounces,
         status_callback=sms.hook_url,
-        retry=sms.retry,
-        take=take,
+        **options,
     )
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypedDict, Unpack
 from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError, model_validator
@@ -99,6 +99,17 @@ class _Receipt(BaseModel):
 SmsProgram = Mapping[str, Template | Translations]
 
 
+class SmsOptions(TypedDict, total=False):
+    """The options of a runner that do not depend on the provider."""
+
+    limits: Limits
+    suppressions: Suppressions | None
+    only_to: Iterable[str] | None
+    links: UnsubscribeLinks | None
+    retry: RetryPolicy
+    take: TakePermits | None
+
+
 class _SmsRunner:
     """The common part of both providers: one message for each enrollment."""
 
@@ -107,13 +118,13 @@ class _SmsRunner:
     def __init__(
         self,
         *,
-        limits: Limits,
         allow_private: bool,
-        suppressions: Suppressions | None,
-        only_to: Iterable[str] | None,
-        links: UnsubscribeLinks | None,
-        retry: RetryPolicy,
-        take: TakePermits | None,
+        limits: Limits = MESSAGE_LIMITS,
+        suppressions: Suppressions | None = None,
+        only_to: Iterable[str] | None = None,
+        links: UnsubscribeLinks | None = None,
+        retry: RetryPolicy = MESSAGE_RETRY,
+        take: TakePermits | None = None,
     ) -> None:
         self.retry = retry
         self._links = links
@@ -222,24 +233,11 @@ class TwilioRunner(_SmsRunner):
         auth_token: str,
         *,
         base_url: str = "https://api.twilio.com",
-        limits: Limits = MESSAGE_LIMITS,
-        suppressions: Suppressions | None = None,
-        only_to: Iterable[str] | None = None,
-        links: UnsubscribeLinks | None = None,
         suppress_bounces: bool = True,
         status_callback: str | None = None,
-        retry: RetryPolicy = MESSAGE_RETRY,
-        take: TakePermits | None = None,
+        **options: Unpack[SmsOptions],
     ) -> None:
-        super().__init__(
-            limits=limits,
-            allow_private=True,
-            suppressions=suppressions,
-            only_to=only_to,
-            links=links,
-            retry=retry,
-            take=take,
-        )
+        super().__init__(allow_private=True, **options)
         self._suppress_bounces = suppress_bounces
         self._status_callback = status_callback
         self._auth = (account_sid, auth_token)
@@ -324,23 +322,10 @@ class HttpSmsRunner(_SmsRunner):
         *,
         body: str,
         headers: Mapping[str, str] | None = None,
-        limits: Limits = MESSAGE_LIMITS,
         allow_private: bool = False,
-        suppressions: Suppressions | None = None,
-        only_to: Iterable[str] | None = None,
-        links: UnsubscribeLinks | None = None,
-        retry: RetryPolicy = MESSAGE_RETRY,
-        take: TakePermits | None = None,
+        **options: Unpack[SmsOptions],
     ) -> None:
-        super().__init__(
-            limits=limits,
-            allow_private=allow_private,
-            suppressions=suppressions,
-            only_to=only_to,
-            links=links,
-            retry=retry,
-            take=take,
-        )
+        super().__init__(allow_private=allow_private, **options)
         self._url = check_url(url)
         self._body = compile_field("body", body)
         self._headers = {"Content-Type": "application/json", **check_headers(headers or {})}
