@@ -137,26 +137,23 @@ class Metrics(Collector):
             buckets=DURATION_BUCKETS,
             registry=self.registry,
         )
-        self._down = Gauge(
-            "sequencerd_runner_down",
+        self._down = self._gauge(
+            "runner_down",
             "1 while a runner's server fails: outage, login, quota, throttling",
-            ["type"],
-            registry=self.registry,
+            "type",
         )
         self._outages = self._counter(
             "runner_outages", "How often a runner's server failed", "type"
         )
-        self._waiting = Gauge(
-            "sequencerd_runner_waiting",
+        self._waiting = self._gauge(
+            "runner_waiting",
             "Due enrollments that wait for a failing runner; up to 10,000 for each step",
-            ["type"],
-            registry=self.registry,
+            "type",
         )
-        self._in_flight = Gauge(
-            "sequencerd_in_flight",
+        self._in_flight = self._gauge(
+            "in_flight",
             "Enrollments with side effects that this daemon has started or queued",
-            ["type"],
-            registry=self.registry,
+            "type",
         )
         self._batch_size = Histogram(
             "sequencerd_batch_size",
@@ -164,42 +161,29 @@ class Metrics(Collector):
             buckets=SIZE_BUCKETS,
             registry=self.registry,
         )
-        self._braked = Gauge(
-            "sequencerd_braked",
-            "1 while a sequence is paused by its brake",
-            ["sequence"],
-            registry=self.registry,
+        self._braked = self._gauge(
+            "braked", "1 while a sequence is paused by its brake", "sequence"
         )
-        self.quarantined = Gauge(
-            "sequencerd_quarantined",
+        self.quarantined = self._gauge(
+            "quarantined",
             "Enrollments that the database refuses to read or write, set aside by this daemon",
-            registry=self.registry,
         )
-        self.reconnects = Counter(
-            "sequencerd_listener_reconnects",
-            "How often the listening connection was replaced",
-            registry=self.registry,
+        self.reconnects = self._counter(
+            "listener_reconnects", "How often the listening connection was replaced"
         )
-        self.refused = Counter(
-            "sequencerd_notifications_refused",
-            "Notifications on the daemon's channel that are not understood",
-            registry=self.registry,
+        self.refused = self._counter(
+            "notifications_refused", "Notifications on the daemon's channel that are not understood"
         )
-        self.ready = Gauge(
-            "sequencerd_ready", "1 while /readyz would answer 200", registry=self.registry
-        )
-        self.connection_wait = Gauge(
-            "sequencerd_connection_wait_seconds",
+        self.ready = self._gauge("ready", "1 while /readyz would answer 200")
+        self.connection_wait = self._gauge(
+            "connection_wait_seconds",
             "How long the oldest request for a database connection has been waiting",
-            ["pool"],
-            registry=self.registry,
+            "pool",
         )
-        self.clock_offset = Gauge(
-            "sequencerd_clock_offset_seconds",
-            "How far the database's clock is ahead of this machine's",
-            registry=self.registry,
+        self.clock_offset = self._gauge(
+            "clock_offset_seconds", "How far the database's clock is ahead of this machine's"
         )
-        info = Gauge("sequencerd_info", "This daemon", ["version"], registry=self.registry)
+        info = self._gauge("info", "This daemon", "version")
         info.labels(__version__).set(1)
         self.registry.register(self)
         if of_process:
@@ -207,6 +191,9 @@ class Metrics(Collector):
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"sequencerd_{name}", about, labels, registry=self.registry)
+
+    def _gauge(self, name: str, about: str, *labels: str) -> Gauge:
+        return Gauge(f"sequencerd_{name}", about, labels, registry=self.registry)
 
     # --- what the engine reports
 
