@@ -77,11 +77,11 @@ def compile_texts(
     return Translations(templates, shared.locale or DEFAULT_LOCALE)
 
 
-def with_prefix(prefix: str, text: str | Mapping[str, str]) -> str | dict[str, str]:
-    """Return the text with a prefix, in each of its languages."""
+def marked_as_test(text: str | Mapping[str, str]) -> str | dict[str, str]:
+    """Return a text, in each of its languages, that begins with a mark."""
     if isinstance(text, str):
-        return prefix + text
-    return {language: prefix + one for language, one in text.items()}
+        return f"[Test] {text}"
+    return {language: f"[Test] {one}" for language, one in text.items()}
 
 
 def render(name: str, template: Template | Translations, view: Mapping[str, Any]) -> str:

@@ -59,9 +59,9 @@ from sequencerd.runners.fields import (
     Translations,
     compile_field,
     compile_texts,
+    marked_as_test,
     one_line,
     render,
-    with_prefix,
 )
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace, TakePermits
@@ -70,9 +70,6 @@ from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 
 MAX_RECIPIENTS = 100
-
-TEST_MARK = "[Test] "
-"""The beginning of a test message's subject."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +235,7 @@ class EmailRunner:
         return {
             **kept,
             "to": address,
-            "subject": with_prefix(TEST_MARK, config["subject"]),
+            "subject": marked_as_test(config["subject"]),
             "headers": {**headers, "List-Unsubscribe": "", "X-Sequencerd-Test": "true"},
         }
 

@@ -48,7 +48,7 @@ def normalise(text: str) -> str:
     return channel + _SEPARATOR.sub("", _TRUNK_ZERO.sub(r"\1", _AHEAD.sub("", plain)))
 
 
-def read_number(field: str, text: str) -> str:
+def read_number(text: str) -> str:
     """Return a recipient: a number in E.164 form, or an address of another channel such as
     whatsapp:+4915112345678. Raises RenderError.
     """
@@ -60,5 +60,5 @@ def read_number(field: str, text: str) -> str:
         # other addresses, such as those of messenger:, may have capitals; a number has none
         return number if _NUMBER.fullmatch(rest) else f"{channel}:{text.strip().partition(':')[2]}"
     raise RenderError(
-        f"{field}: {one_line(text, 40)!r} is not an international number such as +4915112345678"
+        f"to: {one_line(text, 40)!r} is not an international number such as +4915112345678"
     )

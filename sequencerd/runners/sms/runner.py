@@ -37,9 +37,9 @@ from sequencerd.runners.fields import (
     Translations,
     compile_field,
     compile_texts,
+    marked_as_test,
     one_line,
     render,
-    with_prefix,
 )
 from sequencerd.runners.http_client import (
     HttpClient,
@@ -68,9 +68,6 @@ _PASSING = frozenset({30008, _CARRIERS_DAY})  # of unknown kind
 OPTED_OUT = 21610  # the recipient answered STOP
 _UNREACHABLE = frozenset({21211, 21614, 30005, 30006})  # invalid, no mobile, unknown, landline
 NO_TIME = timedelta(0)
-
-TEST_MARK = "[Test] "
-"""The beginning of a test message's text."""
 
 
 class TwilioConfig(SmsConfig):
@@ -150,7 +147,7 @@ class _SmsRunner:
                 program[name] = compile_texts(name, source, shared, strict=parsed.strict)
         if "{{" not in parsed.to:
             try:
-                read_number("to", parsed.to)
+                read_number(parsed.to)
             except RenderError as error:
                 faults.found.append(Fault(("to",), str(error).removeprefix("to: ")))
         if self._links is None:
@@ -168,7 +165,7 @@ class _SmsRunner:
         """Return what `run` would send, by field. Raises RenderError."""
         assert isinstance(program, Mapping)
         view = task.view
-        to = read_number("to", render("to", program["to"], view))
+        to = read_number(render("to", program["to"], view))
         if self._links is not None:
             view = self._links.added(view, "sms", [to], task.topic, program.values())
         values = {name: render(name, field, view) for name, field in program.items()}
@@ -191,8 +188,8 @@ class _SmsRunner:
         RenderError.
         """
         kept = {k: v for k, v in config.items() if k != "statusCallback"}
-        message = with_prefix(TEST_MARK, config["message"])
-        return {**kept, "to": read_number("to", address), "message": message}
+        message = marked_as_test(config["message"])
+        return {**kept, "to": read_number(address), "message": message}
 
     async def _send(self, program: SmsProgram, task: Task) -> Result:
         await self._rendering.turn()

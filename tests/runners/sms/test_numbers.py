@@ -50,7 +50,7 @@ def test_numbers_in_common_notations(text: str, expected: str) -> None:
 
 @pytest.mark.parametrize("text", [text for text, number in WRITTEN.items() if number[0] == "+"])
 def test_numbers_that_can_be_sent_to(text: str) -> None:
-    assert read_number("to", text) == WRITTEN[text]
+    assert read_number(text) == WRITTEN[text]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_numbers_that_can_be_sent_to(text: str) -> None:
     ],
 )
 def test_other_channels_go_through(text: str, sent_to: str) -> None:
-    assert read_number("to", text) == sent_to
+    assert read_number(text) == sent_to
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_other_channels_go_through(text: str, sent_to: str) -> None:
 )
 def test_invalid_numbers(text: str) -> None:
     with pytest.raises(RenderError, match=r"^to: "):
-        read_number("to", text)
+        read_number(text)
 
 
 async def entry(connection: asyncpg.Connection, text: str) -> str:
