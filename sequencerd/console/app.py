@@ -85,9 +85,8 @@ def make_console(
 ) -> Starlette:
     """Return the application, for a thread beside the engine's.
 
-    `simulator` gives the sequences and runners as they are at the moment, `runners` makes others,
-    for this thread. `app.state.close` ends
-    what would keep its connections open.
+    `simulator` returns the present sequences and runners, `runners` makes other runners, for this
+    thread. `app.state.close` ends what would keep connections open.
     """
 
     # while a page is made, the engine waits for its turn so long; Python's own 5 ms are too many

@@ -888,12 +888,12 @@ class Answer:
 
 
 Attribution = Literal["enrollment", "server", "unclear"]
+"""The cause of a failure; "server" includes the operator."""
 
 OutageCause = Literal["failing", "over quota", "refused", "unavailable", "unreachable"]
 """The reasons for which a server fails, for logs; refused: its operator must correct a login or a
 setting.
 """
-"""The cause of a failure; "server" includes the operator."""
 
 
 @dataclass(frozen=True, slots=True)
