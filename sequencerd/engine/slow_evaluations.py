@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from time import perf_counter
 
-SLOW = 0.02  # seconds; faster evaluations do not count
+from sequencerd.core.javascript.sandbox import SLOW_SECONDS
+
 MAX_SLOW = 0.25  # seconds of slow evaluations in one batch
 
 
@@ -27,6 +28,6 @@ class SlowEvaluations:
         """Return whether the batch should end, after each evaluation."""
         now = perf_counter()
         took, self._last = now - self._last, now
-        if took > SLOW:
+        if took > SLOW_SECONDS:
             self.seconds += took
         return self.seconds > MAX_SLOW

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SLOW = 0.02  # seconds; faster messages do not count
+from sequencerd.core.javascript.sandbox import SLOW_SECONDS
 
 
 class SlowRendering:
@@ -30,5 +30,5 @@ class SlowRendering:
             yield
         finally:
             ended = loop.time()
-            if ended - began > SLOW:
+            if ended - began > SLOW_SECONDS:
                 self._next_at = ended + (ended - began)

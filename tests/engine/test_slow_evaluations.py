@@ -19,7 +19,7 @@ TRANSACTIONS = "SELECT count(DISTINCT xmin::text) FROM sequencer.enrollments"
 @pytest.fixture
 def all_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each evaluation counts as a slow one that leaves no time for another in its batch."""
-    monkeypatch.setattr(slow_evaluations, "SLOW", 0.0)
+    monkeypatch.setattr(slow_evaluations, "SLOW_SECONDS", 0.0)
     monkeypatch.setattr(slow_evaluations, "MAX_SLOW", 0.0)
     monkeypatch.setattr(results, "SLOW_PAUSE", 0.01)
 
