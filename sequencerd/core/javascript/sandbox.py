@@ -33,8 +33,8 @@ class ThrownError(Exception):
 
 def evaluate(maker: Literal["condition", "operands", "template"], program: str, *texts: str) -> Any:
     """Run a program on texts and return its result. Raises LimitError and ThrownError."""
-    if program in _REFUSED:
-        raise LimitError(_REFUSED[program])
+    if (refusal := _REFUSED.get(program)) is not None:
+        refusal.check()
     sandbox = _current()
     sandbox.seconds = EVALUATION_SECONDS
     try:
@@ -44,7 +44,7 @@ def evaluate(maker: Literal["condition", "operands", "template"], program: str, 
             _judge(sandbox, error)
         except LimitError as limit:
             if sandbox.seconds == COMPILE_SECONDS and len(_REFUSED) < MAX_PROGRAMS:
-                _REFUSED[program] = str(limit)
+                _REFUSED.setdefault(program, _Refusal()).reason = str(limit)
             raise
     return evaluate(maker, program, *texts)
 
@@ -94,11 +94,31 @@ class _Sandbox:
         finally:
             self._context.set_time_limit(EVALUATION_SECONDS)
         self.seconds = EVALUATION_SECONDS
+        _REFUSED.pop(text, None)
         return made
 
 
-_REFUSED: dict[str, str] = {}
-"""Programs that cannot be compiled within the limits, which is tried once, with the reasons."""
+class _Refusal:
+    """A program that could not be compiled within the limits. That may be over later: the CPU time
+    is that of all threads.
+
+    So it is compiled again, each time after twice as many evaluations: it is refused about as often
+    again as it could not be compiled, and a thousand evaluations cost ten attempts.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._evaluations = 2
+
+    def check(self) -> None:
+        """Raise LimitError, unless it is to be tried again."""
+        self._evaluations += 1
+        if self._evaluations & (self._evaluations - 1):  # not a power of two
+            raise LimitError(self.reason)
+
+
+_REFUSED: dict[str, _Refusal] = {}
+"""Programs that could not be compiled within the limits."""
 
 
 class _Thread(threading.local):
