@@ -36,6 +36,7 @@ MAX_FRUITLESS = 3  # consecutive claims without a result after which notificatio
 FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
 SEVERAL = 4  # enrollments found by a claim, after which more gather before the next one
 GATHER_TIME = timedelta(seconds=0.01)
+PREPARE_TIME = 1.0  # seconds
 LOCKED_PAUSE = timedelta(seconds=0.2)  # until a row that another session has locked is tried again
 
 
@@ -90,14 +91,14 @@ class Claims:
 
     async def prepare(self) -> None:
         """Prepare the statements of a lone enrollment, on the connection that is borrowed next: in
-        a new session, they take ten times as long.
+        a new session, they take ten times as long. This does not wait for long for a locked table.
         """
         now = self._clock.now()
         nothing = EnrollmentWrites({NO_STATE: [0]})
         nowhere = DueEnrollments("", "", now, self._daemon, [], 0, 1, now)
         # if it fails, nothing but time is lost
         with suppress(NotWritten, *TRANSIENT_ERRORS):
-            async with connections.borrow(self._pool) as connection:
+            async with asyncio.timeout(PREPARE_TIME), connections.borrow(self._pool) as connection:
                 await locking.peek(connection, nowhere, with_ahead=True)
                 await writes.write_unchanged(connection, nothing, now, Unchanged({0: 0}, "", 0))
 

@@ -472,7 +472,10 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
     assert checks < len(ids)  # none but that of a poll, if one comes by
 
 
-async def test_the_first_lone_enrollment_finds_its_statements_prepared(database: str) -> None:
+async def test_the_first_lone_enrollment_finds_its_statements_prepared(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "PREPARE_TIME", PATIENCE)
     prepared = "SELECT array_agg(statement) FROM pg_prepared_statements"
     async with running_engine(database) as one, AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(connections.borrow(one._pool)) for _ in "12345"]
@@ -1252,6 +1255,16 @@ async def test_a_failure_that_is_written_after_its_step_was_defined_is_resumed(
         )
     actions = await way(connection, id_)
     assert actions == ["leave enrolled", "leave jump", "x failed", "x resumed"]
+
+
+async def test_it_is_ready_while_the_history_is_locked(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "COMMAND_TIMEOUT", 2 * PATIENCE)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE sequencer.events")
+        async with running_engine(database):
+            pass
 
 
 async def test_a_second_batch_is_claimed_while_the_first_is_written(
