@@ -44,7 +44,7 @@ def evaluate(maker: Literal["condition", "operands", "template"], program: str, 
             _judge(sandbox, error)
         except LimitError as limit:
             if sandbox.seconds == COMPILE_SECONDS and len(_REFUSED) < MAX_PROGRAMS:
-                _REFUSED.setdefault(program, _Refusal()).reason = str(limit)
+                _REFUSED.setdefault(program, _RefusedProgram()).reason = str(limit)
             raise
     return evaluate(maker, program, *texts)
 
@@ -98,7 +98,7 @@ class _Sandbox:
         return made
 
 
-class _Refusal:
+class _RefusedProgram:
     """A program that could not be compiled within the limits. That may be over later: the CPU time
     is that of all threads.
 
@@ -117,7 +117,7 @@ class _Refusal:
             raise LimitError(self.reason)
 
 
-_REFUSED: dict[str, _Refusal] = {}
+_REFUSED: dict[str, _RefusedProgram] = {}
 """Programs that could not be compiled within the limits."""
 
 
