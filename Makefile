@@ -38,12 +38,12 @@ demo: install ## see it work in twenty seconds
 	$(BIN)/sequencerd demo
 
 test: install ## run the tests, or some: T=tests/core; JOBS=4 processes; THOROUGH=1 for more examples
-	$(BIN)/pytest -q --jobs $(JOBS) --durations 10 \
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 \
 		$(if $(THOROUGH),--hypothesis-profile thorough) $(T)
 	$(BIN)/python -m tests.oracle.replay $(ORACLE_DIR)
 
 quick: install ## run the fast tests: without programs, chaos, and the console and imports on a database
-	$(BIN)/pytest -q --jobs $(JOBS) --durations 10 \
+	$(BIN)/pytest -q --numprocesses $(JOBS) --dist worksteal --durations 10 \
 		--hypothesis-profile quick -m "not slow and not system" $(T)
 
 shell: install ## open psql on a throw-away database with the schema

@@ -63,7 +63,7 @@ shared.trust_one_authority()
 shared.hash_passwords_once()
 forked_programs.use()
 
-pytest_plugins = ("tests.helpers.parallel", "tests.helpers.packages", "tests.helpers.shards")
+pytest_plugins = ("tests.helpers.packages", "tests.helpers.shards")
 
 
 def pytest_configure(config: pytest.Config) -> None:

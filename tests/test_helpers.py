@@ -28,22 +28,6 @@ def test_another():
     gc.collect()
 """
 
-IN_PROCESSES = """
-import os, pathlib, pytest
-
-@pytest.fixture(scope="session", autouse=True)
-def session(tmp_path_factory):
-    yield
-    (pathlib.Path(__file__).parent / f"ended-{os.getpid()}").touch()
-
-@pytest.mark.parametrize("number", range(20))
-def test_number(number, tmp_path):
-    print("number", number)
-    assert number != 7
-    if number == int(os.environ.get("KILLED", "20")):
-        os.kill(os.getpid(), 9)
-"""
-
 OF_SQL = "tests/sql/test_orm.py tests/sql/test_shard_of.py"
 
 
@@ -65,39 +49,11 @@ def test_a_socket_that_a_failing_test_leaves_open_fails_no_other(
     assert "1 failed, 1 passed" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("killed", "code", "said"),
-    [
-        ("20", 1, ["1 failed, 19 passed", "Captured stdout call", "number 7"]),
-        ("3", 3, ["a process ended with 9 after test_many.py::test_number[3]"]),
-    ],
-)
-def test_each_test_runs_once_in_one_of_several_processes(
-    tmp_path: Path, repository: Path, killed: str, code: int, said: list[str]
-) -> None:
-    (tmp_path / "test_many.py").write_text(IN_PROCESSES)
-    done = subprocess.run(
-        shlex.split(
-            f"{sys.executable} -m pytest -q -p tests.helpers.parallel --jobs 3"
-            f" -p no:cacheprovider --rootdir {tmp_path} -c /dev/null {tmp_path}"
-        ),
-        cwd=repository,
-        env=os.environ | {"KILLED": killed},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout
-    for text in said:
-        assert text in done.stdout
-    assert len([*tmp_path.glob("ended-*")]) == 3 - (killed != "20")
-
-
 def test_tests_run_in_another_schema(server: str, repository: Path) -> None:
     """Some of them: CONTRIBUTING.md says how to run all."""
     variables = {"SEQUENCERD_TEST_SCHEMA": 'My "Größe"', "SEQUENCERD_TEST_DATABASE": server}
     done = subprocess.run(
-        shlex.split(f"{sys.executable} -m pytest -q -p no:cacheprovider {OF_SQL}"),
+        shlex.split(f"{sys.executable} -m pytest -q -n 0 -p no:cacheprovider {OF_SQL}"),
         cwd=repository,
         env=os.environ | variables,
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import tarfile
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-from tests.helpers.parallel import shared_folder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -24,8 +23,10 @@ class Packages(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def packages(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Packages:
-    folder = shared_folder(tmp_path_factory, pytestconfig)
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     made = folder / "packages"
     with (folder / "packages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
