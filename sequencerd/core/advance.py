@@ -13,7 +13,6 @@ from typing import Any, TypeVar, assert_never
 
 from sequencerd.core import exact_json, retry
 from sequencerd.core.calendar import dates, windows
-from sequencerd.core.calendar.windows import Window
 from sequencerd.core.model import (
     LIMIT_REACHED,
     NEVER,
@@ -55,6 +54,7 @@ from sequencerd.core.model import (
     Suppressed,
     Update,
     Wait,
+    Window,
     effect_key,
     merge_data,
     parse_data,

@@ -6,17 +6,14 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, assert_never
+from typing import Any, Final, Literal, NamedTuple, assert_never
 from uuid import UUID
 
 from sequencerd.core import exact_json
-
-if TYPE_CHECKING:
-    from sequencerd.core.calendar.windows import Window
 
 NEVER = datetime.max.replace(tzinfo=UTC)
 """The wake time of enrollments that only wake by a change; PostgreSQL's 'infinity'."""
@@ -226,6 +223,38 @@ CALL_LIMITS = Limits(concurrency=4, batch_size=100)
 
 LOOKUP_LIMITS = Limits(concurrency=2, batch_size=1000)
 """The default for lookups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The times of a week at which something may begin: on some days (Monday is 0), from `start`
+    until `end`, or until midnight if that is None.
+
+    Where `end` is not after `start`, it is a time of the next day. `holidays` names the calendar on
+    whose days it does not open. Those that wait for the same opening begin within `spread` of it.
+    """
+
+    days: frozenset[int] = frozenset(range(7))
+    start: time = time.min
+    end: time | None = None
+    holidays: str | None = None
+    spread: timedelta = timedelta(0)
+
+    def opens_on(self, day: date, holidays: Collection[date]) -> bool:
+        """Return whether the window opens on a day."""
+        return day.weekday() in self.days and day not in holidays
+
+    def shows(self, wall: datetime, holidays: Collection[date]) -> bool:
+        """Return whether the window is open at a wall time."""
+        day, clock = wall.date(), wall.time()
+        if self.end is None or self.start < self.end:
+            is_within = self.start <= clock and (self.end is None or clock < self.end)
+            return is_within and self.opens_on(day, holidays)
+        if clock >= self.start:
+            return self.opens_on(day, holidays)
+        return (
+            clock < self.end and day > date.min and self.opens_on(day - timedelta(days=1), holidays)
+        )
 
 
 Skip = Literal["next", "altNext", "end"]

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, StrictFloat, StrictInt, model_validator
 
-from sequencerd.core.calendar.windows import WEEKDAYS, Window
+from sequencerd.core.calendar.windows import WEEKDAYS
 from sequencerd.core.config import Config
+from sequencerd.core.model import Window
 
 MAX_NAME = 200  # bytes of a calendar's name
 

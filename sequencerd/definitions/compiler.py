@@ -17,7 +17,6 @@ import asyncpg
 
 from sequencerd.core import graph, step_types
 from sequencerd.core.calendar import dates
-from sequencerd.core.calendar.windows import Window
 from sequencerd.core.config import Faults, nearest, parse_config, parse_json
 from sequencerd.core.model import (
     ALT_NEXT,
@@ -39,6 +38,7 @@ from sequencerd.core.model import (
     StepKey,
     StoredConfig,
     TopicLimits,
+    Window,
     no_holidays,
 )
 from sequencerd.core.schedule import EnrollConfig

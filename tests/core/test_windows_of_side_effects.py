@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from sequencerd.core.advance import advance
-from sequencerd.core.calendar.windows import Window
 from sequencerd.core.model import (
     Action,
     Answer,
@@ -21,6 +20,7 @@ from sequencerd.core.model import (
     Sequence,
     SideEffect,
     Wait,
+    Window,
 )
 from sequencerd.core.step_types.durations import DurationConfig
 from sequencerd.core.step_types.effects import compile_expiry

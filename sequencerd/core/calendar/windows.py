@@ -8,47 +8,17 @@ across midnight belongs to the day on which it opens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
 from sequencerd.core.calendar.zones import first_showing, set_back, to_wall
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.model import EvaluationError, Window
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 _DAY = timedelta(days=1)
 _HORIZON_DAYS = 4 * 366  # days in which it must open once
 _MAX_ADJACENT = 8  # openings without a break that are followed to find out when it closes
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Open on some days (Monday is 0) from `start` on, until `end`, or midnight if that is None.
-
-    Where `end` is not after `start`, it is a time of the next day. `holidays` names the calendar on
-    whose days it does not open. Those that wait for the same opening begin within `spread` of it.
-    """
-
-    days: frozenset[int] = frozenset(range(7))
-    start: time = time.min
-    end: time | None = None
-    holidays: str | None = None
-    spread: timedelta = timedelta(0)
-
-    def opens_on(self, day: date, holidays: Collection[date]) -> bool:
-        """Return whether the window opens on a day."""
-        return day.weekday() in self.days and day not in holidays
-
-    def shows(self, wall: datetime, holidays: Collection[date]) -> bool:
-        """Return whether the window is open at a wall time."""
-        day, clock = wall.date(), wall.time()
-        if self.end is None or self.start < self.end:
-            is_within = self.start <= clock and (self.end is None or clock < self.end)
-            return is_within and self.opens_on(day, holidays)
-        if clock >= self.start:
-            return self.opens_on(day, holidays)
-        return clock < self.end and day > date.min and self.opens_on(day - _DAY, holidays)
 
 
 def opening(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.calendar import dates
-from sequencerd.core.calendar.windows import Window, begin, closing, opening
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.calendar.windows import begin, closing, opening
+from sequencerd.core.model import EvaluationError, Window
 from tests.core.calendar.test_dates import ZONES, at, instants
 
 BERLIN = dates.zone("Europe/Berlin")
