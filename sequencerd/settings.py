@@ -33,6 +33,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from sequencerd import passwords
 from sequencerd.core.config import faults
@@ -160,6 +161,15 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_number(cls, value: object, info: ValidationInfo) -> object:
+        """Reject true and false for a number: for pydantic, they are 1 and 0."""
+        type_ = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and (numbers := {int, float} & {type_, *get_args(type_)}):
+            raise PydanticKnownError("int_type" if int in numbers else "float_type")
+        return value
 
 
 def _check_schema(name: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 
@@ -13,7 +15,7 @@ from sequencerd import settings as settings_module
 from sequencerd.core.model import Limits
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
-from sequencerd.settings import load
+from sequencerd.settings import Section, Settings, load
 
 
 def test_nothing_has_to_be_set() -> None:
@@ -80,6 +82,36 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> Non
     file = tmp_path / "sequencerd.toml"
     file.write_text(text)
     with pytest.raises(SettingsError, match=words):
+        load({}, file)
+
+
+def _numbers(section: type[Section], *path: str) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of all numbers in the settings; NAME stands for a key that users name."""
+    for name, field in section.model_fields.items():
+        here = (*path, field.alias or name)
+        types = {field.annotation, *get_args(field.annotation)}
+        if types & {int, float}:
+            yield here
+        for type_ in types:
+            if isinstance(type_, type) and issubclass(type_, Section):
+                is_named = get_origin(field.annotation) is dict
+                yield from _numbers(type_, *here, *(["NAME"] if is_named else []))
+
+
+NUMBERS = [".".join(path) for path in _numbers(Settings)]
+
+
+def test_the_numbers_of_all_sections_are_found() -> None:
+    assert {"engine.batch", "email.give_up_after", "runners.NAME.batch_bytes"} <= {*NUMBERS}
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_number_is_not_a_boolean(tmp_path: Path, path: str, value: str) -> None:
+    file = tmp_path / "sequencerd.toml"
+    table, _, key = path.rpartition(".")
+    file.write_text(f"[{table}]\n{key} = {value}\n")
+    with pytest.raises(SettingsError, match=rf"{path}: must be a (whole )?number(;|$)"):
         load({}, file)
 
 
