@@ -42,8 +42,8 @@ def shard_of_id(shards: Sequence[Shard], id_: Id) -> Shard:
     if id_.shard is None:
         if len(shards) == 1:
             return shards[0]
-        examples = " or ".join(f"{name}/{id_}" for name in names[:2])
-        raise ArgumentError(f"specify the shard of enrollment {id_}: {examples}")
+        *others, last = (f"{name}/{id_}" for name in names)
+        raise ArgumentError(f"specify the shard of enrollment {id_}: {', '.join(others)} or {last}")
     for shard in shards:
         if shard.name == id_.shard:
             return shard
