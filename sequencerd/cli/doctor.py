@@ -17,6 +17,7 @@ from sequencerd.errors import SequencerdError, SettingsError
 from sequencerd.service.diagnosis import (
     WITHOUT_SCHEMA,
     Diagnosis,
+    advise,
     checks_of,
     compare_shards,
     run_check,
@@ -45,7 +46,9 @@ async def _examine_shard(
     try:
         connection = await connections.connect(shard)
     except SequencerdError as error:
-        yield Diagnosis("database", str(error), "error", "start it, or correct database.url")
+        section = "database" if shard.name is None else f"shards.{shard.name}"
+        setting = f"{section}.{'listen_url' if settings.listen_url else 'url'}"
+        yield Diagnosis("database", str(error), "error", advise(error, setting))
     else:
         try:
             async for finding in _examine_database(connection, shard, settings):

@@ -55,7 +55,10 @@ async def _mail(settings: Settings) -> Diagnosis:
     finally:
         await runner.close()
     if isinstance(result, Failed):
-        return Diagnosis("mail server", result.message, "error", "start it, or correct email.url")
+        advice = "start it, or correct email.url"
+        if result.cause != "unreachable":
+            advice = "correct email.url, or see the log of the server"
+        return Diagnosis("mail server", result.message, "error", advice)
     seen = getattr(result, "message", None) or "ready"
     if settings.email.only_to is not None:
         seen += f"; messages go to {', '.join(settings.email.only_to) or 'no recipient'} only"
@@ -64,13 +67,13 @@ async def _mail(settings: Settings) -> Diagnosis:
 
 async def _provider(settings: OidcSettings) -> Diagnosis:
     """Read the metadata of the OpenID Connect provider of the console."""
-    about, advice = "OIDC provider", "start it, or correct console.oidc.issuer"
+    about, advice = "OIDC provider", "correct console.oidc.issuer"
     issuer = settings.issuer.rstrip("/")
     web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=True)
     try:
         reply = await web.call("GET", f"{issuer}/.well-known/openid-configuration", headers={})
     except Unreachable as error:
-        return Diagnosis(about, str(error), "error", advice)
+        return Diagnosis(about, str(error), "error", f"start it, or {advice}")
     finally:
         await web.close()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -54,6 +55,28 @@ class Diagnosis:
     seen: str
     level: Level = "ok"
     advice: str = ""
+
+
+def advise(error: SequencerdError, setting: str) -> str:
+    """Return what to do if the database of a setting cannot be connected to. A server that answers
+    is not to be started.
+    """
+    match error.__cause__:
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            return f"correct the user and the password in {setting}, or the server's pg_hba.conf"
+        case asyncpg.InvalidCatalogNameError():
+            return f"create the database, or correct {setting}"
+        case asyncpg.InsufficientPrivilegeError():
+            return f"GRANT CONNECT on the database TO the user, or correct {setting}"
+        case asyncpg.TooManyConnectionsError():
+            return "close other connections, or raise the limit"
+        case asyncpg.CannotConnectNowError():
+            return "wait until it accepts connections, or see the log of the server"
+        case ssl.SSLError():
+            return f"correct sslmode and the certificates in {setting}"
+        case OSError():
+            return f"start it, or correct {setting}"
+    return f"correct {setting}"
 
 
 DiagnosisCheck = Callable[[asyncpg.Connection], Awaitable[Diagnosis]]
@@ -200,7 +223,7 @@ async def _pooler(connection: asyncpg.Connection, settings: DatabaseSettings) ->
     try:
         through = await connections.connect(Shard(settings.url.get_secret_value()))
     except SequencerdError as error:
-        return Diagnosis("pooler", str(error), "error", "start it, or correct database.url")
+        return Diagnosis("pooler", str(error), "error", advise(error, "database.url"))
     try:
         seen = "listen_url bypasses it" if await _is_pooled(through) else "url uses none"
     finally:

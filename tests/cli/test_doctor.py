@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 from aiosmtpd.controller import Controller
+from pydantic import SecretStr
 
 from sequencerd.cli import doctor as command
 from sequencerd.service import diagnosis
 from sequencerd.service.diagnosis import Diagnosis
-from sequencerd.settings import Settings
+from sequencerd.settings import DatabaseSettings, Settings
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command, beside
 from tests.helpers.databases import shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
-from tests.helpers.servers import Answer, Request, http_server
+from tests.helpers.servers import Answer, Request, http_server, smtp_server
 
 READ_ONLY = (
     "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
@@ -202,6 +206,42 @@ async def test_an_unreachable_database() -> None:
     found = await examine("postgresql://127.0.0.1:1/x")
     assert list(found) == ["database"]
     assert "cannot connect" in found["database"].seen
+
+
+@pytest.mark.parametrize(
+    ("url", "seen", "advice"),
+    [
+        ("postgresql://127.0.0.1:1/x", "refused|Connect", "start it, or correct database.url"),
+        ("nonsense://x", "begins with", "correct database.url"),
+        ("{with_login}", "sequencer_test_absent", "correct the user and the password in database"),
+        ("{absent}", "does not exist", "create the database, or correct database.url"),
+    ],
+)
+async def test_only_a_server_that_does_not_answer_is_to_be_started(
+    database: str, url: str, seen: str, advice: str
+) -> None:
+    known = {
+        "with_login": with_login(database, "sequencer_test_absent"),
+        "absent": urlsplit(database)._replace(path="/sequencer_test_absent").geturl(),
+    }
+    found = (await examine(url.format(**known)))["database"]
+    assert re.search(seen, found.seen)
+    assert found.advice.startswith(advice)
+
+
+async def test_the_setting_of_a_shard_is_named() -> None:
+    one = Shard("postgresql://127.0.0.1:1/x", name="a")
+    settings = DatabaseSettings(listen_url=SecretStr(one.url))
+    (found,) = [finding async for finding in command._examine_shard(one, settings, set(), {})]
+    assert found.advice == "start it, or correct shards.a.listen_url"
+
+
+async def test_a_mail_server_that_refuses_the_login_is_not_to_be_started(database: str) -> None:
+    async with smtp_server(password="right") as server:
+        url = f"smtp://ada:wrong@127.0.0.1:{server.port}"
+        found = (await examine(database, email={"url": url}))["mail server"]
+    assert "refuses the login: 535" in found.seen
+    assert found.advice == "correct email.url, or see the log of the server"
 
 
 async def test_a_notification_that_does_not_arrive(
