@@ -221,14 +221,14 @@ class Executor:
             return [Failed(text, fault="unclear", unknown=True)] * len(batch)
         except NotNow as error:
             return [Failed(str(error), fault="server", asked=False)] * len(batch)
-        except Exception as error:  # a plug-in may raise anything
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a plug-in may raise anything
             text = f"{type(error).__name__}: {error}"
             fault: Attribution = "server" if is_exhausted(error) else "unclear"
             return [Failed(text, fault=fault, unknown=True)] * len(batch)
-        if len(results) != len(batch):
-            given, wanted = counted(len(results), "result"), counted(len(batch), "enrollment")
-            text = f"the runner returned {given} for {wanted}"
-            return [Failed(text, fault="unclear", unknown=True)] * len(batch)
+        if wrong := _why_unusable(results, len(batch)):
+            return [Failed(wrong, fault="unclear", unknown=True)] * len(batch)
         return results
 
 
@@ -251,6 +251,19 @@ class Executors:
         finished: Callable[[Sequence[Finished]], None],
         is_full: Callable[[], bool],
         wake: Callable[[StepKey], None],
+def _why_unusable(results: object, count: int) -> str | None:
+    """Return what is wrong with what a runner has returned: a plug-in may return anything."""
+    if not isinstance(results, list | tuple):
+        return f"the runner returned {type(results).__name__} instead of a list of results"
+    if len(results) != count:
+        given, wanted = counted(len(results), "result"), counted(count, "enrollment")
+        return f"the runner returned {given} for {wanted}"
+    for one in results:
+        if not isinstance(one, Result):
+            return f"the runner returned {type(one).__name__} instead of a result"
+    return None
+
+
         outage_changed: Callable[[Executor], None],
         stopping: asyncio.Event,
         metrics: Metrics,

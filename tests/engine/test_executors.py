@@ -1,0 +1,92 @@
+"""What plug-ins may do: the executor gets its slots back whatever a runner returns or raises."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sequencerd.core.backoff import Pauses
+from sequencerd.core.model import Answer, Limits, RetryPolicy, Task
+from tests.helpers.engines import define, running_engine, until
+
+COMPLETED = "SELECT count(*) = 3 FROM sequencer.enrollments WHERE status = 'completed'"
+REPORTED = (
+    "SELECT count(*) > 0 FROM sequencer.events WHERE action = 'retry' AND message LIKE $1 || '%'"
+)
+SHORT = Pauses(0.02, 0.05)
+
+
+class Aborted(BaseException):
+    """As some libraries raise."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+class Plugin:
+    """A runner whose author has made a mistake that shows for some subjects."""
+
+    limits = Limits(1, 60.0, 1)
+    retry = RetryPolicy(first_delay=0)
+
+    def __init__(self, mistake: Callable[[], Any]) -> None:
+        self._mistake = mistake
+
+    def compile(self, config: Mapping[str, Any]) -> object:
+        return config
+
+    async def run(self, _: object, tasks: Sequence[Task]) -> Any:
+        if str(tasks[0].view["subject"]).startswith("bad"):
+            return self._mistake()
+        return [Answer() for _ in tasks]
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda: None, "the runner returned NoneType instead of a list of results"),
+        (lambda: {"action": "next"}, "the runner returned dict instead of a list of results"),
+        (lambda: "next", "the runner returned str instead of a list of results"),
+        (lambda: iter([Answer()]), "the runner returned % instead of a list of results"),
+        (lambda: [], "the runner returned 0 results for 1 enrollment"),
+        (lambda: [None], "the runner returned NoneType instead of a result"),
+        (lambda: ["next"], "the runner returned str instead of a result"),
+        (lambda: _raise(Aborted("enough")), "Aborted: enough"),
+        (lambda: _raise(SystemExit(3)), "SystemExit: 3"),
+        (lambda: _raise(KeyboardInterrupt()), "KeyboardInterrupt: "),
+        (lambda: _raise(GeneratorExit()), "GeneratorExit: "),
+    ],
+)
+async def test_a_plug_in_may_return_and_raise_anything(
+    database: str, connection: asyncpg.Connection, mistake: Callable[[], Any], message: str
+) -> None:
+    await define(connection, "s", ("work", "Work", "{}", None))
+    async with running_engine(database, {"Work": Plugin(mistake)}, pauses=SHORT):
+        for kind in ("bad", "good"):
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " SELECT 's', $1 || n FROM generate_series(1, 3) AS n",
+                kind,
+            )
+        await until(connection, REPORTED, message)
+        await until(connection, COMPLETED)
+
+
+async def test_a_cancelled_call_ends_the_call(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("work", "Work", "{}", None))
+    plugin = Plugin(lambda: _raise(asyncio.CancelledError()))
+    async with running_engine(database, {"Work": plugin}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'bad')"
+        )
+        await until(connection, "SELECT count(*) > 0 FROM sequencer.events WHERE action = 'retry'")
