@@ -40,6 +40,7 @@ from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.logs import make_log
 from sequencerd.service.metrics import Metrics, ShardMetrics
 from sequencerd.service.public import PublicPages
+from sequencerd.service.redaction import MIN_LENGTH_IN_RESULTS, make_redaction
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import ConsoleSettings, DatabaseSettings, Settings
 from sequencerd.storage import connections, conninfo, migrate, server
@@ -101,6 +102,7 @@ class ReloadableParts:
         """Make them; `pool` is for lookups."""
         self.settings = settings
         self.runners = runners
+        self.redact = make_redaction(settings, MIN_LENGTH_IN_RESULTS)
         self.lookups = Lookups(pool, settings.lookups, timeout=settings.database.lookup_timeout)
         self._pool = pool
 
@@ -566,6 +568,7 @@ class _Daemon:
             log=log,
             metrics=self.metrics,
             turned=self.health.turned,
+            redact=lambda text: self.parts.redact(text),
         )
         self._enrolling = Enrolling(
             pools.enrolling,

@@ -21,6 +21,7 @@ from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
 from tests.helpers.runners import http_runner
+from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
 
 MAIL = (
@@ -320,6 +321,41 @@ async def test_a_daemon_survives_a_restart_of_the_database(
         )
     assert len(box.received) == 204
     assert set(box.received.values()) == {1}
+
+
+async def test_no_message_contains_a_secret_of_the_settings(
+    database: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Also not that of another runner, which a common gateway may repeat."""
+    secrets = ["whsec_c2VjcmV0LW9mLUI=", "token-of-B", "password-of-mail"]
+    text = f"the others are {', '.join(secrets)}"
+
+    async def respond(request: Request) -> Answer:
+        (runner,) = json.loads(request.body)["runners"]
+        if runner["subject"] == "refused":
+            return Answer(422, text.encode())
+        return Answer(
+            200, json.dumps([{"id": runner["id"], "action": "next", "message": text}]).encode()
+        )
+
+    async with http_server(respond) as server:
+        (tmp_path / "settings.toml").write_text(
+            f'[runners.A]\nurl = "{server.url}"\nbatch_size = 1\n'
+            f'[runners.B]\nurl = "{server.url}"\nsecret = "{secrets[0]}"\n'
+            f'headers = {{Authorization = "Bearer {secrets[1]}"}}\n'
+        )
+        settings = {"SEQUENCERD_CONFIG": str(tmp_path / "settings.toml")}
+        async with daemon(database, f"smtp://u:{secrets[2]}@127.0.0.1:1", **settings):
+            await define(connection, "s", ("a", "A", "{}", None))
+            await enroll(connection, "s", "answered")
+            await enroll(connection, "s", "refused")
+            await until(connection, ALL_ENDED)
+    told = await connection.fetchval("SELECT string_agg(message, '') FROM sequencer.events")
+    told += await connection.fetchval(
+        "SELECT string_agg(last_error, '') FROM sequencer.enrollments"
+    )
+    assert told.count("the others are ***, ***, ***") == 3
+    assert not any(secret in told for secret in secrets)
 
 
 async def test_an_idle_daemon_sends_only_the_probe(

@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import asyncpg
@@ -22,6 +22,7 @@ from sequencerd.service.diagnosis import (
     compare_shards,
     run_check,
 )
+from sequencerd.service.redaction import make_redaction
 from sequencerd.settings import DatabaseSettings, Settings
 from sequencerd.storage import connections, conninfo
 from sequencerd.storage.connections import Shard
@@ -131,7 +132,9 @@ async def doctor_command(
     arguments: argparse.Namespace, settings: Settings, shards: Sequence[Shard]
 ) -> int:
     findings: list[tuple[str | None, Diagnosis]] = []
-    async for shard, finding in _examine_all(shards, settings):
+    redact = make_redaction(settings)
+    async for shard, found in _examine_all(shards, settings):
+        finding = replace(found, seen=redact(found.seen))
         findings.append((shard, finding))
         if not arguments.json:
             mark = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}[finding.level]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from sequencerd.core.backoff import Pauses, VisitKey
 from sequencerd.core.describe import counted
 from sequencerd.core.model import (
+    Answer,
     Attribution,
     Enrollment,
     Failed,
@@ -89,12 +91,14 @@ class Executor:
         finished: Callable[[Sequence[Finished]], None],
         resumed: Callable[[Executor], None],
         outage_changed: Callable[[Executor], None],
+        redact: Callable[[str], str],
         metrics: Metrics,
         pauses: Pauses,
     ) -> None:
         """Make an executor. `finished` receives results. `resumed` is called when the pause of a
         failing server is over, `outage_changed` when the server fails, fails for another reason, or
-        works again.
+        works again. `redact` removes secrets from the texts of results: a server may repeat what
+        another one was sent.
         """
         self.is_lookup = isinstance(key, tuple)
         self.name = key[1] if isinstance(key, tuple) else key
@@ -102,6 +106,7 @@ class Executor:
         self.waiting: set[StepKey] = set()  # steps with enrollments that found no free slot
         self._kind = "lookup" if isinstance(key, tuple) else key
         self._finished = finished
+        self._redact = redact
         self._metrics = metrics
         self._capacity = 2 * runner.limits.concurrency * runner.limits.batch_size
         self._breaker = Breaker(
@@ -191,7 +196,7 @@ class Executor:
                     started = now()
                     enrollments = () if self.is_lookup else [leased.enrollment for leased in batch]
                     with tracing.executing(self._kind, enrollments) as ended:
-                        results = await self._run(batch)
+                        results = [self._redacted(one) for one in await self._run(batch)]
                         if not self.is_lookup:
                             results = self._breaker.judge([*map(_key, batch)], results, started)
                         ended(results)
@@ -203,6 +208,20 @@ class Executor:
         seconds = None if started is None else now() - started
         self._metrics.ended(self._kind, results, seconds)
         self._finished(list(zip(batch, results, strict=True)))
+
+    def _redacted(self, result: Result) -> Result:
+        """Return a result without secrets; usually the same object, so that results are shared."""
+        if isinstance(result, NotStarted) or not result.message:
+            return result
+        message = self._redact(result.message)
+        if message != result.message:
+            result = replace(result, message=message)
+        if isinstance(result, Answer | Failed) and result.undeliverable:
+            found = tuple(
+                one._replace(reason=self._redact(one.reason)) for one in result.undeliverable
+            )
+            result = replace(result, undeliverable=found)
+        return result
 
     async def _run(self, batch: Sequence[Leased]) -> Sequence[Result]:
         """Call the runner once. Any exception is a failure of the batch."""
@@ -232,6 +251,19 @@ class Executor:
         return results
 
 
+def _why_unusable(results: object, count: int) -> str | None:
+    """Return what is wrong with what a runner has returned: a plug-in may return anything."""
+    if not isinstance(results, list | tuple):
+        return f"the runner returned {type(results).__name__} instead of a list of results"
+    if len(results) != count:
+        given, wanted = counted(len(results), "result"), counted(count, "enrollment")
+        return f"the runner returned {given} for {wanted}"
+    for one in results:
+        if not isinstance(one, Result):
+            return f"the runner returned {type(one).__name__} instead of a result"
+    return None
+
+
 def _key(leased: Leased) -> VisitKey:
     return leased.enrollment.id, leased.enrollment.visit
 
@@ -251,20 +283,8 @@ class Executors:
         finished: Callable[[Sequence[Finished]], None],
         is_full: Callable[[], bool],
         wake: Callable[[StepKey], None],
-def _why_unusable(results: object, count: int) -> str | None:
-    """Return what is wrong with what a runner has returned: a plug-in may return anything."""
-    if not isinstance(results, list | tuple):
-        return f"the runner returned {type(results).__name__} instead of a list of results"
-    if len(results) != count:
-        given, wanted = counted(len(results), "result"), counted(count, "enrollment")
-        return f"the runner returned {given} for {wanted}"
-    for one in results:
-        if not isinstance(one, Result):
-            return f"the runner returned {type(one).__name__} instead of a result"
-    return None
-
-
         outage_changed: Callable[[Executor], None],
+        redact: Callable[[str], str],
         stopping: asyncio.Event,
         metrics: Metrics,
         pauses: Pauses,
@@ -274,6 +294,7 @@ def _why_unusable(results: object, count: int) -> str | None:
         self._is_full = is_full
         self._wake = wake
         self._outage_changed = outage_changed
+        self._redact = redact
         self._stopping = stopping
         self._metrics = metrics
         self._pauses = pauses
@@ -289,6 +310,7 @@ def _why_unusable(results: object, count: int) -> str | None:
             finished=self._add_finished,
             resumed=self._resume,
             outage_changed=self._outage_changed,
+            redact=self._redact,
             metrics=self._metrics,
             pauses=self._pauses,
         )

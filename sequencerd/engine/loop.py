@@ -78,11 +78,12 @@ class Engine:
         log: FilteringBoundLogger,
         metrics: Metrics,
         turned: Callable[[], None] = lambda: None,
+        redact: Callable[[str], str] = str,
         pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
     ) -> None:
         """Make an engine. `heart` is the heartbeat's own pool. `turned` is called in every
-        iteration of the loop, at least every MAX_SLEEP seconds. `pauses` are those after failures
-        of a server.
+        iteration of the loop, at least every MAX_SLEEP seconds. `redact` removes secrets from what
+        servers say. `pauses` are those after failures of a server.
         """
         self._pool = pool
         self._clock = clock
@@ -132,6 +133,7 @@ class Engine:
             is_full=lambda: self._backlog.is_full,
             wake=self._push_now,
             outage_changed=self._outage_changed,
+            redact=redact,
             stopping=self._stopping,
             metrics=metrics,
             pauses=pauses,

@@ -11,22 +11,18 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO, cast
-from urllib.parse import unquote, urlsplit
 
 import asyncpg
 import structlog
 from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
 from sequencerd.core.describe import visible
-from sequencerd.errors import SettingsError
+from sequencerd.service.redaction import make_redaction
 from sequencerd.service.systemd import is_journal
 from sequencerd.settings import Settings
-from sequencerd.storage import conninfo
-
-MIN_SECRET_LENGTH = 4  # characters; masking shorter secrets would mask parts of most lines
 
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
@@ -52,7 +48,7 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
             _make_visible
             if isinstance(render, structlog.dev.ConsoleRenderer)
             else _format_exception,
-            _finish(render, sorted(set(_parts(settings.secrets())), key=len, reverse=True)),
+            _finish(render, make_redaction(settings)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[settings.log.level.upper()]
@@ -83,38 +79,16 @@ def _write_traceback(file: TextIO, error: ExcInfo) -> None:
 _format_exception = structlog.processors.format_exc_info
 
 
-def _finish(render: Processor, secrets: Iterable[str]) -> Processor:
+def _finish(render: Processor, redact: Callable[[str], str]) -> Processor:
     """Return the last processor: it renders a line without secrets, with its priority."""
     in_journal = is_journal()
 
     def finish(logger: WrappedLogger, method: str, event: EventDict) -> str:
         priority = _PRIORITIES[event["level"]]
-        line = str(render(logger, method, event))
-        for secret in secrets:
-            line = line.replace(secret, "***")
+        line = redact(str(render(logger, method, event)))
         return f"<{priority}>{line}" if in_journal else line
 
     return finish
-
-
-def _parts(secrets: Iterable[str]) -> Iterator[str]:
-    """Return secrets and secret parts of URLs, in each form in which a line may have them."""
-    for secret in secrets:
-        parts = {secret, *secret.split(), *_passwords(secret)}
-        for part in parts:
-            if len(part) >= MIN_SECRET_LENGTH and part not in ("Bearer", "Basic"):
-                yield part
-                yield json.dumps(part)[1:-1]
-
-
-def _passwords(url: str) -> Iterator[str]:
-    with suppress(ValueError):
-        if password := urlsplit(url).password:
-            yield password
-            yield unquote(password)
-    with suppress(SettingsError):  # as written in the database's connection string
-        if password := conninfo.parse(url).get("password"):
-            yield password
 
 
 class _Stderr(io.TextIOBase):

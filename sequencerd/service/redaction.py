@@ -1,0 +1,49 @@
+"""Remove the secrets of the settings from texts: lines of the log, and what servers answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
+
+from sequencerd.errors import SettingsError
+from sequencerd.settings import Settings
+from sequencerd.storage import conninfo
+
+MIN_SECRET_LENGTH = 4  # characters; masking shorter secrets would mask parts of most lines
+MIN_LENGTH_IN_RESULTS = 8
+"""The same for messages of results, whose addresses `bounce` reads."""
+
+
+def make_redaction(settings: Settings, min_length: int = MIN_SECRET_LENGTH) -> Callable[[str], str]:
+    """Return the function that replaces the secrets of the settings in a text."""
+    parts = {part for part in _parts(settings.secrets()) if len(part) >= min_length}
+    secrets = sorted(parts, key=len, reverse=True)
+
+    def redact(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    return redact
+
+
+def _parts(secrets: Iterable[str]) -> Iterator[str]:
+    """Return secrets and secret parts of URLs, in each form in which a text may have them."""
+    for secret in secrets:
+        parts = {secret, *secret.split(), *_passwords(secret)}
+        for part in parts:
+            if part not in ("Bearer", "Basic"):
+                yield part
+                yield json.dumps(part)[1:-1]
+
+
+def _passwords(url: str) -> Iterator[str]:
+    with suppress(ValueError):
+        if password := urlsplit(url).password:
+            yield password
+            yield unquote(password)
+    with suppress(SettingsError):  # as written in the database's connection string
+        if password := conninfo.parse(url).get("password"):
+            yield password
