@@ -316,27 +316,30 @@ async def tail_command(arguments: argparse.Namespace, _: Settings, shards: Seque
             now = await connection.fetchval(QUERIES["server_time"])
             since[shard] = now - timedelta(seconds=arguments.since)
 
-        async def read(shard: Shard) -> list[asyncpg.Record]:
+        async def read(shard: Shard) -> tuple[datetime, list[asyncpg.Record]]:
             if shard not in since:
                 await begin(shard)
             connection = await connected(shard)
-            rows: list[asyncpg.Record] = await connection.fetch(
-                QUERIES["events_since"], since[shard], arguments.sequence, number
+            return (
+                await connection.fetchval(QUERIES["server_time"]),
+                await connection.fetch(
+                    QUERIES["events_since"], since[shard], arguments.sequence, number
+                ),
             )
-            return rows
 
         away: AbstractSet[Shard] = frozenset()
         while True:
             answers = await ask(explain(arguments), shards, read)
             new = []
-            for shard, rows in answers.found.items():
+            for shard, (now, rows) in answers.found.items():
                 for row in rows:
-                    key = (row["enrollment_id"], row["at"], row["action"])
+                    key = tuple(value for name, value in row.items() if name != "subject")
                     if key not in seen[shard]:
                         seen[shard][key] = row["at"]
                         new.append((shard, row))
-                if rows:
-                    since[shard] = max(since[shard], rows[-1]["at"] - TAIL_OVERLAP)
+                if rows:  # an event of the future must not hide those until then
+                    last = min(rows[-1]["at"], now)
+                    since[shard] = max(since[shard], last - TAIL_OVERLAP)
                     seen[shard] = {k: at for k, at in seen[shard].items() if at > since[shard]}
             for shard, row in sorted(new, key=lambda one: one[1]["at"]):
                 _print_event(labelled(shard, row, arguments.json, "enrollment_id"), arguments.json)

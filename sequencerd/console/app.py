@@ -54,7 +54,7 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import DatabaseError, ShardsError, UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings, Role
-from sequencerd.storage.connections import Shard, open_pool
+from sequencerd.storage.connections import Shard, open_pool, read_all_times
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 MAX_CONNECTIONS = 4  # of the pages to the database
@@ -103,6 +103,7 @@ def make_console(
             max_size=MAX_CONNECTIONS,
             command_timeout=TIMEOUT,
             statement_cache_size=0,  # each is planned for what is asked; it may lead to a pooler
+            init=read_all_times,
         ) as pool:
             summary = Summary(pool, log)
             live = LiveTopics(pool, summary)

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import asyncpg
 
+from sequencerd.core.model import NEVER
 from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.settings import SCHEMA
@@ -80,6 +82,7 @@ async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Conn
     except (ValueError, asyncpg.InterfaceError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"wrong setting of the database: {reason}") from error
+    await read_all_times(connection)
     return connection
 
 
@@ -93,6 +96,33 @@ async def connected(
         yield connection
     finally:
         await connection.close()
+
+
+async def read_all_times(connection: asyncpg.Connection) -> None:
+    """Read times that Python does not have, such as the year 294276, as the first or the last one.
+    The owner of the schema may write such times to columns without constraints, and one of them
+    must not hide all other rows. For connections whose rows users read: it takes time.
+    """
+    await connection.set_type_codec(
+        "timestamptz", schema="pg_catalog", encoder=_write_time, decoder=_read_time, format="tuple"
+    )
+
+
+_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_FIRST = datetime.min.replace(tzinfo=UTC)
+_INFINITY = 2**63 - 1
+
+
+def _read_time(microseconds: tuple[int]) -> datetime:
+    try:
+        return _EPOCH + timedelta(microseconds=microseconds[0])
+    except OverflowError:
+        return NEVER if microseconds[0] > 0 else _FIRST
+
+
+def _write_time(at: datetime) -> tuple[int]:
+    is_never = at >= NEVER
+    return (_INFINITY if is_never else (at - _EPOCH) // timedelta(microseconds=1),)
 
 
 def explain(error: BaseException) -> str:

@@ -197,6 +197,59 @@ async def test_tail_prints_events_as_they_happen(applied: Command) -> None:
     assert (event["subject"], event["step"], event["action"]) == ("ada", "first", "enrolled")
 
 
+UNREADABLE = ("-infinity", "infinity", "4713-01-01 BC", "294276-12-31")
+"""Times of PostgreSQL that Python does not have."""
+
+
+async def test_one_unreadable_time_hides_nothing_else(
+    applied: Command, connection: asyncpg.Connection
+) -> None:
+    """Only the schema's owner can write such times."""
+    ids = [await enroll(connection, "s", f"user-{number}") for number in range(len(UNREADABLE))]
+    for id_, time in zip(ids, UNREADABLE, strict=True):
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET status = 'completed', waits_until = $2::text::timestamptz,"
+            " expires_at = $2::text::timestamptz WHERE id = $1",
+            id_,
+            time,
+        )
+        await connection.execute(
+            "UPDATE sequencer.enrollments SET ended_at = $2::text::timestamptz WHERE id = $1",
+            id_,
+            time,
+        )
+        for at in (time, "2026-01-01"):
+            await connection.execute(
+                "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+                " VALUES ($1, $2::text::timestamptz, 's', 'first', 1, 'next')",
+                id_,
+                at,
+            )
+        shown = applied("show", str(id_))
+        assert shown.count("next") >= 2
+        assert "2026-01-01 00:00:00Z" in shown
+        assert len(json.loads(applied("show", str(id_), "--json"))["history"]) == 3
+    assert len(json.loads(applied("list", "--json"))) == len(UNREADABLE)
+    assert applied("list").count("user-") == len(UNREADABLE)
+
+
+async def test_an_event_of_the_future_hides_no_other_from_tail(
+    applied: Command, connection: asyncpg.Connection
+) -> None:
+    id_ = await enroll(connection, "s", "ada")
+    insert = (
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
+        " VALUES ($1, $2::text::timestamptz, 's', 'first', 1, $3)"
+    )
+    await connection.execute(insert, id_, "2100-01-01", "next")
+    await connection.execute(insert, id_, "294276-12-31", "altNext")
+    async with beside(applied, "tail", "--json") as (out, _):
+        assert json.loads(await out.readline())["action"] == "next"
+        assert json.loads(await out.readline())["action"] == "altNext"
+        await connection.execute(insert, id_, "now", "noop")
+        assert json.loads(await out.readline())["action"] == "noop"
+
+
 def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:
     (commands,) = (one.choices for one in make_parser()._actions if one.dest == "command")
     assert isinstance(commands, dict)
