@@ -568,7 +568,7 @@ class _Daemon:
             log=log,
             metrics=self.metrics,
             turned=self.health.turned,
-            redact=lambda text: self.parts.redact(text),
+            redact=self._redact,
         )
         self._enrolling = Enrolling(
             pools.enrolling,
@@ -591,6 +591,10 @@ class _Daemon:
             self._log,
             runners=self._own_runners,
         )
+
+    def _redact(self, text: str) -> str:
+        """Return a text without the secrets of the present settings."""
+        return self.parts.redact(text)
 
     def _own_runners(self) -> dict[str, Runner]:
         """Return runners for another thread."""

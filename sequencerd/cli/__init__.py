@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from types import FrameType
 
 from sequencerd.cli.arguments import WITHOUT_SETTINGS, make_parser
 from sequencerd.errors import (
@@ -26,6 +29,7 @@ from sequencerd.errors import (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 wrong arguments or settings."""
     _open_standard_streams()
+    _interrupt_on_signals()
     try:
         given = make_parser().parse_args(arguments)
         _check_texts(given)
@@ -41,12 +45,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _print(error)
         code = getattr(given, "exit_code_of_errors", error.exit_code)
     except KeyboardInterrupt:
+        if _received:  # end as the signal would have ended it
+            os.kill(os.getpid(), _received[0])
         code = 130
     except BrokenPipeError:
         # the reader is gone, as with `| head`: not an error, and nothing more to write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+_received: list[int] = []
+"""Signals that interrupt a command."""
+
+
+def _interrupt_on_signals() -> None:
+    """Make SIGTERM and SIGHUP interrupt a command as Ctrl+C does, so that it reports what it has
+    done. The second signal ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not with nohup
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    _received.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def _check_texts(given: Namespace) -> None:

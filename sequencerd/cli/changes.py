@@ -92,7 +92,7 @@ async def apply_command(
     runners = registry.make_runners(settings)
     found = files.read_all(arguments.files, runners)
     moves = _moves(arguments)
-    async with changing(explain(arguments), shards, connect) as change:
+    async with changing(explain(arguments), shards, connect, warn) as change:
         done = await plan_of_shards.apply(
             change,
             found,
@@ -103,7 +103,7 @@ async def apply_command(
             brake=arguments.brake,
         )
         how = "the command without --plan" if arguments.plan else "the command"
-        await change.commit(ChangeTexts("the revision", how_to_complete(how)), warn)
+        await change.commit(ChangeTexts("the revision", how_to_complete(how)))
     if arguments.json:
         say_json(done.as_dict())
     else:
@@ -210,7 +210,7 @@ async def import_command(
     if len(shards) > 1 and arguments.original is None:
         raise ArgumentError("specify the original's database: import-original --database URL")
     runners = registry.make_runners(settings)
-    async with changing(explain(arguments), shards, connect) as change:
+    async with changing(explain(arguments), shards, connect, warn) as change:
         async with connections.connected(Shard(arguments.original or shards[0].url)) as there:
             source = ImportSource(
                 there,
@@ -228,7 +228,7 @@ async def import_command(
         is_done = arguments.apply and not found.questions
         if is_done:
             await enrollments.reserve_original_ids(change)
-            await change.commit(ChangeTexts("the import", REPEAT_IMPORT), warn)
+            await change.commit(ChangeTexts("the import", REPEAT_IMPORT))
     if arguments.json:
         say_json(found.as_dict())
     else:

@@ -8,7 +8,7 @@ from datetime import date
 
 from sequencerd.cli.commands import connected, explain, on_shards, report_missing
 from sequencerd.cli.ids import labelled
-from sequencerd.cli.output import say, say_json
+from sequencerd.cli.output import say, say_json, warn
 from sequencerd.core.config import nearest
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
@@ -32,7 +32,7 @@ async def holidays_command(
             )
         return added
 
-    answers = await ask(explain(arguments), shards, add)
+    answers = await ask(explain(arguments), shards, add, warn=warn)
     years = ", ".join(map(str, sorted(set(arguments.years))))
     for shard, added in answers.found.items():
         if arguments.json:

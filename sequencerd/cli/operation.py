@@ -283,7 +283,7 @@ async def set_status_command(
             return await bulk.set_status(connection, names, change.status, reason)
 
     # an unavailable shard must not prevent a pause in the others
-    answers = await ask(explain(arguments), shards, work)
+    answers = await ask(explain(arguments), shards, work, warn=warn)
     rows = [(shard, row) for shard, found in answers.found.items() for row in found]
     if arguments.json:
         say_json([{**labelled(*one, as_json=True), "status": change.status} for one in rows])

@@ -80,6 +80,7 @@ async def forget_command(
             explain(arguments),
             shards,
             lambda shard: _forget(shard, arguments.subject, texts, commit=commit),
+            warn=warn if commit else None,
         )
 
     if arguments.dry_run or not arguments.yes:

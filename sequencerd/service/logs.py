@@ -8,7 +8,6 @@ secret from the settings.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import sys
 from collections.abc import Callable

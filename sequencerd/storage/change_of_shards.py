@@ -35,8 +35,17 @@ class ChangeTexts(NamedTuple):
 class Change:
     """A transaction on each of several shards; with one shard, an ordinary transaction."""
 
-    def __init__(self, explain: Explain, shards: Sequence[Shard], connect: Connect) -> None:
+    def __init__(
+        self,
+        explain: Explain,
+        shards: Sequence[Shard],
+        connect: Connect,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Make it; an interruption is reported to `warn`, with what it has left."""
         self.connections: dict[Shard, asyncpg.Connection] = {}
+        self._warn = warn
+        self._is_committing = False
         self._explain = explain
         self._shards = shards
         self._connect = connect
@@ -65,36 +74,32 @@ class Change:
         """Do a part of the work on one shard. Raises SequencerdError if it refuses."""
         return (await ask_all(self._explain, [shard], work, otherwise=NOTHING_CHANGED))[shard]
 
-    async def commit(
-        self, texts: ChangeTexts, warn: Callable[[str], None] = lambda _: None
-    ) -> None:
+    async def commit(self, texts: ChangeTexts) -> None:
         """Commit on one shard after the other, if all can. Raises ShardsError, which says what a
-        failure has left; an interruption is reported to `warn`.
+        failure has left.
         """
         ids = await self.on_each(self._prepare)
+        self._is_committing = True
         done: list[str] = []
         failed: dict[str, str] = {}
         unknown: list[str] = []
         for shard in self._shards:
             try:
-                await asyncio.wait_for(self._transactions[shard].commit(), COMMIT_TIMEOUT)
+                try:
+                    await asyncio.wait_for(self._transactions[shard].commit(), COMMIT_TIMEOUT)
+                except TRANSIENT_ERRORS as error:
+                    if shard.name is None:
+                        raise
+                    outcome = await self._outcome(shard, ids[shard])
+                    if outcome != "committed":
+                        failed[shard.name] = f"shard {shard.name}: {error or 'it does not answer'}"
+                    if outcome is None:
+                        unknown.append(shard.name)
+                    elif outcome == "aborted" and not done and not unknown:
+                        raise ShardsError(f"{failed[shard.name]}\n{NOTHING_CHANGED}") from error
             except asyncio.CancelledError:
-                if shard.name is not None:
-                    left = [str(one.name) for one in self._shards if str(one.name) not in done]
-                    left.remove(shard.name)
-                    where = _where(texts, done, left, [*unknown, shard.name])
-                    warn(f"interrupted: {where}; {texts.completion}")
+                self._report_interruption(shard, texts, done, unknown)
                 raise
-            except TRANSIENT_ERRORS as error:
-                if shard.name is None:
-                    raise
-                outcome = await self._outcome(shard, ids[shard])
-                if outcome != "committed":
-                    failed[shard.name] = f"shard {shard.name}: {error or 'it does not answer'}"
-                if outcome is None:
-                    unknown.append(shard.name)
-                elif outcome == "aborted" and not done and not unknown:
-                    raise ShardsError(f"{failed[shard.name]}\n{NOTHING_CHANGED}") from error
             if shard.name is not None and shard.name not in failed:
                 done.append(shard.name)
         if failed:
@@ -127,6 +132,24 @@ class Change:
                     connection.terminate()
         return None
 
+    def _report_interruption(
+        self, shard: Shard, texts: ChangeTexts, done: Sequence[str], unknown: Sequence[str]
+    ) -> None:
+        """Report an interruption of the commit on one of the shards."""
+        if shard.name is None:
+            said = f"it is not known whether {texts.name} is there; repeat the command"
+        else:
+            left = [name for one in self._shards if (name := str(one.name)) not in done]
+            left.remove(shard.name)
+            said = f"{_where(texts, done, left, [*unknown, shard.name])}; {texts.completion}"
+        self._warn(f"interrupted: {said}")
+
+    def report_interruption(self) -> None:
+        """Report an interruption before the commits."""
+        if not self._is_committing:
+            is_one = self._shards[0].name is None
+            self._warn(f"interrupted: {'nothing was changed' if is_one else NOTHING_CHANGED}")
+
     async def close(self) -> None:
         """Roll back what is not committed."""
         for connection in self.connections.values():
@@ -148,12 +171,20 @@ def _where(
 
 @asynccontextmanager
 async def changing(
-    explain: Explain, shards: Sequence[Shard], connect: Connect
+    explain: Explain,
+    shards: Sequence[Shard],
+    connect: Connect,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[Change]:
-    """Begin a change of several shards; what is not committed in the context is rolled back."""
-    change = Change(explain, shards, connect)
+    """Begin a change of several shards; what is not committed in the context is rolled back. An
+    interruption is reported to `warn`.
+    """
+    change = Change(explain, shards, connect, warn)
     try:
         await change.begin()
         yield change
+    except asyncio.CancelledError:
+        change.report_interruption()
+        raise
     finally:
         await change.close()

@@ -66,11 +66,13 @@ async def ask(
     work: Callable[[Shard], Awaitable[_T]],
     *,
     at_once: int = MAX_CONCURRENT_SHARDS,
+    warn: Callable[[str], None] | None = None,
 ) -> ShardAnswers[_T]:
     """Do the same on every shard. An error on one does not affect the others. Raises
-    SequencerdError if all fail; without [shards], the error of `work`.
+    SequencerdError if all fail; without [shards], the error of `work`. Where the work changes
+    something, an interruption is reported to `warn`, with the shards in which it is done.
     """
-    answers = await ask_each(explain, list(shards), work, at_once)
+    answers = await ask_each(explain, list(shards), work, at_once, warn)
     if not answers.found:
         raise _one_of(answers.missing)
     return answers
@@ -99,31 +101,43 @@ async def ask_each(
     shards: Sequence[Shard],
     work: Callable[[Shard], Awaitable[_T]],
     at_once: int = MAX_CONCURRENT_SHARDS,
+    warn: Callable[[str], None] | None = None,
 ) -> ShardAnswers[_T]:
     """Do the same, also if all fail. Raises SettingsError: no shard is used with wrong settings."""
     if shards[0].name is None:
         return ShardAnswers({shards[0]: await work(shards[0])}, {})
     free = asyncio.Semaphore(at_once)
+    found: dict[Shard, _T] = {}
+    missing: dict[Shard, SequencerdError] = {}
 
-    async def one(shard: Shard) -> _T | SequencerdError:
+    async def one(shard: Shard) -> None:
         async with free:
             try:
-                return await work(shard)
+                found[shard] = await work(shard)
             except BrokenPipeError:
                 raise  # of the output: the reader is gone
             except (SequencerdError, *TRANSIENT_ERRORS) as error:
-                return await explain(shard, error)
+                missing[shard] = await explain(shard, error)
 
-    found: dict[Shard, _T] = {}
-    missing: dict[Shard, SequencerdError] = {}
-    for shard, answer in zip(shards, await asyncio.gather(*map(one, shards)), strict=True):
-        if isinstance(answer, SequencerdError):
-            missing[shard] = answer
-        else:
-            found[shard] = answer
+    try:
+        await asyncio.gather(*map(one, shards))
+    except asyncio.CancelledError:
+        if warn is not None:
+            warn(_interrupted(found, [shard for shard in shards if shard not in found]))
+        raise
+    found = {shard: found[shard] for shard in shards if shard in found}
+    missing = {shard: missing[shard] for shard in shards if shard in missing}
     if wrong := {shard: one for shard, one in missing.items() if isinstance(one, SettingsError)}:
         raise SettingsError("\n".join(_named(wrong)))
     return ShardAnswers(found, missing)
+
+
+def _interrupted(done: Iterable[Shard], others: Iterable[Shard]) -> str:
+    parts = (("done in", done), ("perhaps not in", others))
+    said = [
+        f"{text} {', '.join(names)}" for text, of in parts if (names := [str(s.name) for s in of])
+    ]
+    return f"interrupted: {', '.join(said)}; repeat the command"
 
 
 def _one_of(errors: Mapping[Shard, SequencerdError]) -> SequencerdError:

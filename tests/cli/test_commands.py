@@ -208,8 +208,9 @@ async def test_one_unreadable_time_hides_nothing_else(
     ids = [await enroll(connection, "s", f"user-{number}") for number in range(len(UNREADABLE))]
     for id_, time in zip(ids, UNREADABLE, strict=True):
         await connection.execute(
-            "UPDATE sequencer.enrollments SET status = 'completed', waits_until = $2::text::timestamptz,"
-            " expires_at = $2::text::timestamptz WHERE id = $1",
+            "UPDATE sequencer.enrollments SET status = 'completed',"
+            " waits_until = $2::text::timestamptz, expires_at = $2::text::timestamptz"
+            " WHERE id = $1",
             id_,
             time,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -15,9 +16,13 @@ import pytest
 from asyncpg.transaction import Transaction
 
 from sequencerd.cli.arguments import make_parser
+from sequencerd.cli.ids import Id, shard_of_id
 from sequencerd.core.routing import shard_of
+from sequencerd.errors import ArgumentError, SequencerdError
 from sequencerd.storage import connections
+from sequencerd.storage.connections import Shard
 from sequencerd.storage.embedded import PostgresPrograms
+from sequencerd.storage.every_shard import ask
 from tests.helpers.clusters import cluster
 from tests.helpers.command_line import Command, beside, start_sequencerd
 from tests.helpers.databases import execute
@@ -119,6 +124,12 @@ def test_an_id_names_its_shard(filled: Command, database: str, tmp_path: Path) -
     alone = Command(database, tmp_path)
     alone("show", "b/1", code=1)
     assert "there is no shard 'b'; there are none" in alone.errors
+
+
+def test_the_hint_for_an_id_names_all_shards() -> None:
+    shards = [Shard("", name=name) for name in "abc"]
+    with pytest.raises(ArgumentError, match=r"of enrollment 1: a/1, b/1 or c/1$"):
+        shard_of_id(shards, Id(None, 1))
 
 
 async def test_wrong_ids_change_nothing_in_any_shard(
@@ -423,7 +434,7 @@ async def test_apply_reports_a_shard_that_dies_before_its_commit(
     assert filled("history", "s").startswith("revision 2 in a, revision 3 in b, ")
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_rollback_interrupted_between_commits_is_completed_by_another(
     filled: Command,
     shards: dict[str, asyncpg.Connection],
@@ -442,7 +453,8 @@ async def test_a_rollback_interrupted_between_commits_is_completed_by_another(
         await until(shards["b"], COMMITTING)
         applying.send_signal(end)
         _, errors = await applying.communicate()
-    if end == signal.SIGINT:
+    assert applying.returncode == (130 if end == signal.SIGINT else -end)
+    if end != signal.SIGKILL:
         assert (
             b"interrupted: the revision is not in b, it is not known whether it is in a" in errors
         )
@@ -451,6 +463,64 @@ async def test_a_rollback_interrupted_between_commits_is_completed_by_another(
     assert await have_revision(shards) == ["b"]
     assert "s in a: nothing changed" in filled("plan", "s.yaml")
     assert "s in b:\n  changed first: config.amount 4 → 3" in filled("apply", "s.yaml")
+    assert await have_revision(shards) == []
+
+
+LOCKED = """
+SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
+                 AND application_name = 'sequencerd' AND wait_event_type = 'Lock')
+"""
+
+
+async def test_an_interrupted_change_names_the_shards_that_have_it() -> None:
+    waits, reported = asyncio.Event(), list[str]()
+
+    async def work(shard: Shard) -> None:
+        if shard.name != "a":
+            waits.set()
+            await asyncio.sleep(PATIENCE)
+
+    async def explain(_: Shard, error: BaseException) -> SequencerdError:
+        raise error
+
+    shards = [Shard("", name=name) for name in "abc"]
+    asking = asyncio.create_task(ask(explain, shards, work, warn=reported.append))
+    await waits.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert reported == ["interrupted: done in a, perhaps not in b, c; repeat the command"]
+
+
+async def test_an_interrupted_pause_is_reported(
+    filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
+) -> None:
+    async with shards["b"].transaction():
+        await shards["b"].execute("LOCK TABLE sequencer.sequences")
+        process = await start_sequencerd(
+            "pause", "s", env=filled.variables, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+        )
+        await until(shards["a"], LOCKED)
+        process.send_signal(signal.SIGTERM)
+        _, errors = await process.communicate()
+    assert re.search(rb"interrupted: .*not in .*b; repeat the command", errors)
+    assert process.returncode == -signal.SIGTERM
+
+
+async def test_an_apply_interrupted_before_its_commit_changes_nothing(
+    filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(EDITED)
+    async with shards["b"].transaction():
+        await shards["b"].execute("LOCK TABLE sequencer.steps")
+        process = await start_sequencerd(
+            "apply", "s.yaml", env=filled.variables, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+        )
+        await until(shards["a"], LOCKED)
+        process.send_signal(signal.SIGTERM)
+        _, errors = await process.communicate()
+    assert b"interrupted: nothing was changed in any shard\n" in errors
+    assert process.returncode == -signal.SIGTERM
     assert await have_revision(shards) == []
 
 

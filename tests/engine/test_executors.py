@@ -56,7 +56,7 @@ class Plugin:
         (lambda: {"action": "next"}, "the runner returned dict instead of a list of results"),
         (lambda: "next", "the runner returned str instead of a list of results"),
         (lambda: iter([Answer()]), "the runner returned % instead of a list of results"),
-        (lambda: [], "the runner returned 0 results for 1 enrollment"),
+        (list, "the runner returned 0 results for 1 enrollment"),
         (lambda: [None], "the runner returned NoneType instead of a result"),
         (lambda: ["next"], "the runner returned str instead of a result"),
         (lambda: _raise(Aborted("enough")), "Aborted: enough"),
