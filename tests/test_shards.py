@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -45,27 +46,26 @@ steps:
 AWAY = "the shard is unavailable, trying again"
 
 
+def write_settings(command: Command, url: str, *names: str) -> None:
+    """Write the settings of shards; "x=a" is the shard x in the schema of a."""
+    pairs = [name.split("=") for name in names]
+    (command.folder / "sequencerd.toml").write_text(
+        "".join(
+            f'[shards.{pair[0]}]\nurl = "{url}"\nschema = "shard-{pair[-1]}"\n' for pair in pairs
+        )
+    )
+
+
 @pytest.fixture
 def configure(sequencerd: Command, tmp_path: Path, database: str) -> Callable[..., None]:
-    """Writes the settings of shards; "x=a" is the shard x in the schema of a."""
-    file = tmp_path / "sequencerd.toml"
+    """Writes the settings of shards in the test's database, which has no schema of theirs."""
     sequencerd.without_database()
-    sequencerd.variables["SEQUENCERD_CONFIG"] = str(file)
-
-    def write(*names: str) -> None:
-        pairs = [name.split("=") for name in names]
-        file.write_text(
-            "".join(
-                f'[shards.{pair[0]}]\nurl = "{database}"\nschema = "shard-{pair[-1]}"\n'
-                for pair in pairs
-            )
-        )
-
-    return write
+    sequencerd.variables["SEQUENCERD_CONFIG"] = str(tmp_path / "sequencerd.toml")
+    return partial(write_settings, sequencerd, database)
 
 
 @pytest.fixture
-async def shards(
+async def new_shards(
     database: str, configure: Callable[..., None], tmp_path: Path
 ) -> AsyncIterator[dict[str, asyncpg.Connection]]:
     """Two shards in two schemas of the test's database, without their tables yet."""
@@ -109,9 +109,9 @@ async def logged(daemon: asyncio.subprocess.Process, event: str, shard: str) -> 
 
 
 async def test_one_daemon_serves_all_shards_and_a_missing_one_disturbs_no_other(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
+    new_shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
 ) -> None:
-    a, b = shards["a"], shards["b"]
+    a, b = new_shards["a"], new_shards["b"]
     listen = f"127.0.0.1:{free_port()}"
     sequencerd.variables["SEQUENCERD_HTTP_LISTEN"] = listen
     assert "a: applied 0001" in sequencerd("migrate", "--shard", "a")
@@ -132,7 +132,7 @@ async def test_one_daemon_serves_all_shards_and_a_missing_one_disturbs_no_other(
         await until(b, ALL_ENDED)
         await until_ready(web)
         metrics = (await web.get("/metrics")).text
-        for name in shards:
+        for name in new_shards:
             assert f'sequencerd_ready{{shard="{name}"}} 1.0' in metrics
         assert metrics.count("# TYPE sequencerd_ready gauge") == 1
         assert metrics.count("\nprocess_start_time_seconds ") == 1
@@ -276,16 +276,15 @@ def test_a_stuck_engine_stops_the_watchdog_and_a_missing_shard_does_not(
 
 
 async def test_a_hangup_reloads_the_settings_of_all_and_changes_no_shards(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path
+    shards: dict[str, asyncpg.Connection], sharded: Command, tmp_path: Path
 ) -> None:
-    sequencerd("migrate")
     file = tmp_path / "sequencerd.toml"
     text = file.read_text()
     runner = '[runners.Score]\nurl = "http://127.0.0.1:9/"\n'
     for connection in shards.values():
         await define(connection, "s", ("score", "Score", "{}", None))
         await enroll(connection, "s", "ada")
-    async with running(sequencerd) as daemon:
+    async with running(sharded) as daemon:
         for connection in shards.values():
             await until(connection, FAILED)
         file.write_text(runner + text)
@@ -314,13 +313,12 @@ async def until_ready(web: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("by", ["argument", "instance"])
 async def test_a_daemon_serves_the_shard_of_its_option(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command, by: str
+    shards: dict[str, asyncpg.Connection], sharded: Command, by: str
 ) -> None:
-    sequencerd("migrate")
     arguments = ("--shard", "b") if by == "argument" else ()
     if by == "instance":
-        sequencerd.variables["SEQUENCERD_INSTANCE"] = "b"
-    async with running(sequencerd, *arguments) as daemon:
+        sharded.variables["SEQUENCERD_INSTANCE"] = "b"
+    async with running(sharded, *arguments) as daemon:
         await logged(daemon, "ready", "b")
         await define_and_enroll(shards["a"])
         await define_and_enroll(shards["b"])
@@ -366,49 +364,40 @@ def test_invalid_settings_of_shards(tmp_path: Path) -> None:
 )
 async def test_another_number_or_order_of_shards_is_refused(
     shards: dict[str, asyncpg.Connection],
-    sequencerd: Command,
-    configure: Callable[..., None],
+    sharded: Command,
+    shards_url: str,
     names: tuple[str, ...],
     said: str,
 ) -> None:
-    sequencerd("migrate")
-    configure(*names)
+    write_settings(sharded, shards_url, *names)
     for command in ("migrate", "fdw", f"status --shard {names[0][0]}"):
-        sequencerd(*command.split(), code=2)
-        assert f"shard {names[0][0]}: its schema {said}" in sequencerd.errors, command
-    sequencerd("enroll", "s", "ada", code=2)
-    assert "restore it, leave none out, and let no two lead to the same" in sequencerd.errors
-    assert f"shard: its schema {said}" in sequencerd("doctor", "--shard", names[0][0], code=1)
+        sharded(*command.split(), code=2)
+        assert f"shard {names[0][0]}: its schema {said}" in sharded.errors, command
+    sharded("enroll", "s", "ada", code=2)
+    assert "restore it, leave none out, and let no two lead to the same" in sharded.errors
+    assert f"shard: its schema {said}" in sharded("doctor", "--shard", names[0][0], code=1)
     assert not await shards["a"].fetchval("SELECT to_regnamespace('shard-c') IS NOT NULL")
 
 
-def test_a_daemon_ends_with_such_settings(
-    shards: dict[str, asyncpg.Connection],
-    sequencerd: Command,
-    configure: Callable[..., None],
-) -> None:
-    sequencerd("migrate")
-    configure("b", "a")
-    sequencerd.program("run", code=2)
-    assert "of 2 shards, the settings say number" in sequencerd.errors
-    assert "Traceback" not in sequencerd.errors
+def test_a_daemon_ends_with_such_settings(sharded: Command, shards_url: str) -> None:
+    write_settings(sharded, shards_url, "b", "a")
+    sharded.program("run", code=2)
+    assert "of 2 shards, the settings say number" in sharded.errors
+    assert "Traceback" not in sharded.errors
 
 
 async def test_a_shard_may_have_another_name(
-    shards: dict[str, asyncpg.Connection],
-    sequencerd: Command,
-    configure: Callable[..., None],
+    shards: dict[str, asyncpg.Connection], sharded: Command, shards_url: str
 ) -> None:
-    sequencerd("migrate")
-    configure("x=a", "b")
-    assert sequencerd("migrate").startswith("x: the schema is up to date\n")
-    assert "number 0 of 2 shards, as in the settings" in sequencerd("doctor", "--shard", "x")
+    write_settings(sharded, shards_url, "x=a", "b")
+    assert sharded("migrate").startswith("x: the schema is up to date\n")
+    assert "number 0 of 2 shards, as in the settings" in sharded("doctor", "--shard", "x")
     read = "SELECT number, shards FROM sequencer.shard"
     assert [tuple(await one.fetchrow(read)) for one in shards.values()] == [(0, 2), (1, 2)]
 
 
 async def test_a_new_shard_gets_its_number_only_when_all_answer(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path
+    new_shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path
 ) -> None:
     """Otherwise it would be unknown whether the others are of as many."""
     with (tmp_path / "sequencerd.toml").open("a") as file:
@@ -418,11 +407,11 @@ async def test_a_new_shard_gets_its_number_only_when_all_answer(
         "it gets its number when all other shards answer: shard c: cannot connect"
         in sequencerd.errors
     )
-    assert not await shards["a"].fetchval("SELECT to_regnamespace('sequencer') IS NOT NULL")
+    assert not await new_shards["a"].fetchval("SELECT to_regnamespace('sequencer') IS NOT NULL")
 
 
 async def test_a_shard_is_migrated_with_the_login_of_its_owner(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
+    new_shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
 ) -> None:
     file = tmp_path / "sequencerd.toml"
     there = database.replace("postgres@", "nobody@")
@@ -447,19 +436,17 @@ def test_an_unknown_shard_is_refused(sequencerd: Command, configure: Callable[..
 
 
 async def test_shards_are_used_in_the_order_of_the_settings(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command
+    shards: dict[str, asyncpg.Connection], sharded: Command
 ) -> None:
     """Otherwise two of `apply` could wait for each other."""
-    sequencerd("migrate")
     for names in (["b,a"], ["b", "--shard", "a"], ["b,a,b"]):
-        printed = sequencerd("migrate", "--shard", *names)
+        printed = sharded("migrate", "--shard", *names)
         assert printed == "a: the schema is up to date\nb: the schema is up to date\n"
 
 
 async def test_enroll_finds_the_shard_of_the_subject(
-    shards: dict[str, asyncpg.Connection], sequencerd: Command
+    shards: dict[str, asyncpg.Connection], sharded: Command
 ) -> None:
-    sequencerd("migrate")
     for connection in shards.values():
         await define(
             connection, "s", ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None)
@@ -467,10 +454,10 @@ async def test_enroll_finds_the_shard_of_the_subject(
     names = [f"user-{number}" for number in range(8)]
     own = {name: "ab"[shard_of(name, 2)] for name in names}
     for name in names:
-        assert sequencerd("enroll", "s", name).startswith(f"enrolled as {own[name]}/")
+        assert sharded("enroll", "s", name).startswith(f"enrolled as {own[name]}/")
     for shard, connection in shards.items():
         rows = await connection.fetch("SELECT subject FROM sequencer.enrollments")
         assert {subject for (subject,) in rows} == {name for name in names if own[name] == shard}
-    sequencerd("enroll", "s", "elsewhere", "--shard", "b")
-    sequencerd("enroll", "s", "elsewhere", "--shard", "a,b", code=2)
-    assert "the single shard of the subject" in sequencerd.errors
+    sharded("enroll", "s", "elsewhere", "--shard", "b")
+    sharded("enroll", "s", "elsewhere", "--shard", "a,b", code=2)
+    assert "the single shard of the subject" in sharded.errors
