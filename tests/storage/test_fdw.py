@@ -49,31 +49,45 @@ async def prepare(shard: Shard) -> None:
 
 @pytest.fixture
 async def shards(clusters: list[str]) -> AsyncIterator[dict[str, asyncpg.Connection]]:
-    """A connection to a new database of each server."""
+    """A connection to each server, without enrollments of former tests."""
     found = {}
     for name, url, schema in zip(NAMES, clusters, SCHEMAS, strict=True):
-        await execute(with_database(url, "postgres"), "CREATE DATABASE shard TEMPLATE app")
-        found[name] = await connect(Shard(with_database(url, "shard"), schema))
+        found[name] = await connect(Shard(url, schema))
+        await found[name].execute("TRUNCATE sequencer.enrollments, sequencer.events")
     yield found
-    for url, connection in zip(clusters, found.values(), strict=True):
+    for connection in found.values():
         await connection.close()
-        await execute(url, "DROP DATABASE shard WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def application_url(clusters: list[str]) -> str:
+    """The URL of the front, in a database of the first server."""
+    url = with_database(clusters[0], "front")
+
+    async def make() -> None:
+        await execute(clusters[0], "CREATE DATABASE front")
+        connection = await connect_to_front(url)
+        places = map(Shard, clusters, SCHEMAS)
+        await connection.execute(front(dict(zip(NAMES, places, strict=True))))
+        await connection.close()
+
+    asyncio.run(make())
+    return url
+
+
+async def connect_to_front(url: str) -> asyncpg.Connection:
+    """Connect to where the schema is sequencer in any case."""
+    return await asyncpg.connect(url, connection_class=asyncpg.Connection)
 
 
 @pytest.fixture
 async def application(
-    clusters: list[str], shards: dict[str, asyncpg.Connection]
+    application_url: str, shards: dict[str, asyncpg.Connection]
 ) -> AsyncIterator[asyncpg.Connection]:
     """An application's connection to the front."""
-    await execute(clusters[0], "CREATE DATABASE front")
-    url = with_database(clusters[0], "front")  # whose schema is sequencer in any case
-    connection = await asyncpg.connect(url, connection_class=asyncpg.Connection)
-    urls = [with_database(url, "shard") for url in clusters]
-    places = map(Shard, urls, SCHEMAS)
-    await connection.execute(front(dict(zip(NAMES, places, strict=True))))
+    connection = await connect_to_front(application_url)
     yield connection
     await connection.close()
-    await execute(clusters[0], "DROP DATABASE front WITH (FORCE)")
 
 
 async def subjects(shards: dict[str, asyncpg.Connection], where: str = "true") -> list[set[str]]:
