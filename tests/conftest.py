@@ -30,8 +30,10 @@ from tests.helpers.command_line import Command
 from tests.helpers.copies import Copies
 from tests.helpers.databases import (
     FAST_SETTINGS,
+    INITIALIZED,
     SCHEMA,
     Administrator,
+    initialize_server,
     introspect_once,
     server_folder,
     shard,
@@ -68,6 +70,7 @@ pytest_plugins = ("tests.helpers.packages", "tests.helpers.shards")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(leftovers)
+    config.add_cleanup(INITIALIZED.close)
     if config.getoption("durations"):
         config.pluginmanager.register(costs)
         config.pluginmanager.register(costs.Costs())
@@ -117,9 +120,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[str]:
     if url := SERVER:
         yield url
         return
-    with server_folder() as folder, embedded.running(folder, settings=FAST_SETTINGS) as started:
-        costs.watch_postgresql(request.config, started.data)
-        yield started.url
+    with server_folder() as folder:
+        initialize_server(folder)
+        with embedded.running(folder, settings=FAST_SETTINGS) as started:
+            costs.watch_postgresql(request.config, started.data)
+            yield started.url
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sequencerd.storage.embedded import PostgresPrograms
-from tests.helpers.databases import FAST_SETTINGS, server_folder
+from tests.helpers.databases import FAST_SETTINGS, cluster_data, copy_data, server_folder
 
 INSTALLED_FOLDER = Path("/usr/lib/postgresql")
 """Where Debian's packages are."""
@@ -83,9 +83,7 @@ def stoppable(programs: PostgresPrograms, **settings: str) -> Iterator[Cluster]:
         data = folder / "data"
         if programs.user:
             shutil.chown(folder, programs.user.pw_uid, programs.user.pw_gid)
-        programs.run(
-            "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"
-        )
+        copy_data(cluster_data(programs), data)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         places = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": ""}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit, urlunsplit
@@ -17,7 +19,9 @@ import asyncpg
 import pytest
 
 from sequencerd import settings
+from sequencerd.storage import embedded
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.embedded import PostgresPrograms
 
 FAST_SETTINGS = {
     "fsync": "off",
@@ -45,6 +49,39 @@ def server_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+INITIALIZED = ExitStack()
+"""The data that servers are started with, until the end of all tests."""
+
+
+def initialize_server(folder: Path) -> None:
+    """Give the embedded server in a folder its data: a copy takes a tenth of the time of initdb."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copy_data(_embedded_data(), folder / "data")
+
+
+@functools.cache
+def _embedded_data() -> Path:
+    folder = INITIALIZED.enter_context(server_folder())
+    with embedded.running(folder, settings=FAST_SETTINGS) as server:
+        return server.data
+
+
+@functools.cache
+def cluster_data(programs: PostgresPrograms) -> Path:
+    """The data of a new cluster without databases of its own, to be copied."""
+    folder = INITIALIZED.enter_context(server_folder())
+    if programs.user:
+        shutil.chown(folder, programs.user.pw_uid, programs.user.pw_gid)
+    data = folder / "data"
+    programs.run("initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync")
+    return data
+
+
+def copy_data(data: Path, target: Path) -> None:
+    """Copy the data of a server that does not run, with their owner."""
+    subprocess.run(["cp", "-a", data, target], check=True)
 
 
 def with_database(url: str, name: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from sequencerd.storage import embedded
 from sequencerd.storage.embedded import EmbeddedError, EmbeddedServer
-from tests.helpers.databases import FAST_SETTINGS
+from tests.helpers.databases import FAST_SETTINGS, initialize_server
 
 
 @pytest.fixture
@@ -39,6 +39,7 @@ def postmaster(server: EmbeddedServer) -> int | None:
 
 
 async def test_the_last_user_stops_the_server(folder: Path) -> None:
+    initialize_server(folder)
     with embedded.running(folder, settings=FAST_SETTINGS) as first:
         assert "PostgreSQL 18" in await version(first)
         pid = postmaster(first)
@@ -49,6 +50,7 @@ async def test_the_last_user_stops_the_server(folder: Path) -> None:
 
 
 async def test_the_server_is_found_after_a_crash(folder: Path) -> None:
+    initialize_server(folder)
     with embedded.running(folder, settings=FAST_SETTINGS) as server:
         pid = postmaster(server)
         assert pid
@@ -59,7 +61,9 @@ async def test_the_server_is_found_after_a_crash(folder: Path) -> None:
 
 
 async def test_a_data_folder_with_a_long_path_works(folder: Path) -> None:
-    with embedded.running(folder / ("long" * 30), settings=FAST_SETTINGS) as server:
+    long = folder / ("long" * 30)
+    initialize_server(long)
+    with embedded.running(long, settings=FAST_SETTINGS) as server:
         assert "PostgreSQL" in await version(server)
 
 
