@@ -278,6 +278,7 @@ class World(RuleBasedStateMachine):
         self.runner, self.clock = TaskRunner(), Ahead()
         self.daemon = Daemon(self.url, self.runner, self.clock)
         self._loop = asyncio.Runner()
+        self.is_new = True  # the daemon, which has only read what there was
 
     @initialize()
     def begin(self) -> None:
@@ -308,6 +309,7 @@ class World(RuleBasedStateMachine):
         return self._loop.run(work)
 
     def _do(self, statement: str, *parameters: object) -> Any:
+        self.is_new = False
         return self._wait_for(self.connection.fetchval(statement, *parameters))
 
     @rule(mode=st.sampled_from(MODES), paid=st.booleans(), vip=st.booleans(), told=st.booleans())
@@ -335,6 +337,7 @@ class World(RuleBasedStateMachine):
     @rule(hours=st.integers(1, 6))
     def pass_time(self, hours: int) -> None:
         """Unless a lease would run out under a daemon that lives."""
+        self.is_new = False
         self.model.now += hours
         self.clock.hours = self.model.now
         self._wait_for(self.daemon.engine.sweep())
@@ -408,9 +411,11 @@ class World(RuleBasedStateMachine):
     def reevaluate(self) -> None:
         self._do("NOTIFY sequencer")
 
+    @precondition(lambda self: self.model.enrollments and not self.is_new)
     @rule()
     def crash(self) -> None:
-        """The daemon is gone, and another one comes."""
+        """The daemon is gone, and another one comes: a start costs as much as five other rules."""
+        self.is_new = True
         self.model.hanging.clear()
         self._wait_for(self.daemon.crash())
         self._wait_for(self.daemon.start())
