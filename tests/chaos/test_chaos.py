@@ -31,44 +31,27 @@ from sequencerd.storage.migrations import Migration, available
 from tests.chaos.checker import check
 from tests.chaos.world import (
     CONNECT,
+    FIRST,
     IS_SHORT,
     LEASE,
+    SECONDS,
     Proxy,
     Server,
     World,
+    create,
     living,
     pair_of_servers,
-    serving,
 )
 from tests.helpers.command_line import start_sequencerd
-from tests.helpers.databases import server_folder, shard
+from tests.helpers.databases import shard
 from tests.helpers.engines import until
 from tests.helpers.pooler import pgbouncer
 from tests.helpers.releases import copy_release, next_migration, previous_release
 from tests.helpers.waiting import PATIENCE, eventually
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "3"))
-FIRST = int(os.environ.get("CHAOS_SEED", "1"))
-ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
-
 REPOSITORY = Path(__file__).parent.parent.parent
 
 Fault = Callable[[World], Coroutine[None, None, None]]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with server_folder() as folder, serving(folder) as started:
-        yield started
-
-
-@pytest.fixture(params=range(FIRST, FIRST + ROUNDS))
-async def world(
-    server: Server, tmp_path: Path, request: pytest.FixtureRequest
-) -> AsyncIterator[World]:
-    async with living(server.url, tmp_path, request.param) as made:
-        made.server = server
-        yield made
 
 
 async def breaking(
@@ -118,12 +101,12 @@ async def freeze(world: World) -> None:
 
 
 async def test_daemons_are_killed(world: World) -> None:
-    world.sink.slow = 0.05
+    world.sink.slow = 0.1
     await breaking(world, kill, every=1)
 
 
 async def test_daemons_freeze(world: World) -> None:
-    world.sink.slow = 0.05
+    world.sink.slow = 0.1
     await breaking(world, freeze, every=0.5)
 
 
@@ -333,7 +316,8 @@ async def test_a_standby_takes_over(pair: Pair, tmp_path: Path) -> None:
     async def fail_over(world: World) -> None:
         await asyncio.to_thread(pair.fail_over)
 
-    async with living(pair.url, tmp_path, FIRST) as world:
+    database = await create(pair.url, "chaos")
+    async with living(database, tmp_path, FIRST) as world:
         await breaking(world, fail_over, every=SECONDS / 2, daemons=2, times=1)
 
 
@@ -377,7 +361,8 @@ async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
             await asyncio.to_thread(small.start)
 
     with stack:
-        async with living(small.url, tmp_path, FIRST) as world:
+        database = await create(small.url, "chaos")
+        async with living(database, tmp_path, FIRST) as world:
             await breaking(world, fill, every=1)
         assert "No space left on device" in (small_disk / "server/log").read_text()
 
@@ -427,7 +412,7 @@ def next_version(folder: Path) -> tuple[Path, Migration]:
 
 
 @pytest.fixture
-async def released(server: Server, tmp_path: Path) -> AsyncIterator[World]:
+async def released(breakable: Server, tmp_path: Path) -> AsyncIterator[World]:
     """With the schema and the daemons of the last release; before the first, those of this tree."""
     release = previous_release((REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
     code = REPOSITORY
@@ -437,8 +422,9 @@ async def released(server: Server, tmp_path: Path) -> AsyncIterator[World]:
         except subprocess.CalledProcessError:
             pytest.skip(f"git has no tag v{release} here; run: git fetch --tags")
     migrations = [one for one in available() if (code / "sql" / one.name).exists()]
-    async with living(server.url, tmp_path, FIRST, migrations) as made:
-        made.server = server
+    database = await create(breakable.url, tmp_path.name, migrations)
+    async with living(database, tmp_path, FIRST) as made:
+        made.server = breakable
         made.code = code
         yield made
 

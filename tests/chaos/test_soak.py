@@ -20,8 +20,7 @@ import pytest
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.engine.loop import Engine
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
-from tests.chaos.test_chaos import SECONDS, server, world  # noqa: F401 - fixtures
-from tests.chaos.world import CONNECT, World
+from tests.chaos.world import CONNECT, SECONDS, World
 from tests.helpers.engines import ALL_ENDED, Recorder, running_engine, until
 
 RATE = 50  # enrollments a second
@@ -72,7 +71,7 @@ class Forgetful(Recorder):
         return [await self.behaviour(task) for task in tasks]
 
 
-async def test_nothing_grows(world: World, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+async def test_nothing_grows(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "asyncpg")  # pytest keeps what is logged, with its frames
     rng = random.Random(world.rng.random())
 
@@ -161,7 +160,7 @@ async def notify(connection: asyncpg.Connection, _: World, rng: random.Random) -
         await connection.execute("SELECT pg_notify('sequencer', $1)", payload)
 
 
-async def crowd(_: asyncpg.Connection, world: World, __: random.Random) -> None:  # noqa: F811
+async def crowd(_: asyncpg.Connection, world: World, __: random.Random) -> None:
     taken: list[asyncpg.Connection] = []
     with suppress(*TRANSIENT_ERRORS):
         while len(taken) < 100:
@@ -171,7 +170,7 @@ async def crowd(_: asyncpg.Connection, world: World, __: random.Random) -> None:
         one.terminate()
 
 
-async def restart(_: asyncpg.Connection, world: World, rng: random.Random) -> None:  # noqa: F811
+async def restart(_: asyncpg.Connection, world: World, rng: random.Random) -> None:
     world.server.kill(rng.choice(RESTART))
     await asyncio.to_thread(world.server.start)
 
@@ -180,7 +179,7 @@ FAULTS = (terminate, refuse, lock, truncate, edit, notify, crowd, restart)
 
 
 def partial_fault(
-    world: World,  # noqa: F811
+    world: World,
     rng: random.Random,
     fault: Callable[[asyncpg.Connection, World, random.Random], Awaitable[None]],
 ) -> Callable[[], Awaitable[None]]:

@@ -28,7 +28,12 @@ from sequencerd.storage import embedded, migrate
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.migrations import Migration
 from tests.helpers.command_line import start_sequencerd
-from tests.helpers.databases import execute, server_folder, with_database
+from tests.helpers.databases import (
+    execute,
+    initialize_server,
+    server_folder,
+    with_database,
+)
 from tests.helpers.engines import define, until
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
@@ -36,8 +41,12 @@ from tests.helpers.waiting import PATIENCE
 IS_SHORT = "CHAOS_SECONDS" not in os.environ
 """Whether it is a part of all tests, which takes seconds for each scenario, or `make chaos`."""
 
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "3"))
+FIRST = int(os.environ.get("CHAOS_SEED", "1"))
+ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
+
 LEASE = 3  # seconds
-RATE = 20 if IS_SHORT else 80  # enrollments a second
+RATE = 10 if IS_SHORT else 80  # enrollments a second
 CONNECT = TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
@@ -82,6 +91,8 @@ class Server:
         self._folder = folder
         self._stack = stack
         self._settings = SERVER | settings
+        if not (folder / "data").exists():
+            initialize_server(folder)
         self._server = self._started()
 
     def _started(self) -> embedded.EmbeddedServer:
@@ -346,18 +357,26 @@ class World:
             assert code in ended, (code, daemon.log.read_text()[-2000:])
 
 
-@asynccontextmanager
-async def living(
-    url: str, folder: Path, seed: int, migrations: Sequence[Migration] | None = None
-) -> AsyncIterator[World]:
-    """A world with a database of its own, and no daemons; `migrations`: an older version's."""
-    name = f"chaos_{folder.name.replace('-', '_')}"[:60]
+async def create(url: str, name: str, migrations: Sequence[Migration] | None = None) -> str:
+    """Make a database with the sequence; `migrations`: an older version's. Return its URL."""
     await execute(url, f'CREATE DATABASE "{name}"')
     database = with_database(url, name)
     connection = await asyncpg.connect(database)
     await migrate.migrate(connection, migrations)
     await define(connection, "chaos", *STEPS)
     await connection.close()
+    return database
+
+
+async def copy(url: str, template: str, name: str) -> str:
+    """Make a copy of a database. Return its URL."""
+    await execute(url, f'CREATE DATABASE "{name}" TEMPLATE {template} STRATEGY file_copy')
+    return with_database(url, name)
+
+
+@asynccontextmanager
+async def living(database: str, folder: Path, seed: int) -> AsyncIterator[World]:
+    """A world on a database of its own, and no daemons."""
     world = World(database, folder, seed)
     loop = asyncio.get_running_loop()
     mail = await loop.create_server(lambda: Mail(world.sink), "127.0.0.1", 0)
