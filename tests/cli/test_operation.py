@@ -18,7 +18,7 @@ import pytest
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
 from tests.helpers.command_line import Command, start_sequencerd
-from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
+from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.waiting import PATIENCE
 
 DAYS = '{"amount": 3, "unit": "days"}'
@@ -296,19 +296,13 @@ async def test_a_running_engine_applies_changes_at_once(
 async def test_a_side_effect_in_progress_is_not_waited_for(
     sequencerd: Command, database: str, defined: asyncpg.Connection
 ) -> None:
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    async def behave(_: Task) -> Result:
-        begun.set()
-        await go_on.wait()
-        return Answer(message="sent")
-
-    async with running_engine(database, {"Note": Recorder(behave)}):
+    held = Held(Answer(message="sent"))
+    async with running_engine(database, {"Note": Recorder(held)}):
         id_ = await enroll(defined, "s", "ada")
-        await begun.wait()
+        await held.begun.wait()
         text = await asyncio.to_thread(sequencerd, "cancel", str(id_))
         assert "1 were executing a side effect, which is not undone" in text
-        go_on.set()
+        held.released.set()
         late = "SELECT count(*) = 1 FROM sequencer.events WHERE action = 'stale_result'"
         await until(defined, late)
     assert (await row(defined, id_))["status"] == "cancelled"

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Result, Task
 from tests.helpers.databases import with_login
-from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
+from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.waiting import PATIENCE
 
 NO_BAD_ONE = (
@@ -228,17 +227,11 @@ async def test_a_cancelled_side_effect_in_flight_moves_nothing_and_locks_are_wai
 ) -> None:
     await define(connection, "b", ("note", "Note", "{}", "wait"), DAYS)
     await define(connection, "a", ("stop", "Cancel", '{"sequence": "b"}', None))
-    started, ends = asyncio.Event(), asyncio.Event()
-
-    async def hold(_: Task) -> Result:
-        started.set()
-        await ends.wait()
-        return Answer()
-
+    held = Held()
     other = await asyncpg.connect(database)
-    async with running_engine(database, {"Note": Recorder(hold)}):
+    async with running_engine(database, {"Note": Recorder(held)}):
         target = await enroll(connection, "b", "ada")
-        await started.wait()
+        await held.begun.wait()
         async with other.transaction():
             await other.execute(
                 "SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", target
@@ -251,7 +244,7 @@ async def test_a_cancelled_side_effect_in_flight_moves_nothing_and_locks_are_wai
                 " WHERE sequence = 'a' AND status = 'completed'",
             )
         await until(connection, ENDED)
-        ends.set()
+        held.released.set()
         await until(
             connection,
             "SELECT EXISTS (SELECT FROM sequencer.events"
@@ -322,20 +315,14 @@ async def test_items_that_arrive_during_the_send_are_sent_next(
         ("collect", "Collect", '{"quiet": {"milliseconds": 1}}', "mail"),
         ("mail", "Note", "{}", None),
     )
-    started, ends = asyncio.Event(), asyncio.Event()
-
-    async def hold(_: Task) -> Result:
-        started.set()
-        await ends.wait()
-        return Answer()
-
-    runner = Recorder(hold)
+    held = Held()
+    runner = Recorder(held)
     add = "SELECT sequencer.collect('digest', 'ada', $1)"
     async with running_engine(database, {"Note": runner}):
         id_ = await connection.fetchval(add, '"first"')
-        await started.wait()
+        await held.begun.wait()
         assert await connection.fetchval(add, '"second"') == id_
-        ends.set()
+        held.released.set()
         await until(connection, "SELECT bool_and(status = 'completed') FROM sequencer.enrollments")
     assert [view["data"]["batch"] for view in runner.views] == [["first"], ["second"]]
 

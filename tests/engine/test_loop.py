@@ -28,6 +28,7 @@ from tests.helpers import servers
 from tests.helpers.databases import SCHEMA, shard
 from tests.helpers.engines import (
     ALL_ENDED,
+    Held,
     Recorder,
     define,
     enroll,
@@ -658,14 +659,8 @@ async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(databa
 async def test_a_side_effect_is_finished_before_goals_are_checked(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    started, go_on = asyncio.Event(), asyncio.Event()
-
-    async def slow(task: Task) -> Result:
-        started.set()
-        await go_on.wait()
-        return Answer(message="done")
-
-    recorder = Recorder(slow)
+    held = Held(Answer(message="done"))
+    recorder = Recorder(held)
     async with running_engine(database, {"Slow": recorder}):
         await define(
             connection,
@@ -675,9 +670,9 @@ async def test_a_side_effect_is_finished_before_goals_are_checked(
             ("paid", "Goal", PAID, None),
         )
         id_ = await enroll(connection, "s", "ada")
-        await started.wait()
+        await held.begun.wait()
         await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
-        go_on.set()
+        held.released.set()
         await until(connection, ENDED, id_)
     assert recorder.visits == [f"{id_}:1"]
     assert await way(connection, id_) == [
@@ -691,19 +686,13 @@ async def test_a_side_effect_is_finished_before_goals_are_checked(
 async def test_a_result_after_a_cancel_is_recorded_and_moves_nothing(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    started, go_on = asyncio.Event(), asyncio.Event()
-
-    async def slow(task: Task) -> Result:
-        started.set()
-        await go_on.wait()
-        return Answer(message="sent to ada")
-
-    async with running_engine(database, {"Slow": Recorder(slow)}):
+    held = Held(Answer(message="sent to ada"))
+    async with running_engine(database, {"Slow": Recorder(held)}):
         await define(connection, "s", ("work", "Slow", "{}", None))
         id_ = await enroll(connection, "s", "ada")
-        await started.wait()
+        await held.begun.wait()
         await connection.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
-        go_on.set()
+        held.released.set()
         await until(
             connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'stale_result')"
         )

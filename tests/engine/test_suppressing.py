@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import asyncpg
 
 from sequencerd.core.model import Answer, Failed, Result, Task, Undeliverable
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 
 GONE = Undeliverable("email", "Ada@X.org", "550 5.1.1 User unknown")
 ENTRIES = "SELECT channel, address, topic, reason, source FROM sequencer.suppressions ORDER BY 2"
@@ -43,19 +41,13 @@ async def test_suppressions_are_written_with_the_result(
 async def test_a_stale_result_suppresses_the_address(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    begun, moved = asyncio.Event(), asyncio.Event()
-
-    async def answer(_: Task) -> Result:
-        begun.set()
-        await moved.wait()
-        return Failed("refused", permanent=True, undeliverable=(GONE,))
-
-    async with running_engine(database, {"Work": Recorder(answer)}):
+    held = Held(Failed("refused", permanent=True, undeliverable=(GONE,)))
+    async with running_engine(database, {"Work": Recorder(held)}):
         await define(connection, "s", ("work", "Work", "{}", None))
         await enroll(connection, "s", "ada")
-        await begun.wait()
+        await held.begun.wait()
         await connection.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
-        moved.set()
+        held.released.set()
         await until(
             connection, "SELECT EXISTS (SELECT FROM sequencer.events WHERE action = 'stale_result')"
         )

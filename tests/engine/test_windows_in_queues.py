@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Limits, Result, Task
+from sequencerd.core.model import Failed, Limits, Result, Task
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.databases import with_login
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 from tests.helpers.servers import HOST, smtp_server
 
 ALL_WAIT = (
@@ -37,14 +36,8 @@ async def set_window(connection: asyncpg.Connection, window: dict[str, Any] | No
 async def test_queued_side_effects_wait_when_the_window_closes(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    begun, released = asyncio.Event(), asyncio.Event()
-
-    async def blocks(_task: Task) -> Result:
-        begun.set()
-        await released.wait()
-        return Answer()
-
-    runner = Recorder(blocks, batch_size=1, concurrency=1)
+    held = Held()
+    runner = Recorder(held, batch_size=1, concurrency=1)
     async with running_engine(database, {"Work": runner}):
         await define(connection, "s", ("work", "Work", "{}", None))
         closes = datetime.now(UTC) + timedelta(seconds=5)
@@ -53,10 +46,10 @@ async def test_queued_side_effects_wait_when_the_window_closes(
         )
         for n in range(6):
             await enroll(connection, "s", f"user-{n}")
-        await begun.wait()
+        await held.begun.wait()
         await until(connection, "SELECT count(*) > 1 FROM sequencer.enrollments WHERE attempt = 1")
         await until(connection, "SELECT clock_timestamp() > $1", closes)
-        released.set()
+        held.released.set()
         await until(connection, "SELECT count(*) = 5 FROM sequencer.enrollments WHERE attempt = 0")
         await until(connection, ALL_WAIT, 5)
         assert await connection.fetchval(TOMORROW)

@@ -31,6 +31,19 @@ from tests.helpers.waiting import PATIENCE, eventually
 Behaviour = Callable[[Task], Awaitable[Result]]
 
 
+class Held:
+    """The behaviour of a side effect that has `begun`, and ends when it is `released`."""
+
+    def __init__(self, result: Result | None = None) -> None:
+        self.begun, self.released = asyncio.Event(), asyncio.Event()
+        self._result = result or Answer()
+
+    async def __call__(self, _: Task) -> Result:
+        self.begun.set()
+        await self.released.wait()
+        return self._result
+
+
 class Recorder:
     """A runner that keeps the keys it was given, and answers what the test wants."""
 

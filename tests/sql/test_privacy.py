@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Result, Task
+from sequencerd.core.model import Answer
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.command_line import Command
-from tests.helpers.engines import Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until
 
 EMAIL, PHONE, SUBJECT = "ada.l@example.com", "+49 151 234567-8", "customer-4711"
 NUMBER = "+491512345678"
@@ -256,29 +255,23 @@ async def test_data_of_other_subjects_stay_and_are_reported(held: asyncpg.Connec
 async def test_nothing_is_forgotten_while_a_side_effect_runs(
     connection: asyncpg.Connection, database: str
 ) -> None:
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    async def behave(_: Task) -> Result:
-        begun.set()
-        await go_on.wait()
-        return Answer(message="sent")
-
+    held = Held(Answer(message="sent"))
     await define(
         connection,
         "s",
         ("send", "Note", "{}", "wait"),
         ("wait", "WaitForDuration", '{"amount": 3, "unit": "days"}', None),
     )
-    async with running_engine(database, {"Note": Recorder(behave)}):
+    async with running_engine(database, {"Note": Recorder(held)}):
         id_ = await enroll(connection, "s", "ada")
-        await begun.wait()
+        await held.begun.wait()
         with pytest.raises(asyncpg.ObjectInUseError) as refused:
             await forget(connection, "ada")
         assert f"nothing was forgotten: enrollment {id_} is executing step 'send'" in str(
             refused.value
         )
         assert "Try again when the side effect, or its daemon" in (refused.value.hint or "")
-        go_on.set()
+        held.released.set()
         await until(connection, "SELECT step = 'wait' FROM sequencer.enrollments")
         done = await forget(connection, "ada")
         assert done["enrollments"] == 1
