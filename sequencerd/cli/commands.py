@@ -292,11 +292,9 @@ async def connected(
     shard: Shard, *, seconds: float | None = None
 ) -> AsyncIterator[asyncpg.Connection]:
     """Connect like `connect`, and close the connection at the end of the context."""
-    connection = await connect(shard, seconds=seconds)
-    try:
+    async with connections.connected(shard, seconds=seconds) as connection:
+        await migrate.check(connection, shard.number)
         yield connection
-    finally:
-        await connection.close()
 
 
 @asynccontextmanager

@@ -1,11 +1,11 @@
-"""Runners for the servers of tests."""
+"""Runners for the servers of tests, and their results."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
 from typing import Any
 
-from sequencerd.core.model import CALL_LIMITS, DEFAULT_RETRY, Limits, RetryPolicy
+from sequencerd.core.model import CALL_LIMITS, DEFAULT_RETRY, Failed, Limits, Result, RetryPolicy
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, HttpEndpoint
 
 
@@ -25,3 +25,9 @@ def http_runner(
         url, timeout=limits.timeout, connections=limits.concurrency, http2=http2, **options
     )
     return BatchRunner(endpoint, name=name, limits=limits, batch_bytes=batch_bytes, retry=retry)
+
+
+def failed(result: Result) -> Failed:
+    """The result, which is a failure."""
+    assert isinstance(result, Failed), result
+    return result

@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import pytest
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Result, View
+from sequencerd.core.model import Action, Answer, DefinitionError, Result, View
 from sequencerd.runners.http import BatchRunner
 from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, is_public
 from tests.helpers import servers
-from tests.helpers.runners import http_runner
+from tests.helpers.runners import failed, http_runner
 from tests.helpers.servers import (
     HOST,
     KEY,
@@ -69,12 +69,6 @@ async def run(answer: servers.Answer | Sequence[Any], *ids: int, **options: Any)
     async with http_server(fixed(answer)) as server, runner(server, **options) as made:
         tasks = [task(id_) for id_ in ids or (7,)]
         return list(await made.run(made.compile({}), tasks))
-
-
-def failed(result: Result) -> Failed:
-    """The result, which is a failure."""
-    assert isinstance(result, Failed), result
-    return result
 
 
 async def test_numbers_are_sent_as_postgresql_has_them() -> None:

@@ -20,6 +20,7 @@ from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import Settings
+from tests.helpers.runners import failed
 from tests.helpers.servers import KEY, task
 
 
@@ -29,12 +30,6 @@ async def run(function: Callable[..., Any], *ids: int, config: Any = None) -> li
     results = await made.run(made.compile(config or {}), [task(id_) for id_ in ids or (7,)])
     await made.close()
     return list(results)
-
-
-def failed(result: Result) -> Failed:
-    """The result, which is a failure."""
-    assert isinstance(result, Failed), result
-    return result
 
 
 async def test_a_function_sees_the_config_and_the_enrollment() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, DefinitionError, Failed, Result, Suppressed
+from sequencerd.core.model import Answer, DefinitionError, Result, Suppressed
 from sequencerd.runners.email import attachments
 from sequencerd.runners.email.attachments import (
     AttachmentError,
@@ -23,6 +23,7 @@ from sequencerd.runners.email.attachments import (
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers import servers
+from tests.helpers.runners import failed
 from tests.helpers.servers import HOST, HttpServer, Mailbox, Request, http_server, smtp_server, task
 
 MAIL = {"from": "a@example.com", "to": "{{data.to}}", "subject": "Hello", "text": "Dear"}
@@ -51,11 +52,6 @@ async def send(
 ) -> Result:
     program = runner.compile({**MAIL, **(config or {}), "attachments": list(attached)})
     (result,) = await runner.run(program, [task(to="ada@example.com", **data)])
-    return result
-
-
-def failed(result: Result) -> Failed:
-    assert isinstance(result, Failed), result
     return result
 
 

@@ -28,6 +28,7 @@ from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import MailTransport
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers import servers
+from tests.helpers.runners import failed
 from tests.helpers.servers import (
     DIGEST,
     HOST,
@@ -74,12 +75,6 @@ async def send(
     data = {"email": "ada@example.com", "name": "Ada", **data}
     async with runner(server, query) as made:
         (result,) = await made.run(made.compile(BASIC | (config or {})), [task(**data)])
-    return result
-
-
-def failed(result: Result) -> Failed:
-    """The result, which is a failure."""
-    assert isinstance(result, Failed), result
     return result
 
 

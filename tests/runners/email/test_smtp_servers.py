@@ -24,6 +24,7 @@ from sequencerd.runners.email.pending import DATA_KEY
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp_connect import check_hello_name
 from tests.helpers import servers
+from tests.helpers.runners import failed
 from tests.helpers.servers import HOST, Request, Script, certificate, http_server, scripted, task
 
 CONFIG = {"from": "hi@example.com", "to": "{{data.email}}", "subject": "x", "text": "x"}
@@ -50,12 +51,6 @@ async def send(
     """Sends one message, of which a part may be left."""
     data |= {"email": email, DATA_KEY: pending}
     (result,) = await made.run(made.compile(CONFIG | (config or {})), [task(**data)])
-    return result
-
-
-def failed(result: Result) -> Failed:
-    """The result, which is a failure."""
-    assert isinstance(result, Failed), result
     return result
 
 

@@ -13,6 +13,7 @@ import pytest
 from sequencerd.core.model import Answer, DefinitionError, Failed, Result
 from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner, rest_of_day
 from tests.helpers import servers
+from tests.helpers.runners import failed
 from tests.helpers.servers import KEY, HttpServer, Request, http_server, task
 
 BASIC = {"from": "+11231231234", "to": "{{data.phone}}", "message": "Hello <{{data.name}}>"}
@@ -38,12 +39,6 @@ async def send(
         (result,) = await made.run(made.compile(config or BASIC), [task(**data)])
         await made.close()
     return result, server
-
-
-def failed(result: Result) -> Failed:
-    """The result, which is a failure."""
-    assert isinstance(result, Failed), result
-    return result
 
 
 async def test_a_message_as_twilio_wants_it() -> None:
