@@ -390,10 +390,14 @@ class Engine:
         # the server searches while the definitions are compiled
         async with concurrently(self._first_wakes(whole=whole)) as searching:
             self.catalog.want()
-            await self.catalog.reload()
+            changed = await self.catalog.reload()
             self._report_braked()
             async with connections.borrow(self._pool) as connection:
                 self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
+                # enrollments may have come to new steps since the search; at the start, a poll
+                # finds them
+                if changed and not whole:
+                    self._report_wakes(await first_wakes_of(connection, changed), is_later=True)
             wakes = await searching
         self._report_wakes(wakes)
         now = self._clock.now()

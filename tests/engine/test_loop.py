@@ -14,13 +14,23 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Action, Answer, Failed, Fence, NotStarted, Result, Task, View
-from sequencerd.engine import claims
+from sequencerd.core.model import (
+    Action,
+    Answer,
+    Failed,
+    Fence,
+    NotStarted,
+    Result,
+    StepKey,
+    Task,
+    View,
+)
+from sequencerd.engine import claims, loop
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
-from sequencerd.storage import connections, locking, wakes, writes
+from sequencerd.storage import connections, locking, sequences, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.core.test_advance import at
@@ -1244,6 +1254,45 @@ async def test_a_failure_that_is_written_after_its_step_was_defined_is_resumed(
         )
     actions = await way(connection, id_)
     assert actions == ["leave enrolled", "leave jump", "x failed", "x resumed"]
+
+
+async def test_an_enrollment_in_a_new_sequence_is_claimed_though_a_sweep_reads_the_definition(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives after the sweep has read the wake times, and before it reads the definition."""
+    searched, notified, read_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    search, read = wakes.first_wakes, sequences.read_revisions
+
+    async def searching(*arguments: Any) -> Any:
+        try:
+            return await search(*arguments)
+        finally:
+            searched.set()
+
+    async def reading(*arguments: Any) -> Any:
+        await read_on.wait()
+        return await read(*arguments)
+
+    async with running_engine(database, sweep=3600) as engine:
+        await until(connection, BELL_IS_ON)
+        check = engine._check_soon
+
+        def checking(step_key: StepKey) -> None:
+            check(step_key)
+            notified.set()
+
+        monkeypatch.setattr(engine, "_check_soon", checking)
+        monkeypatch.setattr(loop, "first_wakes", searching)
+        monkeypatch.setattr(sequences, "read_revisions", reading)
+        sweeping = asyncio.create_task(engine.sweep(whole=False))
+        async with asyncio.timeout(PATIENCE):
+            await searched.wait()
+            await define(connection, "s", ("a", "GoTo", "{}", None))
+            await enroll(connection, "s", "ada")
+            await notified.wait()
+        read_on.set()
+        await sweeping
+        await until(connection, ALL_ENDED)
 
 
 async def test_it_is_ready_while_the_history_is_locked(
