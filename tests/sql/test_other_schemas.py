@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg
@@ -17,7 +17,8 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command
-from tests.helpers.databases import in_usual_schema, with_database
+from tests.helpers.copies import Copies
+from tests.helpers.databases import Administrator, in_usual_schema, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.sql.test_golden_schema import GOLDEN, describe
 
@@ -28,12 +29,36 @@ NAME = 'My "Größe" {x} №1; --. /*'.ljust(59, "x")
 QUOTED = '"' + NAME.replace('"', '""') + '"'
 
 
+@pytest.fixture(scope="module")
+def copies_with_other(server: str, administrator: Administrator, template: str) -> Iterator[Copies]:
+    """Copies of a database with the usual schema and the other one."""
+    name = administrator.create(template)
+
+    async def make() -> None:
+        opened = await connections.connect(Shard(with_database(server, name), NAME))
+        await migrate.migrate(opened)
+        await migrate.grant(opened)
+        await opened.close()
+
+    asyncio.run(make())
+    made = Copies(administrator, server, name)
+    yield made
+    made.close()
+    administrator.drop(name)
+
+
 @pytest.fixture
-async def other(connection: asyncpg.Connection, database: str) -> AsyncIterator[asyncpg.Connection]:
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the other schema if the test uses it."""
+    name = "copies_with_other" if "other" in request.fixturenames else "copies"
+    with request.getfixturevalue(name).one() as url:
+        yield url
+
+
+@pytest.fixture
+async def other(database: str) -> AsyncIterator[asyncpg.Connection]:
     """A connection to another schema of the test's database."""
     opened = await connections.connect(Shard(database, NAME))
-    await migrate.migrate(opened)
-    await migrate.grant(opened)
     yield opened
     await opened.close()
 
