@@ -112,7 +112,7 @@ def no_role(user: str) -> str:
 async def sessions(request: Request) -> Response:
     """List the sessions of the user; for editors, those of all users."""
     auth, visitor = context_of(request).auth, request.state.visitor
-    rows = await auth.sessions.all(_whose(visitor))
+    rows = await auth.sessions.all(_owner_of_sessions(visitor))
     return render(
         request,
         "sessions.html",
@@ -127,10 +127,10 @@ async def end_session(request: Request) -> Response:
     """End a session of the user or, for editors, any session."""
     auth, visitor = context_of(request).auth, request.state.visitor
     key = Query(request.state.form).must("session")
-    if not await auth.sessions.end(key, _whose(visitor)):
+    if not await auth.sessions.end(key, _owner_of_sessions(visitor)):
         raise NotFoundError("This session has already ended.")
     return RedirectResponse(at("/sessions"), 303)
 
 
-def _whose(visitor: Visitor) -> str | None:
+def _owner_of_sessions(visitor: Visitor) -> str | None:
     return None if visitor.may("editor") else visitor.user

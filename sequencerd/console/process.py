@@ -72,7 +72,11 @@ async def run(
             )
             for definitions in found
         ]
-        made = make_console_of_shards(served, log) if len(served) > 1 else _of_one(served[0], log)
+        made = (
+            make_console_of_shards(served, log)
+            if len(served) > 1
+            else _make_console_of_one(served[0], log)
+        )
         app = make_app(
             list,
             lambda: [reason for definitions in found for reason in definitions.why_not_ready()],
@@ -87,7 +91,7 @@ async def run(
     log.info("stopped")
 
 
-def _of_one(one: ServedShard, log: FilteringBoundLogger) -> Starlette:
+def _make_console_of_one(one: ServedShard, log: FilteringBoundLogger) -> Starlette:
     return make_console(one.settings, one.shard, one.simulator, one.now, log, runners=one.runners)
 
 

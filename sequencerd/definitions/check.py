@@ -178,8 +178,8 @@ def _check_condition(step: Step, exit_: Exit, sequence: Sequence) -> Iterator[Re
                 f"{command.lodash_command} compares times as texts, which is wrong if they are "
                 f"written in different zones or forms: write momentCommand: {meant}",
             )
-    if answer := always(exit_.condition, sequence):
-        yield _fixed(step, exit_, *answer)
+    if answer := constant_result(exit_.condition, sequence):
+        yield _constant_remark(step, exit_, *answer)
 
 
 _TEXT_ORDER = {
@@ -210,17 +210,17 @@ def _compares_times(command: ConditionConfig) -> bool:
     return any(looks)
 
 
-def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
+def constant_result(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
     """Return the result of a constant condition (None: it always fails), and the reason."""
     if config.lodash_command is not None:
-        return _command_always(config, sequence)
+        return _constant_command(config, sequence)
     if config.not_ is not None:
-        known = always(config.not_, sequence)
+        known = constant_result(config.not_, sequence)
         return known and (None if known[0] is None else not known[0], known[1])
     decides = config.any_ is not None  # the result that ends the evaluation
     reasons: list[str] | None = []
     for _, part in config.parts():
-        known = always(part, sequence)
+        known = constant_result(part, sequence)
         if known is None:
             reasons = None
         elif known[0] is decides:
@@ -232,7 +232,9 @@ def always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, st
     return (not decides, "; ".join(reasons)) if reasons else None
 
 
-def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool | None, str] | None:
+def _constant_command(
+    config: ConditionConfig, sequence: Sequence
+) -> tuple[bool | None, str] | None:
     predicate = config.predicate()
     view = '{"external":{}}'
     other = config.compare_to
@@ -246,7 +248,7 @@ def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool |
         return False, "eq is never true for a list or an object: write isEqual"
     if config.lodash_command in ALWAYS_TRUE:
         return True, f"the result of {config.lodash_command} is true, even when it is empty"
-    if not (_is_fixed(config.value, sequence) and _is_fixed(other, sequence)):
+    if not (_is_constant(config.value, sequence) and _is_constant(other, sequence)):
         return None
     asked = config.lodash_command or ""
     try:
@@ -259,7 +261,7 @@ def _command_always(config: ConditionConfig, sequence: Sequence) -> tuple[bool |
     return answer, f"{asked} is always {str(answer).lower()}"
 
 
-def _is_fixed(operand: Operand | None, sequence: Sequence) -> bool:
+def _is_constant(operand: Operand | None, sequence: Sequence) -> bool:
     """Return whether an operand is constant."""
     if operand is None or operand.type == "raw":
         return True
@@ -272,7 +274,7 @@ def _shown(text: str | None) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _fixed(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
+def _constant_remark(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
     """Yield a remark if the condition of an exit has the same result for every enrollment."""
     index = step.exits.index(exit_)
     following = step.exits[index + 1 :]
@@ -371,10 +373,10 @@ def _check_styles(step: Step) -> Iterator[Remark]:
     """Yield CSS within two braces, which is a tag that prints nothing."""
     for path, source in template_texts(step.type, step.config):
         for text, line in _in_css(source):
-            yield Remark(step.name, ("config", *path), _vanishes(text, line))
+            yield Remark(step.name, ("config", *path), _css_without_effect(text, line))
 
 
-def _vanishes(text: str, line: int) -> str:
+def _css_without_effect(text: str, line: int) -> str:
     return (
         f"line {line}: {{{{{text}}}}} in a style is a tag that prints nothing: write CSS in one "
         "brace"
@@ -392,7 +394,7 @@ def check_partials(sequence: Sequence) -> Iterator[Remark]:
     for name, source in partials.items():
         keys = ("partials", name)
         for text, line in _in_css(source):
-            yield Remark("", keys, _vanishes(text, line))
+            yield Remark("", keys, _css_without_effect(text, line))
         if name in sure:
             with suppress(DefinitionError):
                 template = compile_template(source, escape=False, partials=partials)

@@ -62,7 +62,7 @@ MAX_HINTS = 20  # misspelt names of steps in configs, each of which is compared 
 # --- steps
 
 
-def served(runners: Runners) -> frozenset[str]:
+def served_types(runners: Runners) -> frozenset[str]:
     """Return the step types that can be executed: not those of runners without settings."""
     return frozenset(
         type_ for type_, runner in runners.items() if not getattr(runner, "lacks_settings", False)
@@ -311,7 +311,7 @@ def _never_waiting(name: str, steps: Mapping[str, Step]) -> set[str]:
     exits = {  # of the steps that may be left on arrival only
         step.name: step.exits
         for step in steps.values()
-        if isinstance(step.behaviour, InstantStep) and _may_pass(step.behaviour)
+        if isinstance(step.behaviour, InstantStep) and _is_always_passed(step.behaviour)
     }
     others = [
         step
@@ -333,7 +333,7 @@ def _never_waiting(name: str, steps: Mapping[str, Step]) -> set[str]:
     return set(others) - escaping
 
 
-def _may_pass(behaviour: InstantStep) -> bool:
+def _is_always_passed(behaviour: InstantStep) -> bool:
     """Return whether every exit that a step must have is taken on arrival."""
     return all(exit_.at_once == "always" or exit_.is_optional for exit_ in behaviour.exits)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from sequencerd.core import graph
 from sequencerd.core.model import Exit, InstantStep, InvalidStep, Sequence, Step
 from sequencerd.core.model import SideEffect as Effect
-from sequencerd.definitions.check import Remark, always, targets
+from sequencerd.definitions.check import Remark, constant_result, targets
 
 MAX_STATES = 200_000  # exits that are examined in all; a larger graph is not searched to the end
 
@@ -128,7 +128,7 @@ def _immediate_exits(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
     if isinstance(step.behaviour, InvalidStep):
         return
     for exit_ in step.exits:
-        known = exit_.condition and always(exit_.condition, sequence)
+        known = exit_.condition and constant_result(exit_.condition, sequence)
         if exit_.target is not None and exit_.at_once != "never" and (not known or known[0]):
             target = (exit_.sequence or sequence.name, exit_.target)
             is_sure = exit_.at_once == "always" or bool(known)

@@ -59,7 +59,7 @@ class Backlog:
         return [self._results.popleft() for _ in range(min(most, len(self._results)))]
 
     @contextmanager
-    def flood(self) -> Iterator[None]:
+    def hold_while_claiming(self) -> Iterator[None]:
         """Hold results back while a step is claimed batch after batch, for MAX_HOLD at most."""
         loop = asyncio.get_running_loop()
         if not self._floods and loop.time() >= self._hold_until:

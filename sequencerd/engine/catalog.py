@@ -17,7 +17,7 @@ from sequencerd.definitions.compiler import (
     make_sequence,
     make_step,
     problems,
-    served,
+    served_types,
     shared_of,
 )
 from sequencerd.engine.background import concurrently
@@ -62,9 +62,9 @@ class Catalog:
         self._unknown: set[str] = set()  # missing names that were looked up
 
     @property
-    def served(self) -> frozenset[str]:
+    def served_types(self) -> frozenset[str]:
         """Return the step types for which this daemon has a runner."""
-        return served(self._runners)
+        return served_types(self._runners)
 
     def step(self, step_key: StepKey) -> model.Step | None:
         """Return the step with this key, or None."""
@@ -81,7 +81,7 @@ class Catalog:
         self._unknown.add(name)
         return True
 
-    def want(self, names: Iterable[str] | None = None) -> None:
+    def mark_for_reload(self, names: Iterable[str] | None = None) -> None:
         """Have the next reload check these sequences for changes, or all."""
         if names is None:
             self._wanted = None
@@ -104,7 +104,7 @@ class Catalog:
                 async with connections.borrow(self._pool) as connection:
                     return await self._read_changed(connection, wanted)
             except BaseException:
-                self.want(wanted)
+                self.mark_for_reload(wanted)
                 raise
 
     async def _read_changed(
@@ -134,7 +134,7 @@ class Catalog:
     def _set_other_types(self, types: frozenset[str]) -> None:
         """Set the step types that other daemons serve. Steps of changed types are recompiled."""
         others, self._others = self._others, types
-        if outdated := (others ^ types) - self.served:
+        if outdated := (others ^ types) - self.served_types:
             self._outdated |= outdated
             self._unfinished |= {
                 name
@@ -272,7 +272,7 @@ class Catalog:
         compiled = configs[shared]
         before = self._compiled(row["name"], shared) if runners is self._runners else {}
         made = []
-        elsewhere = self._others - served(runners)
+        elsewhere = self._others - served_types(runners)
         for number, step in enumerate(steps):
             key = (step["type"], step["config"])
             config = compiled.get(key)

@@ -113,7 +113,7 @@ class Claims:
                 pass
 
         def start_others() -> None:
-            held.enter_context(self._backlog.flood())
+            held.enter_context(self._backlog.hold_while_claiming())
             others.extend(asyncio.create_task(until_none()) for _ in range(MAX_CLAIMERS - 1))
 
         with ExitStack() as held:
@@ -134,7 +134,7 @@ class Claims:
         """Return how long a notification of a step is delayed: longer after many claims without a
         result.
         """
-        times = self._cursors.fruitless(step_key)
+        times = self._cursors.empty_claims(step_key)
         seconds = 0.0 if times < MAX_FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
         return timedelta(seconds=seconds)
 
@@ -207,7 +207,7 @@ class Claims:
             if claim.left is None and (is_last or claim.is_to_check):
                 # after the commit: side effects have started
                 async with connections.borrow(self._pool) as connection:
-                    claim.left = await wakes.left(
+                    claim.left = await wakes.left_at_step(
                         connection,
                         step_key,
                         now,

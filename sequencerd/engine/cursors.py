@@ -60,7 +60,7 @@ class _Cursor:
     excluded: Set[int] = frozenset()
     found: int = 0
     unsuited: int | None = None
-    fruitless: int = 0  # consecutive claims that have found nothing
+    empty_claims: int = 0  # consecutive claims that have found nothing
     not_before: datetime = EARLIEST_WAKE
     claims: list[Claim] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class _Cursor:
     def finish(self, claim: Claim) -> None:
         self.found, self.unsuited = claim.found, claim.unsuited
         self.not_before = claim.not_before
-        self.fruitless = 0 if claim.found else self.fruitless + 1
+        self.empty_claims = 0 if claim.found else self.empty_claims + 1
         if claim.left is None:
             if claim.reached is not None:
                 self.next = min(claim.reached, claim.lowered)
@@ -110,10 +110,10 @@ class Cursors:
         cursor = self._by_step.get(step_key)
         return EARLIEST_WAKE if cursor is None else cursor.since
 
-    def fruitless(self, step_key: StepKey) -> int:
+    def empty_claims(self, step_key: StepKey) -> int:
         """Return how many consecutive claims of a step have found nothing."""
         cursor = self._by_step.get(step_key)
-        return 0 if cursor is None else cursor.fruitless
+        return 0 if cursor is None else cursor.empty_claims
 
     def not_before(self, step_key: StepKey) -> datetime:
         """Return the time before which a step is not claimed again."""

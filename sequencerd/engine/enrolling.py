@@ -91,7 +91,7 @@ class Enrolling:
                 pause = CHECK_INTERVAL
                 self._changed.clear()
                 try:
-                    pause = await self.turn()
+                    pause = await self.run_due()
                 except TRANSIENT_ERRORS as error:
                     self._log.warning("database error, trying again", error=brief(error))
                 except Exception:
@@ -105,7 +105,7 @@ class Enrolling:
             for run in self._running.values():
                 run.cancel()
 
-    async def turn(self) -> float:
+    async def run_due(self) -> float:
         """Execute the runs that are due; return in how many seconds to check again."""
         pause = await self._check(is_ours=False)
         if pause > 0:

@@ -62,7 +62,7 @@ class Expiries:
             step_key: known._replace(until=None) for step_key, known in self._known.items()
         }
 
-    async def turn(self) -> None:
+    async def run(self) -> None:
         """Claim what has expired at the steps that wait for a runner."""
         for step_key in self._executors.waiting():
             sequence = self._catalog.sequences.get(step_key[0])

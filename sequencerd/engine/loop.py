@@ -111,7 +111,7 @@ class Engine:
             self.problems,
             name=name,
             lease=settings.lease,
-            types=lambda: self.catalog.served,
+            types=lambda: self.catalog.served_types,
             log=log,
         )
         self._quarantine = Quarantine(self.problems, clock=clock, log=log)
@@ -227,7 +227,7 @@ class Engine:
                     self._background.every(self._settings.lease / 3, self._extend_leases)
                 ),
                 group.create_task(self._background.every(QUARANTINE_TURN, self._try_quarantined)),
-                group.create_task(self._background.every(EXPIRY_INTERVAL, self._expiries.turn)),
+                group.create_task(self._background.every(EXPIRY_INTERVAL, self._expiries.run)),
                 *(group.create_task(self._results.write()) for _ in range(WRITERS)),
             ]
             await self._schedule()
@@ -389,7 +389,7 @@ class Engine:
         self._cursors.forget_ahead()  # triggers do not notify about what wakes after a sweep
         # the server searches while the definitions are compiled
         async with concurrently(self._first_wakes(whole=whole)) as searching:
-            self.catalog.want()
+            self.catalog.mark_for_reload()
             changed = await self.catalog.reload()
             self._report_braked()
             async with connections.borrow(self._pool) as connection:
@@ -479,7 +479,7 @@ class Engine:
         """Read the definitions of these sequences that have changed, and of those that were
         requested; by default, of all. Return whether there were any.
         """
-        self.catalog.want(names)
+        self.catalog.mark_for_reload(names)
         changed = {*await self.catalog.reload()}
         fixed = {*self._fixed}
         if changed:
@@ -494,7 +494,7 @@ class Engine:
 
     def _request_reload(self, names: Iterable[str] | None) -> None:
         """Read the definitions of these sequences, or of all, soon, if they have changed."""
-        self.catalog.want(names)
+        self.catalog.mark_for_reload(names)
         self._reloads.request()
 
     def _report_braked(self) -> None:

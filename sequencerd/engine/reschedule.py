@@ -120,7 +120,7 @@ class Rescheduling:
             async with connections.borrow(self._pool) as connection:
                 step_keys = [
                     (sequence, step)
-                    for sequence, step in await wakes.occupied(connection)
+                    for sequence, step in await wakes.occupied_steps(connection)
                     if not wanted.isdisjoint(
                         [(sequence, step), (sequence, None), (None, step), (None, None)]
                     )

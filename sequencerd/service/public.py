@@ -169,7 +169,7 @@ class PublicPages:
         if topic != EVERYTHING and asyncio.get_running_loop().time() > self._titles_until:
             self._titles = dict(
                 title
-                for titles in await self._everywhere(suppressions.titles)
+                for titles in await self._everywhere(suppressions.topic_titles)
                 for title in titles.items()
             )
             self._titles_until = asyncio.get_running_loop().time() + TITLES_CACHED_FOR

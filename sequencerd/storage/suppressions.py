@@ -38,7 +38,7 @@ async def remove(
         await connection.execute(QUERIES["unsuppress"], channel, [*addresses], [*topics], source)
 
 
-async def titles(connection: asyncpg.Connection) -> dict[str, str]:
+async def topic_titles(connection: asyncpg.Connection) -> dict[str, str]:
     """Return the titles of topics by name."""
     return {row["name"]: row["title"] for row in await connection.fetch(QUERIES["titles"])}
 

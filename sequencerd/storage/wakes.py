@@ -105,7 +105,7 @@ class LeftAtStep(NamedTuple):
     ahead: datetime | None  # the next wake time that is not due yet; None if it was not read
 
 
-async def left(
+async def left_at_step(
     connection: asyncpg.Connection,
     step_key: StepKey,
     now: datetime,
@@ -122,7 +122,7 @@ async def left(
     return LeftAtStep(at, first_due, again_at, (ahead or NEVER) if with_ahead else None)
 
 
-async def occupied(connection: asyncpg.Connection) -> list[StepKey]:
+async def occupied_steps(connection: asyncpg.Connection) -> list[StepKey]:
     """Read the steps that have active enrollments."""
     rows = await connection.fetch(QUERIES["occupied"])
     return [(row["sequence"], row["step"]) for row in rows]

@@ -252,12 +252,12 @@ def test_a_claim_that_fails_is_repeated_from_where_it_began() -> None:
 
 def test_a_claim_knows_what_the_last_one_has_found() -> None:
     cursors = Cursors()
-    for found, fruitless in ((0, 1), (0, 2), (7, 0), (1, 0), (0, 1)):
-        before = cursors.fruitless(HERE)
+    for found, empty_claims in ((0, 1), (0, 2), (7, 0), (1, 0), (0, 1)):
+        before = cursors.empty_claims(HERE)
         with cursors.claim(HERE, frozenset(), START) as claim:
-            assert cursors.fruitless(HERE) == before
+            assert cursors.empty_claims(HERE) == before
             claim.found, claim.unsuited = found, 3
-        assert cursors.fruitless(HERE) == fruitless
+        assert cursors.empty_claims(HERE) == empty_claims
         with suppress(AbortError), cursors.claim(HERE, frozenset(), START) as claim:
             assert (claim.found, claim.unsuited) == (found, 3)
             raise AbortError

@@ -63,8 +63,8 @@ class Daemon:
 
     async def turn(self) -> str:
         """Do what is due; return what is reported then."""
-        await self.enrolling.turn()
-        await self.enrolling.turn()
+        await self.enrolling.run_due()
+        await self.enrolling.run_due()
         return "; ".join(problem.message for problem in self.problems.rows())
 
 

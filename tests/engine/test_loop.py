@@ -457,7 +457,7 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
     """A lock, a transaction around it and the end of that would be round trips before its start.
     The next one, shortly afterwards, costs no more.
     """
-    left, checks = wakes.left, 0
+    left_at_step, checks = wakes.left_at_step, 0
 
     async def refused(*_: object, **__: object) -> None:
         raise AssertionError
@@ -465,14 +465,14 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
     async def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal checks
         checks += 1
-        return await left(*arguments, **options)
+        return await left_at_step(*arguments, **options)
 
     recorder = Recorder()
     await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
     async with running_engine(database, {"Note": recorder}):
         monkeypatch.setattr(locking, "claim", refused)
         monkeypatch.setattr(locking, "lock", refused)
-        monkeypatch.setattr(wakes, "left", counted)
+        monkeypatch.setattr(wakes, "left_at_step", counted)
         ids = []
         for number in range(5):
             ids.append(await enroll(connection, "s", f"u{number}"))

@@ -129,7 +129,7 @@ def next_start(
     try:
         present = field.read(after.astimezone(tz))
         if present in wanted:
-            others = [present + 1] if field.highest == MAXYEAR else _but(present, field)
+            others = [present + 1] if field.highest == MAXYEAR else _all_values_but(present, field)
             ended = _search(after, field, others, tz)
             if ended is None:
                 return None
@@ -139,7 +139,7 @@ def next_start(
     return next_match(after, attribute, values, tz)
 
 
-def _but(value: int, field: _DateField) -> list[int]:
+def _all_values_but(value: int, field: _DateField) -> list[int]:
     return [other for other in range(field.lowest, field.highest + 1) if other != value]
 
 

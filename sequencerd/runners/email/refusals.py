@@ -241,7 +241,7 @@ def _enhanced(text: str) -> tuple[str, str]:
     return (enhanced[1], enhanced[2]) if enhanced else ("", "")
 
 
-def _said(text: str) -> str:
+def _own_words(text: str) -> str:
     """Return the server's own words, without quotations, as one line in lower case."""
     said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")
     return " ".join(said.split())
@@ -251,7 +251,7 @@ def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
     """Return the meaning of a reply; `text` may have several lines, without the code."""
     level, about = _enhanced(text)
     level = level or str(code)[0]
-    said = _said(text)
+    said = _own_words(text)
     by_code = RefusalMeaning.REFUSED if level == "5" else RefusalMeaning.PASSING
     if stage == "connection":
         meaning = _of_connection(code, about, said)
@@ -275,7 +275,7 @@ def says_unknown(text: str) -> bool:
     they block. A code with a text about a policy does not count either.
     """
     level, about = _enhanced(text)
-    return level == "5" and about in _UNKNOWN and not _POLICY.search(_said(text))
+    return level == "5" and about in _UNKNOWN and not _POLICY.search(_own_words(text))
 
 
 def _of_connection(code: int, about: str, said: str) -> RefusalMeaning:
