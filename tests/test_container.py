@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import sequencerd
-from sequencerd import settings
+from sequencerd import settings, settings_file
 from sequencerd.cli.arguments import make_parser
 from sequencerd.storage import migrate
 from tests.cli.test_doctor import examine
@@ -190,7 +190,7 @@ def test_compose_runs_commands_and_sets_settings(monkeypatch: pytest.MonkeyPatch
     for name in ("migrate", "sequencerd"):
         service = services[name]
         assert make_parser().parse_args(service["command"])
-        read = settings.load(service["environment"])
+        read = settings_file.load(service["environment"])
         assert read.database.url is not None
         assert "@database/" in read.database.url.get_secret_value()
         assert service["read_only"] is True
@@ -243,7 +243,7 @@ def test_the_manifest_for_kubernetes_runs_the_daemon(tmp_path: Path) -> None:
     assert variables["SEQUENCERD_DATABASE_URL_FILE"] == f"{mount}/database"
     (tmp_path / "database").write_text("postgresql://sequencerd@db/app")
     variables["SEQUENCERD_DATABASE_URL_FILE"] = str(tmp_path / "database")
-    read = settings.load(variables)
+    read = settings_file.load(variables)
     assert (
         str(container["ports"][0]["containerPort"]) == (read.http.listen or "").rpartition(":")[2]
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from sequencerd import settings
+from sequencerd import settings_file
 from sequencerd.runners.registry import make_runners
 from sequencerd.storage import migrate
 from tests.helpers.databases import execute, with_database
@@ -169,7 +169,7 @@ def test_the_settings_page_shows_settings(tmp_path: Path) -> None:
     assert language == "toml"
     file = tmp_path / "sequencerd.toml"
     file.write_text(text)
-    shown = settings.load({}, file)
+    shown = settings_file.load({}, file)
     assert set(make_runners(shown)) >= {"Email", "SMS", "Score"}
 
 
@@ -188,7 +188,7 @@ def test_the_service_page_can_be_followed(home: Path, tmp_path: Path) -> None:
         elif language == "toml":
             file = tmp_path / "sequencerd.toml"
             file.write_text(text.replace("/run/secrets", str(tmp_path)))
-            shown += repr(settings.load({"CREDENTIALS_DIRECTORY": str(tmp_path)}, file))
+            shown += repr(settings_file.load({"CREDENTIALS_DIRECTORY": str(tmp_path)}, file))
         else:
             assert text.startswith("[Service]\nLoadCredential=")
     assert (home / "etc/systemd/system/sequencerd@.service").exists()

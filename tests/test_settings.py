@@ -15,7 +15,8 @@ from sequencerd import settings as settings_module
 from sequencerd.core.model import Limits
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
-from sequencerd.settings import Section, Settings, load
+from sequencerd.settings import Section, Settings
+from sequencerd.settings_file import load
 
 
 def test_nothing_has_to_be_set() -> None:

@@ -25,7 +25,8 @@ from sequencerd.core.routing import shard_of
 from sequencerd.errors import SettingsError
 from sequencerd.service.health import MAX_BLOCKED, Health
 from sequencerd.service.metrics import Metrics
-from sequencerd.settings import Settings, ShardSettings, load
+from sequencerd.settings import Settings, ShardSettings
+from sequencerd.settings_file import load
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.embedded import PostgresPrograms

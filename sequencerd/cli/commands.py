@@ -32,7 +32,8 @@ from sequencerd.errors import (
 )
 from sequencerd.service.dns import new_loop
 from sequencerd.service.systemd import is_service
-from sequencerd.settings import Settings, load
+from sequencerd.settings import Settings
+from sequencerd.settings_file import load
 from sequencerd.storage import connections, conninfo, migrate, migrations
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import READ_ONLY, TRANSIENT_ERRORS, with_hint

@@ -28,7 +28,8 @@ from sequencerd.core.describe import counted
 from sequencerd.definitions import files, plan, yaml_reader
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
-from sequencerd.settings import Settings, load
+from sequencerd.settings import Settings
+from sequencerd.settings_file import load
 from sequencerd.storage import connections, embedded, migrate
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.schemas import in_schema, schema_of

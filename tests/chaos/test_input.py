@@ -24,7 +24,7 @@ from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.registry import make_runners
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 from tests.helpers import servers
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
 from tests.helpers.runners import http_runner

@@ -17,7 +17,7 @@ from sequencerd import passwords
 from sequencerd.console import actions, auth, live
 from sequencerd.console.pages import MAX_FORM_OF_USERS
 from sequencerd.errors import SettingsError
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 from tests.console.conftest import (
     BEGUN,
     FAILED,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import asyncpg
 
-from sequencerd import settings
+from sequencerd import settings_file
 from tests.test_readme import REPOSITORY, blocks
 
 PAGE = REPOSITORY / "docs/console.md"
@@ -25,7 +25,7 @@ async def test_the_documentation_of_the_console_is_correct(
         if language == "toml":
             file = tmp_path / "sequencerd.toml"
             file.write_text(text)
-            assert settings.load({}, file).listen
+            assert settings_file.load({}, file).listen
     assert languages == {"toml", "sql", "sh", "ini"}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sequencerd.console.mask import MASKED_VALUE, make_mask
 from sequencerd.errors import SettingsError
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 
 ITEMS = [{"email": "ada@x.example", "ok": 1}, {"email": ["bob@x.example"]}, "email", None]
 

@@ -13,7 +13,8 @@ import pytest
 
 from sequencerd.console.sessions import hash_of
 from sequencerd.errors import SettingsError
-from sequencerd.settings import Settings, load
+from sequencerd.settings import Settings
+from sequencerd.settings_file import load
 from tests.console.conftest import FAILED, Mended, console, people, token
 from tests.helpers.engines import until
 

@@ -18,7 +18,7 @@ from sequencerd.errors import SettingsError
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 from tests.console.conftest import DAY, console, counted, fixture, page_with, routes, token
 from tests.helpers.engines import Recorder, define, until
 from tests.helpers.servers import HOST

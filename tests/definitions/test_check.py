@@ -22,7 +22,7 @@ from sequencerd.definitions.files import FileFinding, check_documents, read_all,
 from sequencerd.definitions.yaml_reader import DocumentError, parse, read_documents
 from sequencerd.errors import FileError
 from sequencerd.runners.registry import make_runners
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder
 from tests.test_readme import REPOSITORY, blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sequencerd import settings
+from sequencerd import settings_file
 from sequencerd.core.model import InvalidStep, RetryPolicy, SideEffect
 from sequencerd.core.step_types.waits import WaitForDurationConfig
 from sequencerd.definitions import compiler, files
@@ -68,7 +68,7 @@ def test_omitted_retries_are_those_of_the_runner() -> None:
 
 
 def test_the_settings_of_a_runner_limit_its_retries() -> None:
-    runners = make_runners(settings.load({"SEQUENCERD_EMAIL_ATTEMPTS": "3"}))
+    runners = make_runners(settings_file.load({"SEQUENCERD_EMAIL_ATTEMPTS": "3"}))
     assert runners["Email"].retry.attempts == 3
     assert runners["SMS"].retry.attempts == 8
 

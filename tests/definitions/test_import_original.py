@@ -16,7 +16,7 @@ from sequencerd.definitions.original import enrollments
 from sequencerd.runners.email.runner import EmailRunner, write
 from sequencerd.runners.fields import RenderError
 from sequencerd.runners.registry import make_runners
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 from tests.helpers import servers
 from tests.helpers.aws import ARN, aws, score, use_credentials
 from tests.helpers.command_line import Command

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd import settings
+from sequencerd import settings_file
 from sequencerd.core.model import InvalidStep, Step
 from sequencerd.core.step_types import BUILT_IN, compile_step, describe_wait, is_instant
 from sequencerd.core.step_types.condition_config import ConditionConfig
@@ -173,7 +173,7 @@ def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
 ) -> None:
     file = tmp_path / "sequencerd.toml"
     file.write_text(f'[runners.{type_}]\nurl = "https://example.com"\n')
-    loaded = settings.load({"SEQUENCERD_CONFIG": str(file)})
+    loaded = settings_file.load({"SEQUENCERD_CONFIG": str(file)})
     message = rf"\[runners.{type_}\]: {type_} is a built-in step type, choose another name"
     with pytest.raises(SettingsError, match=message):
         make_runners(loaded)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import sequencerd
-from sequencerd import cli, settings
+from sequencerd import cli, settings_file
 from sequencerd.console.html import make_templates
 from sequencerd.runners.registry import make_runners
 from tests.helpers import shared
@@ -158,7 +158,7 @@ def _prepare() -> None:
     shared.read_entry_points_once()
     shared.make_parser_once()
     cli.make_parser()  # type: ignore[attr-defined]
-    make_runners(settings.load({}))
+    make_runners(settings_file.load({}))
     make_templates()
 
 

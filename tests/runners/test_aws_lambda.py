@@ -15,7 +15,8 @@ from sequencerd.core.model import Answer, Failed, NotStarted, Result
 from sequencerd.errors import SettingsError
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import MAX_EVENT
-from sequencerd.settings import LookupSettings, Settings, load
+from sequencerd.settings import LookupSettings, Settings
+from sequencerd.settings_file import load
 from tests.helpers import servers
 from tests.helpers.aws import (
     ARN,

@@ -39,7 +39,7 @@ async def said(*arguments: str, **variables: str) -> str:
 LINES = """
 import logging, os
 from sequencerd.service.logs import make_log
-from sequencerd.settings import load
+from sequencerd.settings_file import load
 log = make_log(load(os.environ))
 log.debug("first")
 log.info("second", enrollment=7)

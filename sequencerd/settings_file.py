@@ -1,0 +1,130 @@
+"""Read the settings: a TOML file and the environment, once.
+
+`SEQUENCERD_CONFIG` names the file (default: /etc/sequencerd/sequencerd.toml where it exists). Every
+setting of a section can be set as `SEQUENCERD_<SECTION>_<KEY>`, which overrides the file; a secret
+can be read from a file named by `SEQUENCERD_<SECTION>_<KEY>_FILE`, or in TOML written as
+`{file = "NAME"}`. Short: `SEQUENCERD_DATABASE` is the database's URL, `SEQUENCERD_SMTP_URL` that of
+the mail server.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sequencerd.core.config import faults
+from sequencerd.errors import SettingsError
+from sequencerd.settings import SECTIONS, Section, Settings, read_secret_file
+
+DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
+
+_PREFIX = "SEQUENCERD_"
+_SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
+_NO_SETTING = {"CONFIG", "INSTANCE"}
+
+
+def load(
+    environment: Mapping[str, str],
+    file: Path | None = None,
+    *,
+    secrets: Collection[str] | None = None,
+) -> Settings:
+    """Read the file and the environment. Raises SettingsError with one line.
+
+    `secrets` names the sections whose secrets are read from files, by default all. Those of other
+    sections get a placeholder, so that definitions can be read without access to the files.
+    """
+    if file is None and (named := environment.get(f"{_PREFIX}CONFIG")):
+        file = Path(named)
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read(file)
+    elif DEFAULT_FILE.exists():
+        values = _read(DEFAULT_FILE)
+    for name, text in environment.items():
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _NO_SETTING:
+            section, key, value = _from_environment(name, text, folder, secrets)
+            values.setdefault(section, {})
+            if not isinstance(values[section], dict):
+                raise SettingsError(f"{section} must be a section of the file: [{section}]")
+            values[section][key] = value
+    for section in () if secrets is None else values.keys() - set(secrets):
+        values[section] = _without_files(values[section], section)
+    try:
+        return Settings.model_validate(values, context={"folder": folder})
+    except ValidationError as error:
+        found = "; ".join(map(str, faults(error, Settings, values, "this file")))
+        text = found.replace("a mapping, key: value", "a table").replace("a mapping", "a table")
+        raise SettingsError(f"wrong setting: {text}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {file}: {error}") from error
+
+
+def _without_files(value: object, *path: str) -> object:
+    """Return a part of the settings with a placeholder for each secret in a file."""
+    if isinstance(value, list):
+        return [_without_files(part, *path) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"file"}:
+        if path[0] == "shards":
+            return f"postgresql:///{path[1]}"
+        return _PLACEHOLDERS.get((path[0], path[-1]), "c2VjcmV0")
+    return {key: _without_files(part, *path, key) for key, part in value.items()}
+
+
+_PLACEHOLDERS: Mapping[tuple[str, str], str] = {
+    ("database", "url"): "postgresql:///",
+    ("database", "listen_url"): "postgresql:///",
+    ("email", "url"): "smtp://user@localhost",
+    ("console", "password_hash"): f"scrypt$32768$8$1${'A' * 22}==${'A' * 43}=",
+    ("unsubscribe", "keys"): "0" * 32,
+}
+"""The placeholders of secrets that must have a certain form."""
+
+
+def _from_environment(
+    name: str, text: str, folder: str | None, secrets: Collection[str] | None
+) -> tuple[str, str, object]:
+    """Return the section, the key and the value that a variable sets."""
+    short = name.removeprefix(_PREFIX)
+    known = _variables()
+    if short in known:
+        return *known[short], text
+    if short.endswith("_FILE") and (place := known.get(short.removesuffix("_FILE"))):
+        if secrets is not None and place[0] not in secrets:
+            return *place, {"file": text}
+        try:
+            return *place, read_secret_file(text, folder)
+        except ValueError as error:
+            raise SettingsError(f"{name}: {error}") from error
+    near = get_close_matches(short, known, n=1)
+    hint = f"; did you mean {_PREFIX}{near[0]}?" if near else ""
+    raise SettingsError(f"{name} is not a setting{hint}")
+
+
+def _variables() -> dict[str, tuple[str, str]]:
+    """Return what a variable can set: everything except the tables of runners, whose keys users
+    name.
+    """
+    places = {
+        f"{section}_{key}".upper(): (section, key)
+        for section, kind in SECTIONS.items()
+        for key in _names(kind)
+    }
+    return places | _SHORT
+
+
+def _names(section: type[Section]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
