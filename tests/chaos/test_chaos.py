@@ -101,12 +101,12 @@ async def freeze(world: World) -> None:
 
 
 async def test_daemons_are_killed(world: World) -> None:
-    world.sink.slow = 0.1
+    world.sink.slow = 0.05
     await breaking(world, kill, every=1)
 
 
 async def test_daemons_freeze(world: World) -> None:
-    world.sink.slow = 0.1
+    world.sink.slow = 0.05
     await breaking(world, freeze, every=0.5)
 
 

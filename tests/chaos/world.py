@@ -46,7 +46,9 @@ FIRST = int(os.environ.get("CHAOS_SEED", "1"))
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 
 LEASE = 3  # seconds
-RATE = 10 if IS_SHORT else 80  # enrollments a second
+RATE = 6 if IS_SHORT else 80  # enrollments a second
+SLOWDOWN = 3 if IS_SHORT else 1
+"""How much slower the sink is, so that a small load has as many side effects under way."""
 CONNECT = TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
@@ -181,14 +183,14 @@ class Sink:
         self.first: dict[str, float] = {}  # when, by a monotonic clock
         self.lose = 0.0  # of answers
         self.refuse = 0.0  # of calls and mails
-        self.slow = 0.0  # seconds
+        self.slow = 0.01  # seconds
         self._rng = rng
 
     async def handle_DATA(  # noqa: N802 - as aiosmtpd calls it
         self, _server: object, _session: object, envelope: Envelope
     ) -> str:
         """A mail."""
-        await asyncio.sleep(self.slow)
+        await asyncio.sleep(self.slow * SLOWDOWN)
         if self._rng.random() < self.refuse:
             return "451 4.3.0 not now"
         message = message_from_bytes(envelope.content or b"")  # type: ignore[arg-type]
@@ -207,7 +209,7 @@ class Sink:
 
     async def respond(self, request: Request) -> Answer:
         """A call for some enrollments."""
-        await asyncio.sleep(self.slow)
+        await asyncio.sleep(self.slow * SLOWDOWN)
         if self._rng.random() < self.refuse:
             return Answer(status=503)
         runners = json.loads(request.body)["runners"]
