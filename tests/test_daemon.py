@@ -111,12 +111,12 @@ async def test_every_mail_arrives_exactly_once(
 ) -> None:
     box, smtp = mailbox
     async with daemon(database, smtp):
-        await mail_sequence(connection, 200)
+        await mail_sequence(connection, 100)
         await until(connection, ALL_ENDED)
-    assert await connection.fetchval(COMPLETED) == 200
-    assert len(box.received) == 400
+    assert await connection.fetchval(COMPLETED) == 100
+    assert len(box.received) == 200
     assert set(box.received.values()) == {1}
-    for id_ in (1, 200):
+    for id_ in (1, 100):
         assert await way(connection, id_) == [
             "hello enrolled",
             "hello next",
@@ -130,10 +130,10 @@ async def test_a_stop_in_the_middle_loses_and_repeats_nothing(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     box, smtp = mailbox
-    box.seconds = 0.01
+    box.seconds = 0.03
     async with daemon(database, smtp):
-        await mail_sequence(connection, 300)
-        await until(connection, "SELECT count(*) > 30 FROM sequencer.events WHERE action = 'next'")
+        await mail_sequence(connection, 100)
+        await until(connection, "SELECT count(*) > 10 FROM sequencer.events WHERE action = 'next'")
     leased = "SELECT count(*) FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
     assert await connection.fetchval(leased) == 0
     spent = await connection.fetch(
@@ -145,7 +145,7 @@ async def test_a_stop_in_the_middle_loses_and_repeats_nothing(
     assert not await connection.fetchval(ALL_ENDED)
     async with daemon(database, smtp):
         await until(connection, ALL_ENDED)
-    assert len(box.received) == 600
+    assert len(box.received) == 200
     assert set(box.received.values()) == {1}
 
 
@@ -154,7 +154,7 @@ async def test_a_kill_in_the_middle_loses_nothing(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str], others: int
 ) -> None:
     box, smtp = mailbox
-    box.seconds = 0.01
+    box.seconds = 0.03
     short = {"SEQUENCERD_ENGINE_LEASE": "1", "SEQUENCERD_ENGINE_SWEEP": "0.5"}
     async with daemon(database, smtp, **short) as first:
         if others:
@@ -165,9 +165,9 @@ async def test_a_kill_in_the_middle_loses_nothing(
             await kill_in_the_middle(connection, first)
     async with daemon(database, smtp, **short):
         await until(connection, ALL_ENDED)
-    assert await connection.fetchval(COMPLETED) == 300
+    assert await connection.fetchval(COMPLETED) == 100
     # one mail for each visit; a second only where an event says that a lease ran out
-    assert len(box.received) == 600
+    assert len(box.received) == 200
     expired = await connection.fetch(
         "SELECT enrollment_id, visit FROM sequencer.events WHERE action = 'lease_expired'"
     )
@@ -183,7 +183,7 @@ async def test_a_kill_repeats_nothing_with_at_most_once(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     box, smtp = mailbox
-    box.seconds = 0.02
+    box.seconds = 0.03
     short = {"SEQUENCERD_ENGINE_LEASE": "1", "SEQUENCERD_ENGINE_SWEEP": "0.5"}
     async with daemon(database, smtp, **short) as first:
         once = MAIL.replace("{", '{"delivery": "at_most_once", ', 1)
@@ -197,9 +197,9 @@ async def test_a_kill_repeats_nothing_with_at_most_once(
     assert unknown
     assert all("check its outcome" in row["last_error"] for row in unknown)
     completed = await connection.fetchval(COMPLETED)
-    assert completed + len(unknown) == 300
+    assert completed + len(unknown) == 100
     # of those that are unknown some have arrived: only the mail server could know
-    assert 2 * completed <= len(box.received) <= 2 * 300
+    assert 2 * completed <= len(box.received) <= 2 * 100
 
 
 async def test_suppressed_recipients_get_nothing_and_continue(
@@ -272,19 +272,19 @@ async def test_a_server_that_never_answers_delays_no_mail(
         await define(connection, "stuck", ("work", "Stuck", "{}", None))
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject)"
-            " SELECT 'stuck', 'u' || n FROM generate_series(1, 300) AS n"
+            " SELECT 'stuck', 'u' || n FROM generate_series(1, 100) AS n"
         )
         await until(
             connection,
             "SELECT EXISTS (SELECT FROM sequencer.enrollments WHERE leased_by IS NOT NULL)",
         )
-        await mail_sequence(connection, 100)
+        await mail_sequence(connection, 20)
         await until(
             connection,
-            "SELECT count(*) = 100 FROM sequencer.enrollments WHERE status = 'completed'",
+            "SELECT count(*) = 20 FROM sequencer.enrollments WHERE status = 'completed'",
         )
     assert asked > 0
-    assert len(box.received) == 200
+    assert len(box.received) == 40
     connection_lost.set()
     server.close()
     await stuck.close()
@@ -294,8 +294,8 @@ async def test_a_server_that_never_answers_delays_no_mail(
 async def kill_in_the_middle(
     connection: asyncpg.Connection, process: asyncio.subprocess.Process, mail: str = MAIL
 ) -> None:
-    await mail_sequence(connection, 300, mail)
-    await until(connection, "SELECT count(*) > 50 FROM sequencer.events WHERE action = 'next'")
+    await mail_sequence(connection, 100, mail)
+    await until(connection, "SELECT count(*) > 20 FROM sequencer.events WHERE action = 'next'")
     process.kill()
     await process.wait()
 
@@ -304,8 +304,9 @@ async def test_a_daemon_survives_a_restart_of_the_database(
     database: str, connection: asyncpg.Connection, mailbox: tuple[Mailbox, str]
 ) -> None:
     box, smtp = mailbox
+    box.seconds = 0.05
     async with daemon(database, smtp):
-        await mail_sequence(connection, 100)
+        await mail_sequence(connection, 50)
         for _ in range(3):
             await asyncio.sleep(0.2)
             await connection.execute(
@@ -319,7 +320,7 @@ async def test_a_daemon_survives_a_restart_of_the_database(
         await until(
             connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1", id_
         )
-    assert len(box.received) == 204
+    assert len(box.received) == 104
     assert set(box.received.values()) == {1}
 
 
