@@ -6,8 +6,8 @@ import asyncio
 import json
 import os
 import re
+import resource
 import socket
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +23,7 @@ from prometheus_client import parser as text_format
 from prometheus_client.openmetrics import parser as openmetrics
 
 from sequencerd.core.model import Answer, Event, Failed, Result
+from sequencerd.daemon import raise_descriptor_limit
 from sequencerd.service import http_server
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.metrics import MAX_PLACES, Metrics
@@ -47,11 +48,13 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def daemon(url: str, **settings: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the listener of a daemon that runs."""
+async def daemon(
+    url: str, folder: Path | None = None, **settings: str
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the listener of a daemon that runs in a folder."""
     port = free_port()
     variables = {"SEQUENCERD_DATABASE": url, "SEQUENCERD_HTTP_LISTEN": f"127.0.0.1:{port}"}
-    process = await start_sequencerd("run", env={**os.environ, **variables, **settings})
+    process = await start_sequencerd("run", cwd=folder, env={**os.environ, **variables, **settings})
     try:
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE
@@ -209,8 +212,7 @@ async def test_a_loop_that_is_blocked_is_reported(
 ) -> None:
     site = stuck_package(tmp_path)
     await define(connection, "s", ("x", "Stuck", json.dumps({"go": str(tmp_path / "go")}), None))
-    path = f"{site}:{os.environ.get('PYTHONPATH', '')}"
-    async with daemon(database, PYTHONPATH=path) as client:
+    async with daemon(database, site) as client:
         await answers(client, "/readyz", is_ok)
         await enroll(connection, "s", "u")
         down = await answers(client, "/healthz", is_down)
@@ -480,9 +482,10 @@ async def test_the_daemon_works_beside_idle_connections(
 
 
 def test_the_limit_of_descriptors_is_raised() -> None:
-    code = (
-        "import resource as r; from sequencerd.daemon import raise_descriptor_limit;"
-        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (256, hard));"
-        "raise_descriptor_limit(); assert r.getrlimit(r.RLIMIT_NOFILE)[0] > 256"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    _, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

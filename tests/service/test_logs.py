@@ -8,8 +8,10 @@ import os
 import pty
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -53,8 +55,36 @@ logging.getLogger("asyncio").error("a library's, %s", "too")
 """
 
 
-async def test_json_without_a_terminal() -> None:
-    lines = [json.loads(line) for line in (await said("-c", LINES)).splitlines()]
+SECRETS = {
+    "SEQUENCERD_DATABASE": "postgresql://app:p%40ss%22word@db/app",
+    "SEQUENCERD_SMS_AUTH_TOKEN": 'Bearer to"ken',
+    "SAID": 'p@ss"word and p%40ss%22word and to"ken',
+}
+MORE_LINES = """
+log.error(os.environ["SAID"], parts=["whole", os.environ["SEQUENCERD_DATABASE"]])
+for error in (ConnectionError("away"), KeyError("bug")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("asyncpg.pool").warning("retrying", exc_info=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict[str, Any]]:
+    """What a program without a terminal writes."""
+    done = subprocess.run(
+        [sys.executable, "-c", LINES + MORE_LINES],
+        env=os.environ | SECRETS,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_json_without_a_terminal(lines: list[dict[str, Any]]) -> None:
+    lines = lines[:4]
     assert [(line["level"], line["event"]) for line in lines] == [
         ("info", "second"),
         ("warning", "third"),
@@ -66,27 +96,13 @@ async def test_json_without_a_terminal() -> None:
     assert lines[3]["logger"] == "asyncio"
 
 
-async def test_secrets_are_hidden_in_every_part_of_a_line() -> None:
-    lines = await said(
-        "-c",
-        LINES + "log.error(os.environ['SAID'], parts=['whole', os.environ['SEQUENCERD_DATABASE']])",
-        SEQUENCERD_DATABASE="postgresql://app:p%40ss%22word@db/app",
-        SEQUENCERD_SMS_AUTH_TOKEN='Bearer to"ken',
-        SAID='p@ss"word and p%40ss%22word and to"ken',
-    )
-    last = json.loads(lines.splitlines()[-1])
-    assert (last["event"], last["parts"]) == ("*** and *** and ***", ["whole", "***"])
+def test_secrets_are_hidden_in_every_part_of_a_line(lines: list[dict[str, Any]]) -> None:
+    line = lines[4]
+    assert (line["event"], line["parts"]) == ("*** and *** and ***", ["whole", "***"])
 
 
-async def test_transient_errors_of_libraries_are_one_line() -> None:
-    code = LINES + (
-        "for error in (ConnectionError('away'), KeyError('bug')):\n"
-        "    try:\n"
-        "        raise error\n"
-        "    except Exception:\n"
-        "        logging.getLogger('asyncpg.pool').warning('retrying', exc_info=True)\n"
-    )
-    passing, bug = map(json.loads, (await said("-c", code)).splitlines()[-2:])
+def test_transient_errors_of_libraries_are_one_line(lines: list[dict[str, Any]]) -> None:
+    passing, bug = lines[5:]
     assert (passing["event"], passing["error"]) == ("retrying", "ConnectionError")
     assert "exception" not in passing
     assert "KeyError" in bug["exception"]

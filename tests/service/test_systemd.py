@@ -60,7 +60,9 @@ def is_ready(message: str) -> bool:
 
 
 @contextmanager
-def service(manager: socket.socket, database: str, file: Path) -> Iterator[subprocess.Popen[str]]:
+def service(
+    manager: socket.socket, database: str, file: Path, folder: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A daemon as systemd starts it; stopped in good order at the end."""
     variables = {
         **os.environ,
@@ -70,6 +72,7 @@ def service(manager: socket.socket, database: str, file: Path) -> Iterator[subpr
     }
     with subprocess.Popen(
         [sys.executable, "-m", "sequencerd", "run"],
+        cwd=folder,
         env=variables,
         stderr=subprocess.PIPE,
         text=True,
@@ -158,16 +161,14 @@ async def test_a_loop_that_is_stuck_feeds_no_watchdog(
     settings: Path,
     connection: asyncpg.Connection,
     database: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a runner that blocks the event loop, as no async function should."""
     folder = settings.parent
     site = stuck_package(folder)
     go = folder / "go"
-    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
     await define(connection, "s", ("x", "Stuck", f'{{"go": "{go}"}}', None))
     await enroll(connection, "s", "u")
-    with service(manager, database, settings):
+    with service(manager, database, settings, site):
         await eventually((folder / "go.begun").exists)
         manager.settimeout(1)
         drain(manager)
