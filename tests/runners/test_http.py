@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import math
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -69,6 +70,22 @@ async def run(answer: servers.Answer | Sequence[Any], *ids: int, **options: Any)
     async with http_server(fixed(answer)) as server, runner(server, **options) as made:
         tasks = [task(id_) for id_ in ids or (7,)]
         return list(await made.run(made.compile({}), tasks))
+
+
+async def test_a_call_searches_for_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that finds nothing is repeated with each import, and takes longer than all else."""
+    searched: list[str] = []
+
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            searched.append(name)
+
+    async with http_server(all_next) as server, runner(server) as made:
+        program = made.compile({})
+        await made.run(program, [task()])
+        monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+        await made.run(program, [task()])
+    assert searched == []
 
 
 async def test_numbers_are_sent_as_postgresql_has_them() -> None:
