@@ -432,14 +432,14 @@ async def compare(request: Request) -> Response:
     )
 
 
-def side_by_side(before: str, after: str, context: int = 3) -> list[dict[str, Any]]:
+def side_by_side(before: str, after: str) -> list[dict[str, Any]]:
     """Return the lines of two texts, as far as they differ, with their neighbours. A row without
     lines stands for what is left out.
     """
     old, new = before.splitlines(), after.splitlines()
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     rows: list[dict[str, Any]] = []
-    for number, group in enumerate(matcher.get_grouped_opcodes(context)):
+    for number, group in enumerate(matcher.get_grouped_opcodes()):
         if number:
             rows.append({"kind": "gap", "before": None, "after": None})
         for kind, first, last, start, end in group:

@@ -31,7 +31,7 @@ class Pace:
     alone.
     """
 
-    def __init__(self, limits: Limits, name: str = "", take: TakePermits | None = None) -> None:
+    def __init__(self, limits: Limits, name: str, take: TakePermits | None = None) -> None:
         rate = limits.per_second
         self.longest_wait = 0.0 if rate is None else max(MIN_WAIT, 4 * limits.concurrency / rate)
         """The greatest number of seconds for which a call waits for its turn. With several daemons,

@@ -20,6 +20,7 @@ RENEWED_EARLY = 120.0
 shorter.
 """
 
+TIMEOUT = 30.0  # seconds for a token
 UNKNOWN_LIFE = 60.0  # seconds for which a token is used if its lifetime is unknown
 
 
@@ -90,13 +91,11 @@ class TokenEndpoint:
     an invalid URL.
     """
 
-    def __init__(
-        self, client: OAuthClient, *, timeout: float = 30.0, web: HttpClient | None = None
-    ) -> None:
+    def __init__(self, client: OAuthClient) -> None:
         self._client = client
         self._url = check_url(client.token_url)
         self._refresh_token = client.refresh_token
-        self._web = web or HttpClient(timeout=timeout, connections=1, allow_private=True)
+        self._web = HttpClient(timeout=TIMEOUT, connections=1, allow_private=True)
 
     async def fetch(self) -> AccessToken:
         """Fetch a new token. Raises TokenError."""
@@ -132,11 +131,10 @@ class TokenEndpoint:
 class TokenCommand:
     """Runs a program that prints a token, or the JSON of a token endpoint. Raises ValueError."""
 
-    def __init__(self, command: str, *, timeout: float = 30.0) -> None:
+    def __init__(self, command: str) -> None:
         self._words = shlex.split(command)
         if not self._words:
             raise ValueError("token_command is empty")
-        self._timeout = timeout
 
     async def fetch(self) -> AccessToken:
         """Return the token that the program prints. Raises TokenError, without the program's
@@ -152,13 +150,13 @@ class TokenCommand:
         except OSError as error:
             raise TokenError(f"token_command can't be run: {error.strerror}") from None
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(TIMEOUT):
                 output, _ = await process.communicate()
         except BaseException as error:
             process.kill()
             await process.wait()
             if isinstance(error, TimeoutError):
-                text = f"token_command did not end within {self._timeout:g} s"
+                text = f"token_command did not end within {TIMEOUT:g} s"
                 raise TokenError(text) from None
             raise
         if process.returncode:
