@@ -110,7 +110,7 @@ async def read_all_times(connection: asyncpg.Connection) -> None:
 
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _FIRST = datetime.min.replace(tzinfo=UTC)
-_INFINITY = 2**63 - 1
+_INFINITY, _MINUS_INFINITY = 2**63 - 1, -(2**63)
 
 
 def _read_time(microseconds: tuple[int]) -> datetime:
@@ -121,8 +121,11 @@ def _read_time(microseconds: tuple[int]) -> datetime:
 
 
 def _write_time(at: datetime) -> tuple[int]:
-    is_never = at >= NEVER
-    return (_INFINITY if is_never else (at - _EPOCH) // timedelta(microseconds=1),)
+    if at == NEVER:
+        return (_INFINITY,)
+    if at == _FIRST:
+        return (_MINUS_INFINITY,)
+    return ((at - _EPOCH) // timedelta(microseconds=1),)
 
 
 def explain(error: BaseException) -> str:

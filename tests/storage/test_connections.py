@@ -21,6 +21,15 @@ async def test_a_transaction_that_was_left_open_is_rolled_back(
     await pool.close()
 
 
+async def test_times_are_written_as_they_were_read(database: str) -> None:
+    """A page begins where the last one ended."""
+    async with connections.connected(shard(database)) as connection:
+        for text in ("-infinity", "infinity", "2026-03-02 09:00:00.000001+00"):
+            await connection.execute("SET timezone = 'UTC'")
+            read = await connection.fetchval("SELECT $1::text::timestamptz", text)
+            assert await connection.fetchval("SELECT $1::timestamptz::text", read) == text
+
+
 async def test_settings_changed_by_functions_of_applications_are_reset(database: str) -> None:
     pool = await connections.connect_pool(shard(database), 1, runs_others=True)
     async with connections.borrow(pool) as connection:
