@@ -253,7 +253,7 @@ class Executor:
 
 def _why_unusable(results: object, count: int) -> str | None:
     """Return what is wrong with what a runner has returned: a plug-in may return anything."""
-    if not isinstance(results, list | tuple):
+    if not isinstance(results, Sequence) or isinstance(results, str):
         return f"the runner returned {type(results).__name__} instead of a list of results"
     if len(results) != count:
         given, wanted = counted(len(results), "result"), counted(count, "enrollment")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,19 @@ async def test_a_plug_in_may_return_and_raise_anything(
             )
         await until(connection, REPORTED, message)
         await until(connection, COMPLETED)
+
+
+async def test_a_runner_may_return_any_sequence(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("work", "Work", "{}", None))
+    async with running_engine(database, {"Work": Plugin(lambda: deque([Answer()]))}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'bad' || n FROM generate_series(1, 3) AS n"
+        )
+        await until(connection, COMPLETED)
+    assert not await connection.fetchval(REPORTED, "")
 
 
 async def test_a_cancelled_call_ends_the_call(
