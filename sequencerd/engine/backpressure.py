@@ -24,7 +24,7 @@ class Backlog:
         self.changed = asyncio.Event()
         self._results: deque[Finished] = deque()
         self._most = MAX_RESULT_BATCHES * batch
-        self._floods = 0  # steps that are being claimed batch after batch
+        self._claimed_steps = 0  # which are being claimed batch after batch
         self._hold_until = 0.0  # a time of the event loop
 
     def __iter__(self) -> Iterator[Finished]:
@@ -42,7 +42,7 @@ class Backlog:
 
     @property
     def _is_held(self) -> bool:
-        return self._floods > 0 and asyncio.get_running_loop().time() < self._hold_until
+        return self._claimed_steps > 0 and asyncio.get_running_loop().time() < self._hold_until
 
     def add(self, results: Sequence[Finished]) -> None:
         """Add results that executors have reported."""
@@ -62,12 +62,12 @@ class Backlog:
     def hold_while_claiming(self) -> Iterator[None]:
         """Hold results back while a step is claimed batch after batch, for MAX_HOLD at most."""
         loop = asyncio.get_running_loop()
-        if not self._floods and loop.time() >= self._hold_until:
+        if not self._claimed_steps and loop.time() >= self._hold_until:
             self._hold_until = loop.time() + MAX_HOLD
             loop.call_later(MAX_HOLD, self.changed.set)
-        self._floods += 1
+        self._claimed_steps += 1
         try:
             yield
         finally:
-            self._floods -= 1
+            self._claimed_steps -= 1
             self.changed.set()

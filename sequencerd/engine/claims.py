@@ -32,8 +32,8 @@ from sequencerd.storage.locking import DueEnrollments
 from sequencerd.storage.writes import NO_STATE, EnrollmentWrites, NotWritten, Unchanged
 
 MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
-MAX_FRUITLESS = 3  # consecutive claims without a result after which notifications are delayed
-FRUITLESS_PAUSE = 0.5  # seconds, the longest such delay
+MAX_EMPTY_CLAIMS = 3  # consecutive claims without a result after which notifications are delayed
+EMPTY_CLAIMS_PAUSE = 0.5  # seconds, the longest such delay
 SEVERAL = 4  # enrollments found by a claim, after which more gather before the next one
 GATHER_TIME = timedelta(seconds=0.01)
 PREPARE_TIME = 1.0  # seconds
@@ -135,7 +135,7 @@ class Claims:
         result.
         """
         times = self._cursors.empty_claims(step_key)
-        seconds = 0.0 if times < MAX_FRUITLESS else doubled(0.002, FRUITLESS_PAUSE, times)
+        seconds = 0.0 if times < MAX_EMPTY_CLAIMS else doubled(0.002, EMPTY_CLAIMS_PAUSE, times)
         return timedelta(seconds=seconds)
 
     async def _claim(

@@ -14,8 +14,8 @@ async def remaining(
     connection: asyncpg.Connection, sequences: Iterable[str], now: datetime
 ) -> dict[str, int]:
     """Lock the brakes of sequences. Return how many side effects may begin in each."""
-    rows = await connection.fetch(QUERIES["brake_rooms"], list(sequences), now)
-    return {row["sequence"]: row["room"] for row in rows}
+    rows = await connection.fetch(QUERIES["brake_remaining"], list(sequences), now)
+    return {row["sequence"]: row["remaining"] for row in rows}
 
 
 async def count(

@@ -194,8 +194,8 @@ async def test_never_more_begin_in_any_period(connection: asyncpg.Connection, se
     for n in range(400):
         at = NOW + n * per / 37
         async with connection.transaction():
-            room = (await brakes.remaining(connection, ["s"], at))["s"]
-            wanted = min(n % 4, room)
+            remaining = (await brakes.remaining(connection, ["s"], at))["s"]
+            wanted = min(n % 4, remaining)
             await brakes.count(connection, {"s": (wanted, False)}, at)
         begun += [at] * wanted
         assert sum(one > at - per for one in begun) <= 10

@@ -804,10 +804,10 @@ SELECT entry, free_at
   FROM sequencer.reserve($1::integer[], $2::bytea[], $3::text[], $4::bigint[], $5::integer[],
                          $6::integer[], $7::interval[], $8);
 
--- name: brake_rooms
+-- name: brake_remaining
 -- Lock the brakes of sequences, and read how many side effects may begin in each.
 SELECT b.sequence, r.at_most - (SELECT coalesce(sum(o.times), 0) FROM unnest(b.at, b.times) AS o (at, times)
-                                 WHERE o.at > $2::timestamptz - r.per)::integer AS room
+                                 WHERE o.at > $2::timestamptz - r.per)::integer AS remaining
   FROM sequencer.brakes AS b
   JOIN sequencer.sequences AS q ON q.name = b.sequence, sequencer.brake_of(
            q.brake_at_most, q.brake_per, q.apply_brake, q.apply_brake_until, $2) AS r
