@@ -1,4 +1,4 @@
-"""Pools: what is left of a session that was changed."""
+"""Connections: what is left of a session that was changed, and how times are written."""
 
 from __future__ import annotations
 
