@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -83,6 +84,13 @@ async def breaking(
     await check(world)
 
 
+def scenarios(*groups: tuple[Fault, ...]) -> pytest.MarkDecorator:
+    """One for each group of faults, or one with all of them in the short form."""
+    divided = [tuple(chain(*groups))] if IS_SHORT else groups
+    names = ["-".join(fault.__name__ for fault in faults) for faults in divided]
+    return pytest.mark.parametrize("faults", divided, ids=names)
+
+
 # --- daemons
 
 
@@ -100,14 +108,10 @@ async def freeze(world: World) -> None:
     daemon.send(signal.SIGCONT)
 
 
-async def test_daemons_are_killed(world: World) -> None:
+@scenarios((kill,), (freeze,))
+async def test_daemons_are_killed_and_freeze(world: World, faults: tuple[Fault, ...]) -> None:
     world.sink.slow = 0.05
-    await breaking(world, kill, every=1)
-
-
-async def test_daemons_freeze(world: World) -> None:
-    world.sink.slow = 0.05
-    await breaking(world, freeze, every=0.5)
+    await breaking(world, *faults, every=1)
 
 
 async def test_daemons_are_restarted_and_nothing_is_done_twice(world: World) -> None:
@@ -274,10 +278,6 @@ async def crowd_out(world: World) -> None:
         assert "too many clients" in line or "remaining connection slots" in line, line
 
 
-async def test_the_server_has_no_connections_left_for_a_daemon_that_starts(world: World) -> None:
-    await breaking(world, crowd_out, every=1)
-
-
 @pytest.mark.skipif(IS_SHORT, reason="test_no_log_can_be_written terminates as many")
 async def test_connections_are_terminated(world: World) -> None:
     await breaking(world, terminate, every=0.3)
@@ -321,12 +321,9 @@ async def test_a_standby_takes_over(pair: Pair, tmp_path: Path) -> None:
         await breaking(world, fail_over, every=SECONDS / 2, daemons=2, times=1)
 
 
-async def test_the_database_is_restarted_and_crashes(world: World) -> None:
-    await breaking(world, restart, restart_immediately, crash, every=1)
-
-
-async def test_the_database_refuses(world: World) -> None:
-    await breaking(world, conflict, time_out, crowd, every=0.5)
+@scenarios((restart, restart_immediately, crash), (conflict, time_out, crowd), (crowd_out,))
+async def test_the_database_crashes_and_refuses(world: World, faults: tuple[Fault, ...]) -> None:
+    await breaking(world, *faults, every=0.75)
 
 
 @pytest.fixture
