@@ -6,7 +6,7 @@ Pure: it reads no clock. Times are seconds of any monotonic clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -119,17 +119,17 @@ class Suspects:
         self._failing: dict[VisitKey, _Failing] = {}
         self._innocent: set[VisitKey] = set()  # failed alone since the last success, not at fault
 
-    def is_suspect(self, key: VisitKey) -> bool:
-        """Return whether an enrollment should be executed alone, as it may make others fail."""
-        return key in self._failing
+    def among(self, keys: Iterable[VisitKey]) -> set[VisitKey]:
+        """Return the enrollments that should be executed alone, as they may make others fail."""
+        return self._failing.keys() & keys if self._failing else set()
 
     def succeeded(self, keys: Sequence[VisitKey], now: float) -> None:
         """Record that the server has answered for some enrollments."""
         self._succeeded_at = now
         self.failures = 0
         self._innocent.clear()
-        for key in keys:
-            self._failing.pop(key, None)
+        for key in self.among(keys):
+            del self._failing[key]
 
     def failed_together(self, keys: Sequence[VisitKey], now: float) -> None:
         """Record that a call for several enrollments has failed: any may be at fault."""

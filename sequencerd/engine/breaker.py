@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -48,11 +48,11 @@ class Breaker:
             return self._capacity
         return self._gate.allowed(now(), self._capacity)
 
-    def is_suspect(self, key: VisitKey) -> bool:
-        """Return whether an enrollment should be executed alone, because it may make a whole batch
+    def suspects(self, keys: Iterable[VisitKey]) -> set[VisitKey]:
+        """Return the enrollments that should be executed alone, because each may make a whole batch
         fail.
         """
-        return self._suspects.is_suspect(key)
+        return self._suspects.among(keys)
 
     def stop(self) -> None:
         """Cancel all timers."""

@@ -149,9 +149,9 @@ class Executor:
         """Execute side effects of one step, in batches of the runner's size."""
         self._metrics.begun(self._kind, len(leased))
         size = self.runner.limits.batch_size
-        alone = [one for one in leased if size > 1 and self._breaker.is_suspect(_key(one))]
-        if alone:
-            suspects = set(map(_key, alone))
+        alone: Sequence[Leased] = ()
+        if size > 1 and (suspects := self._breaker.suspects(map(_key, leased))):
+            alone = [one for one in leased if _key(one) in suspects]
             leased = [one for one in leased if _key(one) not in suspects]
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         for batch in (*batches, *([one] for one in alone)):

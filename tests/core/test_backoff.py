@@ -148,11 +148,11 @@ def test_a_call_for_several_blames_no_enrollment() -> None:
     runner = Runner({7})
     keys = [(number, 1) for number in range(100)]
     runner.suspects.failed_together(keys, 0.0)
-    assert all(runner.suspects.is_suspect(key) for key in keys)
+    assert runner.suspects.among(keys) == {*keys}
     assert runner.call(7) == Verdict("server")
     runner.call(8)
     assert runner.call(7) == Verdict("enrollment")
-    assert not runner.suspects.is_suspect((8, 1))
+    assert not runner.suspects.among([(8, 1)])
 
 
 @given(
