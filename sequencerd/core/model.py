@@ -479,11 +479,11 @@ class Enrollment(NamedTuple):
     created_at: datetime
     tag: UUID  # random
     original_id: str | None  # in the original, of one that was imported
+    wake_at: datetime | None  # as it was read
     # its state
     sequence: str
     step: str
     timezone: str | None
-    wake_at: datetime | None  # as it was read
     entered_at: datetime | None = None
     visit: int = 1
     attempt: int = 0
@@ -519,24 +519,26 @@ class Enrollment(NamedTuple):
 
     @property
     def state(self) -> tuple[object, ...]:
-        """Return all values that are not its own."""
-        return self[_OWN:]
+        """Return all values that are not its own, without its wake time."""
+        return self[_STATE_BEGINS:]
 
     @property
     def hashable_state(self) -> tuple[object, ...]:
-        """Return all values that are not its own, hashable."""
+        """Return its state, hashable."""
         lists = tuple(self.goals_met), tuple(self.executed)
-        return self[_OWN:_LISTS], self.goals_elsewhere, lists  # flat, it would take twice as long
+        return (
+            self[_STATE_BEGINS:_LISTS],
+            self.goals_elsewhere,
+            lists,
+        )  # flat, it would take twice as long
 
     def in_state_of(self, other: Enrollment) -> Enrollment:
         """Return the same enrollment in the state of another."""
-        return tuple.__new__(Enrollment, self[:_OWN] + other[_OWN:])  # `_make` takes twice as long
+        return tuple.__new__(
+            Enrollment, self[:_WAKE_AT] + other[_WAKE_AT:]
+        )  # `_make` takes twice as long
 
     # What most moves do is written out: `_replace` takes twice as long.
-
-    def due_at(self, wake_at: datetime) -> Enrollment:
-        """Return it with another wake time."""
-        return tuple.__new__(Enrollment, (*self[:_WAKE_AT], wake_at, *self[_WAKE_AT + 1 :]))
 
     def entering(
         self, sequence: str, step: str, now: datetime, executed: tuple[str, ...] | list[str]
@@ -549,10 +551,10 @@ class Enrollment(NamedTuple):
             self.created_at,
             self.tag,
             self.original_id,
+            None,
             sequence,
             step,
             self.timezone,
-            None,
             now,
             self.visit + 1,
             0,
@@ -574,10 +576,10 @@ class Enrollment(NamedTuple):
             self.created_at,
             self.tag,
             self.original_id,
+            None,
             self.sequence,
             self.step,
             self.timezone,
-            None,
             self.entered_at,
             self.visit,
             self.attempt + 1,
@@ -591,8 +593,8 @@ class Enrollment(NamedTuple):
         )
 
 
-_OWN = Enrollment._fields.index("sequence")
 _WAKE_AT = Enrollment._fields.index("wake_at")
+_STATE_BEGINS = Enrollment._fields.index("sequence")
 _LISTS = Enrollment._fields.index("goals_met")
 
 

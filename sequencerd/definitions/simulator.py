@@ -80,10 +80,10 @@ class Simulator:
             begun,
             UUID(int=0),
             None,
+            begun,
             name,
             self.definitions[name].first_step,
             timezone,
-            wake_at=begun,
         )
         return self.follow(enrollment, begun, until, changes or {}, external, enrolled=enrolled)
 

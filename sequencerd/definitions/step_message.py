@@ -61,7 +61,7 @@ def sample(data: str, subject: str | None = None, timezone: str | None = None) -
         read_zone(timezone)
     now = datetime.now(UTC)
     tag = UUID(int=0)
-    return Enrollment(1, subject or "subject", data, now, tag, None, "", "", timezone, now)
+    return Enrollment(1, subject or "subject", data, now, tag, None, now, "", "", timezone)
 
 
 async def write(message: StepMessage) -> bytes:

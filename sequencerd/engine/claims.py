@@ -257,8 +257,7 @@ class Claims:
                 slow = SlowEvaluations()
                 is_over = False
                 for enrollment in due:
-                    self._moves.move(batch, enrollment, now)
-                    if is_over := slow.end_batch():
+                    if is_over := self._moves.move(batch, enrollment, now) and slow.end_batch():
                         break
                 if is_over or not batch.is_plain:
                     claim.unsuited = wanted.revision
@@ -367,11 +366,11 @@ class Claims:
             expired_leases = await locking.count_expired_leases(connection, leased, now)
         slow = SlowEvaluations()
         for number, enrollment in enumerate(claimed, 1):
-            if enrollment.id not in held:
-                self._moves.move(
-                    batch, enrollment, now, expired_leases=expired_leases.get(enrollment.id, 0)
-                )
-            if slow.end_batch():
+            if enrollment.id in held:
+                continue
+            expired = expired_leases.get(enrollment.id, 0)
+            is_evaluated = self._moves.move(batch, enrollment, now, expired_leases=expired)
+            if is_evaluated and slow.end_batch():
                 self._let_rest(step_key, slow.seconds)
                 if number < len(claimed):
                     del claimed[number:]

@@ -82,16 +82,23 @@ class Moves:
         *,
         expired_leases: int = 0,
         result_only: bool = False,
-    ) -> None:
-        """Advance an enrollment into a batch, or let it share the outcome of an earlier one."""
-        before, enrollment = enrollment, self._starting(enrollment, now)
-        key = batch.outcomes.key(enrollment, result, started_revision, expired_leases)
+    ) -> bool:
+        """Advance an enrollment into a batch, or let it share the outcome of an earlier one. Return
+        whether anything was evaluated for it.
+        """
+        begins_at = None
+        if enrollment.entered_at is None:
+            begins_at = self._begins_at(enrollment, now)
+        key = batch.outcomes.key(enrollment, result, started_revision, expired_leases, begins_at)
         if (
             key is not None
             and (shared := batch.outcomes.get(key, enrollment)) is not None
             and self._share(batch, enrollment, shared)
         ):
-            return
+            return batch.outcomes.has_asked
+        before = enrollment
+        if begins_at is not None:
+            enrollment = enrollment._replace(wake_at=begins_at)
         advanced = self.advance(
             enrollment,
             now,
@@ -113,26 +120,23 @@ class Moves:
                 batch.jumps.append(PendingJump(enrollment, advanced, again))
             else:
                 batch.limited.append(Limited(enrollment, advanced, again))
-            return
+            return True
         outcome = self.add(batch, before, advanced, now)
         if outcome is not None and key is not None:
             batch.outcomes.add(key, advanced.answers, outcome)
+        return True
 
-    def _starting(self, enrollment: Enrollment, now: datetime) -> Enrollment:
-        """Return an enrollment that starts on time, at a side effect, as due now, so that it can
-        share the outcome of those that start with it. A wait begins at the wake time.
+    def _begins_at(self, enrollment: Enrollment, now: datetime) -> datetime | None:
+        """Return when an enrollment enters its first step: at its wake time, or now if it starts on
+        time at a side effect, so that it can share the outcome of those that start with it.
         """
         wake_at = enrollment.wake_at
-        if (
-            enrollment.entered_at is None
-            and wake_at is not None
-            and wake_at > now - START_TOLERANCE
-        ):
+        if wake_at is not None and wake_at > now - START_TOLERANCE:
             known = self._definitions.get(enrollment.sequence)
             step = known.steps.get(enrollment.step) if known else None
             if step is not None and isinstance(step.behaviour, SideEffect):
-                return enrollment.due_at(now)
-        return enrollment
+                return now
+        return wake_at
 
     def advance(
         self,

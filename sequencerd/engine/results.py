@@ -171,12 +171,10 @@ class Results:
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked.ids]
             exist = await locking.existing(connection, missing) if missing else set()
             slow = SlowEvaluations()
-            for number, (leased, result) in enumerate(results):
-                if number and slow.end_batch():
-                    later += results[number:]
-                    pause = SLOW_PAUSE
-                    break
-                if enrollment := locked.unchanged.get(leased.fence):
+            for number, (leased, result) in enumerate(results, 1):
+                enrollment = locked.unchanged.get(leased.enrollment.id)
+                # an enrollment may have been leased again since
+                if enrollment is not None and enrollment.leases == leased.enrollment.leases:
                     if leased.reservations and not may_have_taken_place(result):
                         given = Reserved(enrollment.id, enrollment.visit, leased.reservations)
                         batch.given_back.append(given)
@@ -186,22 +184,28 @@ class Results:
                         self._moves.add(batch, enrollment, outcome, now)
                         continue
                     answer = _of_lookup(result) if leased.executor.is_lookup else result
-                    self._moves.move(
+                    is_evaluated = self._moves.move(
                         batch, enrollment, now, answer, leased.revision, result_only=result_only
                     )
                 elif leased.enrollment.id in exist:
                     later.append((leased, result))
                 elif leased.enrollment.id not in locked.ids:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
+                    if is_evaluated and slow.end_batch():
+                        later += results[number:]
+                        pause = SLOW_PAUSE
+                        break
                 elif not leased.executor.is_lookup:
                     event = _stale(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)
             await self._moves.write(connection, batch, now)
-            keep = {leased.fence for leased, _ in later}
+            ended = results
+            if later:
+                keep = {leased.fence for leased, _ in later}
+                ended = [one for one in results if one[0].fence not in keep]
             if failure is None:
-                written = [one for one in results if one[0].fence not in keep]
-                await suppressions.add(connection, _undeliverable(written))
-        self._leases.forget(leased for leased, _ in results if leased.fence not in keep)
+                await suppressions.add(connection, _undeliverable(ended))
+        self._leases.forget(leased for leased, _ in ended)
         if later:
             asyncio.get_running_loop().call_later(pause, self._backlog.add, later)
         return []
@@ -233,8 +237,10 @@ class Results:
                 slow = SlowEvaluations()
                 for leased, result in results:
                     answer = _of_lookup(result) if leased.executor.is_lookup else result
-                    self._moves.move(batch, leased.enrollment, now, answer, leased.revision)
-                    if slow.end_batch():
+                    if (
+                        self._moves.move(batch, leased.enrollment, now, answer, leased.revision)
+                        and slow.end_batch()
+                    ):
                         raise NotWritten
                 if not batch.is_plain:
                     raise NotWritten

@@ -9,6 +9,7 @@ same answers.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from sequencerd.core.model import (
@@ -65,7 +66,16 @@ class SharedOutcomes:
     the outcomes of a key form a tree of conditions.
     """
 
-    __slots__ = ("_by_key", "_found", "_key", "_key_found", "_result", "_result_key", "_state")
+    __slots__ = (
+        "_by_key",
+        "_found",
+        "_key",
+        "_key_found",
+        "_others",
+        "_result",
+        "_result_key",
+        "_state",
+    )
 
     def __init__(self) -> None:
         self._by_key: dict[OutcomeKey, _Question | SharedOutcome] = {}
@@ -74,6 +84,7 @@ class SharedOutcomes:
         self._result: Result | None = None
         self._result_key: Hashable = None
         self._state: tuple[object, ...] = ()
+        self._others: tuple[object, ...] = ()
         self._key: OutcomeKey | None = None
         self._key_found: OutcomeKey | None = None
         self._found: _Question | SharedOutcome | None = None
@@ -84,16 +95,20 @@ class SharedOutcomes:
         result: Result | None,
         started_revision: int | None,
         expired_leases: int,
+        begins_at: datetime | None = None,
     ) -> OutcomeKey | None:
-        """Return the key of an outcome, unless it depends on values that cannot be shared."""
+        """Return the key of an outcome, unless it depends on values that cannot be shared.
+        `begins_at` is when the enrollment enters its first step.
+        """
         if result is not self._result:
             self._result, self._result_key = result, _result_key(result)
         if self._result_key is _UNSHARED:
             return None
-        others = self._result_key, started_revision, expired_leases
         state = enrollment.state
-        if self._key is None or state != self._state or others != self._key[1:]:
+        others = self._result_key, started_revision, expired_leases, begins_at
+        if self._key is None or state != self._state or others != self._others:
             self._key, self._state = (enrollment.hashable_state, *others), state
+            self._others = others
         return self._key
 
     def get(self, key: OutcomeKey, enrollment: Enrollment) -> SharedOutcome | None:
@@ -109,6 +124,11 @@ class SharedOutcomes:
             except EvaluationError:
                 return None
         return found
+
+    @property
+    def has_asked(self) -> bool:
+        """Return whether `get` has evaluated conditions for the latest enrollment."""
+        return isinstance(self._found, _Question)
 
     def add(
         self, key: OutcomeKey, answers: Iterable[tuple[Condition, bool]], outcome: SharedOutcome

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from datetime import UTC, datetime
@@ -206,13 +206,13 @@ async def orphans(
 
 
 class Locked(NamedTuple):
-    """Enrollments whose side effects have ended: the ids of the locked rows; the enrollments whose
-    fences are unchanged, as they are now; and the revisions of their sequences. Of rows that were
-    not read, also the places, and the number of the transaction.
+    """Enrollments whose side effects have ended: the ids of the locked rows; by id, the enrollments
+    whose fences are unchanged, as they are now; and the revisions of their sequences. Of rows that
+    were not read, also the places, and the number of the transaction.
     """
 
     ids: set[int]
-    unchanged: dict[Fence, Enrollment]
+    unchanged: dict[int, Enrollment]
     revisions: dict[str, int | None]
     places: Places
     transaction: int | None
@@ -229,20 +229,22 @@ async def lock(
     """
     ids = {enrollment.id for enrollment in known}
     locked: set[int] = set()
-    now: dict[Fence, Enrollment] = {}
+    now: dict[int, Enrollment] = {}
     revisions: dict[str, int | None] = {}
     places: dict[int, str] = {}
     ours: int | None = None
-    for (number, sequence), count in Counter((one.leases, one.sequence) for one in known).items():
-        if count < MANY_LEASES or number not in transactions:
+    by_lease: defaultdict[tuple[int, str], dict[int, Enrollment]] = defaultdict(dict)
+    for one in known:
+        by_lease[one.leases, one.sequence][one.id] = one
+    for (number, sequence), leased in by_lease.items():
+        if len(leased) < MANY_LEASES or number not in transactions:
             continue
-        leased = {one.id: one for one in known if (one.leases, one.sequence) == (number, sequence)}
         unchanged, where, revisions[sequence], ours = await connection.fetchrow(
             QUERIES["lock_unchanged"], id_array(leased), str(transactions[number]), sequence
         )
         locked.update(unchanged)
         places.update(zip(unchanged, where, strict=True))
-        now |= {leased[id_].fence: leased[id_] for id_ in unchanged}
+        now |= {id_: leased[id_] for id_ in unchanged}
     if not ids - locked:
         return Locked(locked, now, revisions, places, ours)
     by_fence = {enrollment.fence: enrollment for enrollment in known}
@@ -250,21 +252,20 @@ async def lock(
     for row in await _with_data(connection, rows):
         id_, visit, leases, leased_by, *rest = row
         subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
-        fence = (id_, visit, leases, leased_by)
         locked.add(id_)
-        if was := by_fence.get(fence):
+        if was := by_fence.get((id_, visit, leases, leased_by)):
             revisions[sequence] = revision
-            now[fence] = Enrollment(
+            now[id_] = Enrollment(
                 id_,
                 subject,
                 data,
                 was.created_at,
                 was.tag,
                 was.original_id,
+                None,
                 sequence,
                 step,
                 timezone,
-                None,
                 was.entered_at,
                 visit,
                 was.attempt,

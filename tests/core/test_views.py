@@ -18,7 +18,7 @@ SUBJECT = 'ü"\\\n</script>'
 
 def enrollment(**values: Any) -> Enrollment:
     made = Enrollment(
-        7, SUBJECT, '{"n": 1.10, "s": "é"}', NOW, UUID(int=1), None, "s", "a", None, None, NOW
+        7, SUBJECT, '{"n": 1.10, "s": "é"}', NOW, UUID(int=1), None, None, "s", "a", None, NOW
     )
     return made._replace(**values)
 

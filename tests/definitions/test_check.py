@@ -60,7 +60,7 @@ def test_everything_is_reported_at_once_and_at_its_line(name: str) -> None:
 
 def test_paths_begin_with_the_fields_of_an_enrollment() -> None:
     now = datetime.now(UTC)
-    enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, "s", "a", None, now)
+    enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, now, "s", "a", None)
     assert set(view(enrollment, "UTC", now, {})) == set(ROOT_KEYS)
 
 

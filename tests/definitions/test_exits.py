@@ -116,10 +116,10 @@ def enrollments(data: Iterable[Mapping[str, Any]], subjects: int) -> Iterable[En
             LONG_AGO,
             UUID(int=1),
             None,
+            NOW,
             "s",
             "it",
             None,
-            NOW,
             arrived,
         )
 

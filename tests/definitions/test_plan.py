@@ -680,7 +680,7 @@ async def dealt(connection: asyncpg.Connection, name: str = "s", step: str = "de
 def dealt_by(definitions: Mapping[str, Sequence], name: str, step: str) -> list[str]:
     now = datetime.now(UTC)
     subjects = [
-        Enrollment(n, f"u{n}", "{}", now, UUID(int=n), None, name, step, None, now)
+        Enrollment(n, f"u{n}", "{}", now, UUID(int=n), None, now, name, step, None)
         for n in range(100)
     ]
     return [advance(definitions, one, now).enrollment.step for one in subjects]

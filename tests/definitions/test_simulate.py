@@ -244,7 +244,7 @@ async def test_the_engine_agrees_with_the_simulation(
         "SELECT step, action FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at", id_
     )
     now = datetime.now(UTC)
-    fresh = Enrollment(id_, "ada", "{}", now, uuid4(), None, "s", "begin", None, now)
+    fresh = Enrollment(id_, "ada", "{}", now, uuid4(), None, now, "s", "begin", None)
     simulation = Simulator(definitions, {"Note": Recorder()}).follow(fresh, now, None, {}, None)
     simulated = [(e.step, e.action) for e in simulation.entries if e.action != "execute"]
     assert simulated == [tuple(row) for row in rows]

@@ -63,9 +63,9 @@ async def test_only_rows_changed_since_the_lease_are_read_again(
         ids, now, revisions, *_ = await locking.lock(connection, leased, transactions)
     await other.close()
     assert ids == {one.id for one in leased} - {locked.id}
-    assert now.keys() == {one.fence for one in (edited, *others)}
-    assert now[edited.fence].data == '{"k": 1}'
-    assert all(now[one.fence] is one for one in others)
+    assert now.keys() == {one.id for one in (edited, *others)}
+    assert now[edited.id].data == '{"k": 1}'
+    assert all(now[one.id] is one for one in others)
     assert revisions == {"s": await connection.fetchval("SELECT revision FROM sequencer.sequences")}
 
 
