@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
@@ -22,6 +22,7 @@ from sequencerd.core.model import (
     LookupAnswer,
     NotStarted,
     Result,
+    StepKey,
     Suppressed,
     Undeliverable,
     may_have_taken_place,
@@ -42,6 +43,8 @@ from sequencerd.storage.writes import NotWritten, Unchanged
 
 LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 SLOW_PAUSE = 0.25  # seconds until a batch with slow evaluations is continued
+DIFFERING_FOR = timedelta(seconds=5)
+"""For how long many equal results of a step are locked first, after some had different outcomes."""
 
 
 class Results:
@@ -75,6 +78,7 @@ class Results:
         self._clock = clock
         self._batch = batch
         self._log = log
+        self._differing_until: dict[StepKey, datetime] = {}
 
     async def write(self) -> None:
         """Write results in batches until cancelled."""
@@ -156,7 +160,7 @@ class Results:
         whose definitions have.
         """
         now = self._clock.now()
-        if failure is None and not result_only and await self._write_few(results, now):
+        if failure is None and not result_only and await self._write_unlocked(results, now):
             return []
         known = [leased.enrollment for leased, _ in results]
         batch = Batch()
@@ -187,14 +191,14 @@ class Results:
                     is_evaluated = self._moves.move(
                         batch, enrollment, now, answer, leased.revision, result_only=result_only
                     )
-                elif leased.enrollment.id in exist:
-                    later.append((leased, result))
-                elif leased.enrollment.id not in locked.ids:
-                    self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                     if is_evaluated and slow.end_batch():
                         later += results[number:]
                         pause = SLOW_PAUSE
                         break
+                elif leased.enrollment.id in exist:
+                    later.append((leased, result))
+                elif leased.enrollment.id not in locked.ids:
+                    self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.executor.is_lookup:
                     event = _stale(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)
@@ -210,14 +214,16 @@ class Results:
             asyncio.get_running_loop().call_later(pause, self._backlog.add, later)
         return []
 
-    async def _write_few(self, results: Sequence[Finished], now: datetime) -> bool:
-        """Write results in one statement, if they are few, nothing has changed since their leases,
-        and no more is to be written than rows and events. Return whether it has.
+    async def _write_unlocked(self, results: Sequence[Finished], now: datetime) -> bool:
+        """Write results in one statement, if they are few or have the same outcome, nothing has
+        changed since their leases, and no more is to be written than rows and events. Return
+        whether it has.
         """
+        is_few = len(results) <= MAX_UNLOCKED
         names = {leased.enrollment.sequence for leased, _ in results}
         known = self._leases.transactions
         if (
-            len(results) > MAX_UNLOCKED
+            not (is_few or _are_alike(results))
             or len(names) > 1
             or any(
                 one.enrollment.leases not in known or one.reservations or _has_data(result)
@@ -228,7 +234,9 @@ class Results:
             return False
         (name,) = names
         revision = self._revision(name)
-        if revision is None:
+        step_key = name, results[0][0].enrollment.step
+        differing_until = self._differing_until.get(step_key)
+        if revision is None or not (is_few or differing_until is None or differing_until <= now):
             return False
         versions = {one.enrollment.id: known[one.enrollment.leases] for one, _ in results}
         batch = Batch()
@@ -242,7 +250,8 @@ class Results:
                         and slow.end_batch()
                     ):
                         raise NotWritten
-                if not batch.is_plain:
+                if not batch.is_plain or not (is_few or batch.are_alike):
+                    self._differing_until[step_key] = now + DIFFERING_FOR
                     raise NotWritten
                 unchanged = Unchanged(versions, name, revision)
                 await self._leases.write_unchanged(connection, batch, now, unchanged)
@@ -253,6 +262,13 @@ class Results:
     def _revision(self, name: str) -> int | None:
         sequence = self._definitions.get(name)
         return sequence.revision if sequence else None
+
+
+def _are_alike(results: Sequence[Finished]) -> bool:
+    """Return whether results are the same, of side effects leased by one transaction."""
+    first, result = results[0]
+    number = first.enrollment.leases
+    return all(same is result and one.enrollment.leases == number for one, same in results)
 
 
 def _undeliverable(results: Sequence[Finished]) -> list[Undeliverable]:

@@ -54,6 +54,12 @@ class EnrollmentWrites:
     places: Mapping[int, str] = field(default_factory=dict)
     """By id, where rows are that the transaction has locked, as far as that is known (ctid)."""
 
+    @property
+    def are_alike(self) -> bool:
+        """Whether all enrollments get the same state and the same events."""
+        lists = [*self.rows.values(), *self.events.values()]
+        return len(self.rows) == 1 and all(ids == lists[0] for ids in lists)
+
 
 async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime) -> None:
     """Write the new states of locked enrollments, and their events."""
@@ -102,23 +108,24 @@ class Unchanged(NamedTuple):
 async def write_unchanged(
     connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime, known: Unchanged
 ) -> int | None:
-    """Write a few new states and their events, if nothing has changed that is known of them and
-    none is locked by another session. Raises NotWritten otherwise.
+    """Write new states and their events, if nothing has changed that is known of them and none is
+    locked by another session. Raises NotWritten otherwise. States that differ should be few.
 
     It is a transaction by itself. Return its number, or None if triggers of others may have changed
     what was written. Goals and data are not written.
     """
     rows = list(written.rows.items())
-    if len(rows) == len(rows[0][1]) == 1:
-        (state, (id_,)), *_ = rows
-        what = zip(*written.events, strict=True) if written.events else NO_EVENTS
+    state, ids = rows[0]
+    versions = set(known.versions.values())
+    if written.are_alike and len(versions) == 1:
+        is_one = len(ids) == 1
         row = await connection.fetchrow(
-            QUERIES["write_one_unchanged"],
-            id_,
+            QUERIES["write_one_unchanged" if is_one else "write_alike_unchanged"],
+            ids[0] if is_one else id_array(ids),
             *state,
             now,
-            *what,
-            str(known.versions[id_]),
+            *(zip(*written.events, strict=True) if written.events else NO_EVENTS),
+            str(versions.pop()),
             known.revision,
             known.sequence,
         )

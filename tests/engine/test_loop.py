@@ -25,11 +25,12 @@ from sequencerd.core.model import (
     Task,
     View,
 )
-from sequencerd.engine import claims, loop
-from sequencerd.engine.batch import Batch
+from sequencerd.engine import claims, loop, results
+from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
+from sequencerd.engine.results import Results
 from sequencerd.storage import connections, locking, sequences, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
@@ -481,6 +482,75 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
         passed = ["one enrolled", "one next", "two next", "two completed"]
         assert await way(connection, id_) == passed
     assert checks < len(ids)  # none but that of a poll, if one comes by
+
+
+async def many_answered(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> list[list[str]]:
+    """Enroll twice as many as are written without a lock if their outcomes differ, two times.
+    Return the steps of the results that were locked, for each time.
+    """
+    answer, lock = Answer(), locking.lock
+    locked: list[list[str]] = [[], []]
+
+    async def next_(_: Task) -> Result:
+        return answer
+
+    async def counted(on: asyncpg.Connection, known: Any, transactions: Any) -> Any:
+        locked[times].append(known[0].step)
+        return await lock(on, known, transactions)
+
+    monkeypatch.setattr(locking, "lock", counted)
+    runners = {"Note": Recorder(next_, batch_size=1000)}
+    async with running_engine(database, runners):
+        for times in range(2):
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+                " SELECT 's', $1 || n, jsonb_build_object('paid', n % 2 = 0)"
+                " FROM generate_series(1, $2::int) AS n",
+                f"time {times}, ",
+                2 * MAX_UNLOCKED,
+            )
+            await until(connection, ALL_ENDED)
+    return locked
+
+
+async def test_many_equal_results_with_one_outcome_are_written_without_a_lock_before(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
+    assert await many_answered(database, connection, monkeypatch) == [[], []]
+    ids = await connection.fetch("SELECT id FROM sequencer.enrollments")
+    passed = ["one enrolled", "one next", "two next", "two completed"]
+    assert {tuple(await way(connection, row["id"])) for row in ids} == {tuple(passed)}
+    assert len(ids) == 4 * MAX_UNLOCKED
+
+
+async def test_many_equal_results_with_several_outcomes_are_tried_together_only_once(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, write_unlocked = [], Results._write_unlocked
+
+    async def counted(self: Results, finished: Any, now: datetime) -> bool:
+        known = dict(self._differing_until)
+        is_written = await write_unlocked(self, finished, now)
+        tried.append(known != self._differing_until)
+        return is_written
+
+    monkeypatch.setattr(Results, "_write_unlocked", counted)
+    monkeypatch.setattr(results, "DIFFERING_FOR", timedelta(days=1))
+    await define(
+        connection, "s", ("one", "Note", "{}", "paid"), ("paid", "Conditional", PAID, None)
+    )
+    locked = await many_answered(database, connection, monkeypatch)
+    assert [set(steps) for steps in locked] == [{"one"}, {"one"}]
+    assert tried.count(True) == 1
+    assert (
+        await connection.fetchval(
+            "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
+        )
+        == 4 * MAX_UNLOCKED
+    )
 
 
 async def test_the_first_lone_enrollment_finds_its_statements_prepared(

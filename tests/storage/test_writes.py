@@ -125,13 +125,16 @@ async def complete(connection: asyncpg.Connection, known: writes.Unchanged) -> i
 
 
 async def enrolled(connection: asyncpg.Connection, *subjects: str) -> writes.Unchanged:
+    """Enroll subjects, each in a transaction of its own; names in one text in the same."""
     await define(connection, "s", ("a", "Task", "{}", None))
-    for subject in subjects:
-        await enroll(connection, "s", subject)
+    for together in subjects:
+        async with connection.transaction():
+            for subject in together.split():
+                await enroll(connection, "s", subject)
     return await known(connection)
 
 
-ONE_OR_TWO = pytest.mark.parametrize("subjects", [["bob"], ["ada", "bob"]])
+ONE_OR_TWO = pytest.mark.parametrize("subjects", [["bob"], ["ada", "bob"], ["ada bob"]])
 
 
 COMPLETED = """SELECT count(*) FROM sequencer.enrollments AS e
@@ -144,7 +147,7 @@ async def test_unchanged_rows_are_written_by_a_known_transaction(
     connection: asyncpg.Connection, subjects: list[str]
 ) -> None:
     number = await complete(connection, await enrolled(connection, *subjects))
-    assert await connection.fetchval(COMPLETED) == len(subjects)
+    assert await connection.fetchval(COMPLETED) == len(" ".join(subjects).split())
     assert set((await known(connection)).versions.values()) == {number}
 
 
@@ -200,4 +203,4 @@ async def test_no_transaction_is_returned_if_triggers_of_others_may_change_the_r
         """
     )
     assert await complete(connection, before) is None
-    assert await connection.fetchval(COMPLETED) == len(subjects)
+    assert await connection.fetchval(COMPLETED) == len(" ".join(subjects).split())

@@ -547,6 +547,12 @@ WITH free AS MATERIALIZED (
 SELECT {number_unless_changed} AS number
  WHERE (SELECT yes FROM all_free);
 
+-- part: happened_to_each
+-- Events that are the same for each enrollment that was written.
+SELECT written.id, what.*
+  FROM written CROSS JOIN unnest($18::timestamptz[], $19::text[], $20::text[], $21::int[], $22::text[],
+                                 $23::text[], $24::int[], $25::real[]) AS what
+
 -- name: write_one_unchanged
 -- Write the new state of one enrollment and its events, like write_unchanged, without its arrays of states:
 -- a lone enrollment starts sooner. Only if it has not been written since the transaction $26 and is not
@@ -566,11 +572,29 @@ WITH written AS (
     RETURNING id
 ), recorded AS (
     INSERT INTO sequencer.events {event}
-    SELECT written.id, what.*
-      FROM written CROSS JOIN unnest($18::timestamptz[], $19::text[], $20::text[], $21::int[], $22::text[],
-                                     $23::text[], $24::int[], $25::real[]) AS what
+    {happened_to_each}
 )
 SELECT {number_unless_changed} AS number FROM written;
+
+-- name: write_alike_unchanged
+-- Write the new state of enrollments that have the same, and insert the same events for each, like
+-- write_unchanged: only if none has been written since the transaction $26 and none is locked, and if their
+-- sequence $28 still has the revision $27.
+WITH free AS MATERIALIZED (
+    SELECT e.ctid FROM sequencer.enrollments AS e
+     WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $26::text::xid
+       AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
+       FOR UPDATE OF e SKIP LOCKED
+), written AS (
+    {write_state}
+     WHERE ctid = ANY (ARRAY(SELECT ctid FROM free))
+       AND (SELECT count(*) FROM free) = cardinality($1::text::bigint[])
+    RETURNING id
+), recorded AS (
+    INSERT INTO sequencer.events {event}
+    {happened_to_each}
+)
+SELECT {number_unless_changed} AS number FROM written LIMIT 1;
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
