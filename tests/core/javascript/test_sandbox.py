@@ -66,6 +66,7 @@ def everything_answers() -> None:
         ("invokeMap", "x" * 2_000, "a." * 2_000),
     ],
 )
+@pytest.mark.usefixtures("little_time")
 def test_no_command_exceeds_the_limits_of_time_and_memory(
     command: str, value: object, other: object
 ) -> None:
@@ -130,6 +131,7 @@ def test_every_evaluation_can_be_stopped(code: str, monkeypatch: pytest.MonkeyPa
         "{{nested}}",
     ],
 )
+@pytest.mark.usefixtures("little_time")
 def test_a_rendering_that_takes_too_much_fails(source: str) -> None:
     context = f'{{"l":{list(range(20_000))},"text":"{"é" * 2_000}","nested":{nested(9_000)}}}'
     with pytest.raises(EvaluationError) as caught:

@@ -481,6 +481,7 @@ def test_an_oversized_template_is_refused(source: str) -> None:
         "{{#each l}}" + "{{!}}a" * 4_000 + "{{/each}}",
     ],
 )
+@pytest.mark.usefixtures("little_time")
 def test_a_rendering_is_bounded(source: str) -> None:
     context = {"l": list(range(2_000)), "text": "é" * 2_000}
     with pytest.raises(EvaluationError) as caught:
