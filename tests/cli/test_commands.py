@@ -252,12 +252,13 @@ async def test_an_event_of_the_future_hides_no_other_from_tail(
 
 
 def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:
-    (commands,) = (one.choices for one in make_parser()._actions if one.dest == "command")
+    parser = make_parser()
+    (commands,) = (one.choices for one in parser._actions if one.dest == "command")
     assert isinstance(commands, dict)
     for name, command in commands.items():
         example = command.epilog.removeprefix("Example: sequencerd ")
         arguments = shlex.split(re.split(" [|<>] ", example)[0])
-        assert make_parser().parse_args(arguments).command == name
+        assert parser.parse_args(arguments).command == name
         assert [one.dest for one in command._actions if not one.help] == []
 
 
