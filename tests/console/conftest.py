@@ -82,7 +82,14 @@ OPTIONS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--renderer-process-limit=1",
 ]
+USUAL = {
+    "viewport": {"width": 1280, "height": 900},
+    "timezone_id": "Asia/Tokyo",
+    "reduced_motion": "reduce",  # colours on their way to others are judged by no test
+}
+"""The options of a context."""
 
 
 @fixture(scope="session")
@@ -96,6 +103,7 @@ async def browser() -> AsyncIterator[Browser]:
         pytest.skip("there is no chromium: run bin/browser")
     async with playwright.async_playwright() as started:
         found = await started.chromium.launch(executable_path=path, args=OPTIONS)
+        await found.new_context(**USUAL)
         yield found
         await found.close()
 

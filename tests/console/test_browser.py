@@ -27,7 +27,18 @@ from sequencerd.definitions.files import read_file
 from sequencerd.passwords import make_hash
 from sequencerd.service import public
 from sequencerd.service.page_texts import TEXTS
-from tests.console.conftest import BEGUN, DAY, FAILED, Line, Mended, console, people, routes, token
+from tests.console.conftest import (
+    BEGUN,
+    DAY,
+    FAILED,
+    USUAL,
+    Line,
+    Mended,
+    console,
+    people,
+    routes,
+    token,
+)
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.engines import Recorder, define, enroll, until
 from tests.helpers.waiting import PATIENCE
@@ -51,22 +62,24 @@ def _in_short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 async def window(
     browser: Browser, client: httpx.AsyncClient, **options: Any
 ) -> AsyncIterator[Page]:
-    """A window of its own. What the page complains of fails the test."""
-    options = {
-        "viewport": {"width": 1280, "height": 900},
-        "timezone_id": "Asia/Tokyo",
-        "reduced_motion": "reduce",  # colours on their way to others are judged by no test
-        **options,
-    }
-    base = str(client.base_url).removesuffix("/console/")
-    context = await browser.new_context(base_url=base, **options)
+    """A window on a console. What the page complains of fails the test.
+
+    Windows without options share a context, without cookies of a test before: pages of one context
+    share a process, which has compiled their scripts.
+    """
+    context = await browser.new_context(**USUAL | options) if options else browser.contexts[0]
     page = await context.new_page()
     page.set_default_timeout(PATIENCE * 1000)
+    base, goto = str(client.base_url).removesuffix("/console/"), page.goto
+    vars(page)["goto"] = lambda path: goto(f"{base}{path}")  # a context has one base alone
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if is_complaint(said.text) else None)
-    yield page
-    await context.close()
+    try:
+        yield page
+    finally:
+        await page.close()
+        await (context.close() if options else context.clear_cookies())
     assert wrong == []
 
 

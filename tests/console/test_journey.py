@@ -79,7 +79,7 @@ async def test_the_journey_of_a_sequence(
             await shows(page, "#step", "The message")
             await page.locator("#step .close").click()
             assert await page.locator("#step").count() == 0
-        async with window(browser, client, reduced_motion="reduce") as page:
+        async with window(browser, client) as page:
             for number, path in enumerate(PAGES):
                 await _looks_well(page, path, number)
 
