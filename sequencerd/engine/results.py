@@ -251,7 +251,8 @@ class Results:
                     ):
                         raise NotWritten
                 if not batch.is_plain or not (is_few or batch.are_alike):
-                    self._differing_until[step_key] = now + DIFFERING_FOR
+                    if not is_few:
+                        self._differing_until[step_key] = now + DIFFERING_FOR
                     raise NotWritten
                 unchanged = Unchanged(versions, name, revision)
                 await self._leases.write_unchanged(connection, batch, now, unchanged)
