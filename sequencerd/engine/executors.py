@@ -33,6 +33,7 @@ from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.breaker import Breaker, now
 from sequencerd.runners import tracing
 from sequencerd.runners.error_causes import is_exhausted
+from sequencerd.runners.fields import text_of
 from sequencerd.runners.protocol import NotNow
 from sequencerd.service.metrics import Metrics
 
@@ -243,7 +244,7 @@ class Executor:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # a plug-in may raise anything
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {text_of(error)}"
             fault: Attribution = "server" if is_exhausted(error) else "unclear"
             return [Failed(text, fault=fault, unknown=True)] * len(batch)
         if wrong := _why_unusable(results, len(batch)):

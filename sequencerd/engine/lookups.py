@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 
 from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
-from sequencerd.runners.fields import one_line
+from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.http import Endpoint
 from sequencerd.runners.http_client import Unreachable, judge
 from sequencerd.runners.registry import make_endpoint
@@ -45,7 +45,7 @@ class Lookup:
         except TimeoutError:
             return self._failed(f"no answer within {self._time:g} seconds", len(tasks))
         except Exception as error:  # an error of the user's function or server, or of the database
-            return self._failed(str(error) or type(error).__name__, len(tasks))
+            return self._failed(text_of(error) or type(error).__name__, len(tasks))
         return [LookupAnswer(found.get(str(task.view["subject"]), {})) for task in tasks]
 
     def _failed(self, why: str, count: int) -> list[LookupAnswer]:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core import exact_json
 from sequencerd.core.config import faults
-from sequencerd.core.model import Action, Answer, Failed, Result
+from sequencerd.core.model import (
+    Action,
+    Answer,
+    Attribution,
+    Failed,
+    OutageCause,
+    Result,
+    Undeliverable,
+)
 from sequencerd.runners.fields import one_line
 
 MAX_RETRY_AFTER = 10 * 366 * 86_400  # seconds
@@ -123,6 +132,48 @@ def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Res
         outcome.wake_at,
         None if outcome.retry_after is None else timedelta(seconds=outcome.retry_after),
     )
+
+
+def check_result(result: Answer | Failed) -> Result:
+    """Return the result that a plug-in has made itself; a failure if its fields are not usable."""
+    if isinstance(result, Failed):
+        wrong = [name for name, is_right in _fields(result).items() if not is_right]
+        if wrong:
+            return Failed(f"the Failed can't be used: wrong {', '.join(wrong)}", unknown=True)
+        return result
+    after = result.retry_after
+    given = {
+        "action": result.action,
+        "message": result.message,
+        "data": dict(result.data) if isinstance(result.data, Mapping) else result.data,
+        "retryAfter": after.total_seconds() if isinstance(after, timedelta) else after,
+        "wakeAt": result.wake_at,
+    }
+    checked = read_outcome(
+        {name: value for name, value in given.items() if value is not None}, StrictActionAnswer
+    )
+    if not isinstance(checked, Answer) or not result.undeliverable:
+        return checked
+    if not _is_undeliverable(result.undeliverable):
+        return Failed("the Answer can't be used: wrong undeliverable", unknown=True)
+    return replace(checked, undeliverable=result.undeliverable)
+
+
+def _fields(failed: Failed) -> dict[str, bool]:
+    """Return for the fields of a failure whether they have their types."""
+    return {
+        "message": isinstance(failed.message, str),
+        "retry_after": isinstance(failed.retry_after, timedelta | None),
+        "fault": failed.fault in get_args(Attribution),
+        "failure": failed.failure in ("error", "bad_data"),
+        "cause": failed.cause in get_args(OutageCause),
+        "refund": isinstance(failed.refund, int),
+        "undeliverable": _is_undeliverable(failed.undeliverable),
+    }
+
+
+def _is_undeliverable(found: object) -> bool:
+    return isinstance(found, tuple) and all(isinstance(one, Undeliverable) for one in found)
 
 
 _EXPECTED = "expected next, altNext or noop"

@@ -102,3 +102,11 @@ def one_line(text: str, limit: int = MAX_SHOWN) -> str:
     """Return a text of unknown origin as one short, printable line, to be shown and stored."""
     text = _UNPRINTABLE.sub(" ", text[: limit * 4]).strip()
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception of a plug-in, whose own method may fail."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(no text: {type(other).__name__})"

@@ -44,11 +44,11 @@ from sequencerd.core.model import (
 from sequencerd.runners.answers import (
     ANSWERS_OF_WORDS,
     StrictActionAnswer,
-    check_date,
+    check_result,
     read_outcome,
 )
 from sequencerd.runners.error_causes import is_exhausted
-from sequencerd.runners.fields import one_line
+from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.protocol import Refused, Runner
 
 GROUP = "sequencerd.runners"
@@ -191,21 +191,18 @@ class PythonRunner:
         return [self._result(item) for item in answer]
 
     def _result(self, answer: object) -> Result:
-        if isinstance(answer, Answer) and answer.wake_at is not None:
-            try:
-                check_date(answer.wake_at)
-            except ValueError as error:
-                text = f"{self._name}: the answer can't be used: wakeAt: {error}"
-                return Failed(text, fault="unclear", unknown=True)
+        if isinstance(answer, Failed) and (result := check_result(answer)) is answer:
+            return answer  # in the words of the author
         if isinstance(answer, Answer | Failed):
-            return answer
-        result = read_outcome(answer, StrictActionAnswer)
+            result = check_result(answer)
+        else:
+            result = read_outcome(answer, StrictActionAnswer)
         if isinstance(result, Failed):
             return replace(result, message=f"{self._name}: {result.message}")
         return result
 
     def _failed(self, error: BaseException) -> Failed:
-        text = one_line(str(error))
+        text = one_line(text_of(error))
         if isinstance(error, Refused):
             return Failed(text or "refused", permanent=True)
         frames = traceback.extract_tb(error.__traceback__)
@@ -216,6 +213,24 @@ class PythonRunner:
 
     async def close(self) -> None:
         """Do nothing: there is nothing to release."""
+
+
+class CheckedRunner:
+    """A Runner of a plug-in, whose results are checked."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.limits = runner.limits
+        self.retry = runner.retry
+        self.compile = runner.compile
+        self.close = runner.close
+        self._run = runner.run
+
+    async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
+        """Call the runner, and check its results."""
+        results = await self._run(program, tasks)
+        if not isinstance(results, list | tuple):
+            return results
+        return [check_result(one) if isinstance(one, Answer | Failed) else one for one in results]
 
 
 def load(group: str = GROUP) -> dict[str, Runner]:
@@ -233,7 +248,7 @@ def load(group: str = GROUP) -> dict[str, Runner]:
         except Exception as error:
             raise ValueError(
                 f"the Python runner {point.name!r} ({point.value}) can't be loaded: "
-                f"{type(error).__name__}: {one_line(str(error))}"
+                f"{type(error).__name__}: {one_line(text_of(error))}"
             ) from error
         found[point.name] = as_runner(loaded, name=point.name)
     return found
@@ -245,8 +260,7 @@ def as_runner(loaded: Any, *, name: str) -> Runner:
     """
     wanted = ("compile", "run", "close", "limits", "retry")
     if not inspect.isclass(loaded) and all(hasattr(loaded, part) for part in wanted):
-        made: Runner = loaded
-        return made
+        return CheckedRunner(loaded)
     if inspect.isclass(loaded) or not callable(loaded):
         raise ValueError(f"the Python runner {name!r} is not a function: name one, or an instance")
     return PythonRunner(loaded, name=name)

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed, Limits, Result
+from sequencerd.core.model import (
+    Action,
+    Answer,
+    DefinitionError,
+    Failed,
+    Limits,
+    Result,
+    RetryPolicy,
+    Undeliverable,
+)
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner
@@ -270,7 +279,7 @@ def test_a_package_with_the_name_of_a_built_in_type_is_refused(
 
 def test_an_object_that_is_a_runner_is_taken_as_it_is() -> None:
     made = PythonRunner(lambda config, runner: None, name="x")
-    assert as_runner(made, name="y") is made
+    assert as_runner(made, name="y").limits is made.limits
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"concurrency": 0}, {"timeout": 0}])
@@ -295,3 +304,74 @@ async def test_a_time_that_the_database_does_not_take_is_an_answer_that_cannot_b
         (result,) = await run(function)
         assert "the answer can't be used: wakeAt" in failed(result).message
         assert "write a time in the years 1900 to 9998" in failed(result).message
+
+
+WRONG: Any = {  # what no type checker would allow
+    "action": Answer(action="sideways", message="x"),  # type: ignore[arg-type]
+    "message": Answer(message=5),  # type: ignore[arg-type]
+    "data": Answer(data=[1]),  # type: ignore[arg-type]
+    "not JSON": Answer(data={"a": {1}}),
+    "wakeAt": Answer(Action.NOOP, wake_at="2030"),  # type: ignore[arg-type]
+    "retryAfter": Answer(Action.NOOP, retry_after=timedelta(days=-1)),
+    "undeliverable": Answer(undeliverable="x"),  # type: ignore[arg-type]
+    "wrong message": Failed(5),  # type: ignore[arg-type]
+    "wrong retry_after": Failed("x", retry_after=5),  # type: ignore[arg-type]
+    "wrong fault": Failed("x", fault="me"),  # type: ignore[arg-type]
+}
+
+
+class Own:
+    """A Runner of a plug-in."""
+
+    limits = Limits()
+    retry = RetryPolicy()
+
+    def __init__(self, result: Result) -> None:
+        self._result = result
+
+    def compile(self, config: Any) -> object:
+        return config
+
+    async def run(self, _: object, tasks: Any) -> list[Result]:
+        return [self._result for _ in tasks]
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("words", WRONG)
+async def test_results_that_an_author_has_made_are_checked(words: str) -> None:
+    (of_function,) = await run(lambda *_: WRONG[words])
+    assert words in failed(of_function).message
+    (of_runner,) = await as_runner(Own(WRONG[words]), name="Own").run({}, [task(7)])
+    assert words in failed(of_runner).message
+
+
+async def test_right_results_that_an_author_has_made_stay() -> None:
+    late = datetime(2030, 1, 1, tzinfo=UTC)
+    for right in (
+        Answer(),
+        Answer(Action.ALT_NEXT, "well", {"a": 1}),
+        Answer(Action.NOOP, wake_at=late),
+        Answer(Action.NOOP, retry_after=timedelta(seconds=5)),
+        Answer(undeliverable=(Undeliverable("email", "a@x.org", "gone"),)),
+        Failed("why", retry_after=timedelta(seconds=5), fault="server"),
+    ):
+        assert await run(lambda *_, result=right: result) == [right]
+        assert await as_runner(Own(right), name="Own").run({}, [task(7)]) == [right]
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+async def test_an_exception_without_a_text(in_thread: bool) -> None:
+    class WithoutTextError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def wrong(*_: object) -> None:
+        raise WithoutTextError
+
+    async def wrong_too(*_: object) -> None:
+        raise WithoutTextError
+
+    (result,) = await run(wrong if in_thread else wrong_too)
+    assert "WithoutTextError: (no text: RuntimeError)" in failed(result).message
