@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from types import FrameType
 
 from sequencerd.cli.arguments import WITHOUT_SETTINGS, make_parser
@@ -97,6 +98,8 @@ def _open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdout, TextIOWrapper):  # as standard error, where a locale lacks a character
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _print(error: SequencerdError) -> None:

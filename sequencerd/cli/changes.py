@@ -20,7 +20,7 @@ from sequencerd.cli.commands import (
     reading,
     report_missing,
 )
-from sequencerd.cli.output import say, say_json, say_lines, warn
+from sequencerd.cli.output import say, say_json, say_lines, use_utf8, warn
 from sequencerd.core.describe import text
 from sequencerd.definitions import files, plan, plan_of_shards
 from sequencerd.definitions.diff import describe_revision, parse_document
@@ -199,6 +199,7 @@ async def export_command(
             f"the shards have different definitions of {arguments.sequence!r}: {groups}; export "
             "one of them with --shard, and apply it to all"
         )
+    use_utf8()
     say_lines(to_yaml(parse_document(arguments.sequence, document)))
     return report_missing(answers)
 

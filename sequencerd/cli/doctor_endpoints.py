@@ -119,7 +119,8 @@ async def _endpoint(about: str, url: str, allow_private: bool) -> Diagnosis:
     try:
         reply = await web.call("GET", url, headers={})
     except Unreachable as error:
-        return Diagnosis(about, str(error), "error", "start it, or correct its url")
+        advice = "start it" if error.cause == "unreachable" else "see its log"
+        return Diagnosis(about, str(error), "error", f"{advice}, or correct its url")
     finally:
         await web.close()
     return Diagnosis(about, f"reachable; responds to GET with {reply.status}")

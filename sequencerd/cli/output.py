@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from shutil import get_terminal_size
 from typing import Any, TextIO
 
@@ -120,7 +121,14 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def say_raw(content: str) -> None:
     """Print a text for a program, unchanged."""
+    use_utf8()
     _print(content, end="")
+
+
+def use_utf8() -> None:
+    """Print in UTF-8 to a file or a program, whatever the locale: files are read so."""
+    if isinstance(sys.stdout, TextIOWrapper) and not is_terminal(sys.stdout):
+        sys.stdout.reconfigure(encoding="utf-8")
 
 
 def say_json(value: object, *, indent: int | None = None) -> None:

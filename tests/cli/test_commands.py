@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from tests.helpers.databases import server_folder
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import PATIENCE
 
+PIPE = asyncio.subprocess.PIPE
 EXPLAINED = Path("docs/failures.md").read_text()
 
 
@@ -249,6 +251,29 @@ async def test_an_event_of_the_future_hides_no_other_from_tail(
         assert json.loads(await out.readline())["action"] == "altNext"
         await connection.execute(insert, id_, "now", "noop")
         assert json.loads(await out.readline())["action"] == "noop"
+
+
+async def test_a_character_that_the_locale_lacks_is_escaped(
+    sequencerd: Command, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "日本 ë", ("a", "GoTo", "{}", None))
+    await enroll(connection, "日本 ë", "Zoë")
+    sequencerd.variables["PYTHONIOENCODING"] = "latin-1"
+    for command in (
+        ["show", "1"],
+        ["list"],
+        ["status"],
+    ):
+        done = await start_sequencerd(
+            *command, env=sequencerd.variables, stdout=PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        printed, _ = await done.communicate()
+        assert (done.returncode, rb"\u65e5\u672c " in printed) == (0, True), printed
+    exporting = await start_sequencerd("export", "日本 ë", env=sequencerd.variables, stdout=PIPE)
+    exported, _ = await exporting.communicate()
+    assert "日本 ë" in exported.decode()  # commands read files in UTF-8
+    (sequencerd.folder / "日本.yaml").write_bytes(exported)
+    assert sequencerd("apply", "日本.yaml") == "日本 ë: nothing changed\n"
 
 
 def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:

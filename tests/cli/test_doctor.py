@@ -357,6 +357,18 @@ async def test_unreachable_endpoints(database: str, connection: asyncpg.Connecti
     assert not any("secret" in f.seen or "token" in f.seen for f in found.values())
 
 
+async def test_an_endpoint_that_hangs_up_is_not_to_be_started(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async def respond(_: Request) -> Answer:
+        return Answer(raw=b"")
+
+    async with http_server(respond) as server:
+        found = (await examine(database, runners={"Crm": {"url": server.url}}))["runner Crm"]
+    assert found.level == "error"
+    assert found.advice == "see its log, or correct its url"
+
+
 async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) -> None:
     text = sequencerd("doctor")
     assert "ok       server: PostgreSQL" in text
