@@ -55,6 +55,7 @@ from sequencerd.core.model import (
     Update,
     Wait,
     Window,
+    describe_result,
     effect_key,
     merge_data,
     parse_data,
@@ -241,7 +242,7 @@ class _Evaluation:
             case Answer():
                 return self._answered(result)
             case Suppressed(message):
-                step = self._step(self.sequence())
+                step = self._step_of_result(result)
                 self.record("suppressed", message)
                 effect = step.behaviour
                 exit_ = effect.on_suppressed if isinstance(effect, SideEffect) else "next"
@@ -369,6 +370,17 @@ class _Evaluation:
         if step is None:
             raise EvaluationError("invalid_step", f"step {self.at.step!r} does not exist")
         return step
+
+    def _step_of_result(self, result: Answer | Suppressed | Failed) -> Step:
+        """Return the present step. If it was removed while its side effect was executed, record the
+        result, which would be lost.
+        """
+        try:
+            return self._step(self.sequence())
+        except EvaluationError:
+            removed = f"the step was removed during attempt {self.at.attempt}"
+            self.record("stale_result", f"{removed}: {describe_result(result)}")
+            raise
 
     def _open_goals(self, sequence: Sequence) -> list[Step]:
         """Return the goals that are not met yet, or may be met again once they no longer hold."""
@@ -706,7 +718,7 @@ class _Evaluation:
     def _answered(self, answer: Answer) -> Decision | None:
         if answer.data:
             self._merge(answer.data)
-        step = self._step(self.sequence())
+        step = self._step_of_result(answer)
         if answer.action is Action.NOOP:
             if answer.message:
                 self.record(answer.action.value, answer.message)
@@ -729,7 +741,7 @@ class _Evaluation:
         self.merged = {**(self.merged or {}), **data}
 
     def _failed(self, failed: Failed, jitter: float) -> Decision | None:
-        step = self._step(self.sequence())
+        step = self._step_of_result(failed)
         effect = step.behaviour if isinstance(step.behaviour, SideEffect) else SideEffect(None)
         if failed.unknown:
             failed = replace(failed, message=f"{failed.message}; it may have taken place")

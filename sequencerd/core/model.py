@@ -989,6 +989,23 @@ def may_have_taken_place(result: Result) -> bool:
     return isinstance(result, Answer) or (isinstance(result, Failed) and result.unknown)
 
 
+def describe_result(result: Result) -> str:
+    """Return what an event says about a result that has no effect."""
+    match result:
+        case Answer(action, message):
+            return f"{action}: {message}" if message else str(action)
+        case Suppressed(message):
+            return f"suppressed: {message}"
+        case Failed(message):
+            return f"failed: {message}"
+        case NotStarted():
+            return "not started"
+        case LookupAnswer():
+            return "found"
+        case _:
+            assert_never(result)
+
+
 def outcome(result: Result) -> str:
     """Return the result as one word, for metrics and traces."""
     match result:

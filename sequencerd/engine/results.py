@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
@@ -23,7 +22,6 @@ from sequencerd.core.model import (
     NotStarted,
     Result,
     StepKey,
-    Suppressed,
     Undeliverable,
     may_have_taken_place,
 )
@@ -305,20 +303,7 @@ def _unwritten(result: Result, failure: Exception) -> str:
 
 def _stale(leased: Leased, result: Result, now: datetime) -> Event:
     """Return the event for a result whose enrollment has moved in the meantime."""
-    match result:
-        case Answer(action, message):
-            text = f"{action}: {message}" if message else str(action)
-        case Suppressed(message):
-            text = f"suppressed: {message}"
-        case Failed(message):
-            text = f"failed: {message}"
-        case NotStarted():
-            text = "not started"
-        case LookupAnswer():
-            text = "found"
-        case _:
-            assert_never(result)
-    was = leased.enrollment
+    was, text = leased.enrollment, model.describe_result(result)
     return Event(
         now,
         was.sequence,

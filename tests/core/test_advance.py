@@ -1461,3 +1461,23 @@ def test_the_data_of_a_condition_are_read_by_javascript_alone() -> None:
         step("yes", "WaitForDuration", {"amount": 1, "unit": "day"}),
     )
     assert advance(found, at("ask", data), NOW).enrollment.step == "yes"
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (Answer(message="sent to a@x.org", data={"n": 1}), "next: sent to a@x.org"),
+        (Suppressed("not sent to a@x.org"), "suppressed: not sent to a@x.org"),
+        (Failed("no answer", unknown=True), "failed: no answer"),
+    ],
+)
+def test_the_result_of_a_step_that_was_removed_meanwhile_is_recorded(
+    result: Result, words: str
+) -> None:
+    advanced = advance(sequence(step("other", "Email")), at("mail", attempt=1), NOW, result)
+    assert [(event.action, event.message) for event in advanced.events] == [
+        ("stale_result", f"the step was removed during attempt 1: {words}"),
+        ("failed", "step 'mail' does not exist"),
+    ]
+    assert advanced.decision == Fail("invalid_step", "step 'mail' does not exist")
+    assert (advanced.enrollment.data == '{"n": 1}') == isinstance(result, Answer)
