@@ -118,3 +118,56 @@ def test_a_database_that_is_still_in_use_is_dropped(copies: Copies) -> None:
     with copies.one() as another:
         assert another != url
     session.close()
+
+
+PROCESS = "SELECT pg_backend_pid()"
+REMEMBERED = """
+    SELECT current_setting('work_mem') = '9MB' OR current_user <> session_user
+           OR EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'advisory')
+           OR EXISTS (SELECT FROM pg_prepared_statements WHERE name = 'x')
+           OR EXISTS (SELECT FROM pg_cursors WHERE name = 'x')
+           OR EXISTS (SELECT FROM pg_listening_channels())
+"""
+
+
+def test_a_session_is_used_by_the_next_test_and_has_forgotten_its_last_user(copies: Copies) -> None:
+    sessions = []
+    for _ in range(2):
+        with copies.one() as url:
+            for _ in range(2):
+                session = Administrator(url)
+                sessions += session.fetch(PROCESS)
+                assert session.fetch(REMEMBERED) == [(False,)]
+                session.execute(
+                    "SET work_mem = '9MB'; SET ROLE sequencer_daemon; PREPARE x AS SELECT 1;"
+                    "DECLARE x CURSOR WITH HOLD FOR SELECT 1; LISTEN x;"
+                    "SELECT pg_advisory_lock_shared(1)"
+                )
+                assert session.fetch(REMEMBERED) == [(True,)]
+                session.close()
+    first, second, third, fourth = sessions
+    assert first != second
+    assert {third, fourth} == {first, second}
+
+
+def test_a_session_that_was_ended_is_not_used(copies: Copies, administrator: Administrator) -> None:
+    with copies.one() as url:
+        session = Administrator(url)
+        [(process,)] = session.fetch(PROCESS)
+        session.close()
+    with copies.one() as again:
+        assert again == url
+        administrator.fetch(f"SELECT pg_terminate_backend({process}, 60000)")
+        session = Administrator(url)
+        assert session.fetch(PROCESS) != [(process,)]
+        session.close()
+
+
+def test_a_session_that_fails_is_closed(copies: Copies) -> None:
+    with copies.one() as url:
+        session = Administrator(url)
+        session.execute("BEGIN; DELETE FROM sequencer.topics")
+        session.close()
+        other = Administrator(url)
+        other.execute("BEGIN; LOCK TABLE sequencer.topics NOWAIT")
+        other.close()
