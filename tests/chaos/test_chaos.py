@@ -47,7 +47,7 @@ from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import shard
 from tests.helpers.engines import until
 from tests.helpers.pooler import pgbouncer
-from tests.helpers.releases import copy_release, next_migration, previous_release
+from tests.helpers.releases import commit_of, copy_release, next_migration, previous_release
 from tests.helpers.waiting import PATIENCE, eventually
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -414,10 +414,10 @@ async def released(breakable: Server, tmp_path: Path) -> AsyncIterator[World]:
     release = previous_release((REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
     code = REPOSITORY
     if release is not None:
-        try:
-            code = copy_release(f"v{release}", tmp_path / "release")
-        except subprocess.CalledProcessError:
-            pytest.skip(f"git has no tag v{release} here; run: git fetch --tags")
+        commit = commit_of(release)
+        if commit is None:
+            pytest.skip(f"the history of git does not reach to {release}: git fetch --unshallow")
+        code = copy_release(commit, tmp_path / "release")
     migrations = [one for one in available() if (code / "sql" / one.name).exists()]
     database = await create(breakable.url, tmp_path.name, migrations)
     async with living(database, tmp_path, FIRST) as made:

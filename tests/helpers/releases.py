@@ -72,10 +72,24 @@ def unrecorded(
     ]
 
 
-def copy_release(release: str, folder: Path) -> Path:
-    """Write the package of a release, or of a commit, into a folder."""
+def commit_of(release: str) -> str | None:
+    """Return the commit that gave a release its heading, as a clone may have no tags; None if that
+    is not in the history.
+    """
+    found = subprocess.run(
+        ["git", "log", "-1", "--format=%H", f"-S## {release} (", "--", "CHANGELOG.md"],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or None
+
+
+def copy_release(commit: str, folder: Path) -> Path:
+    """Write the package as it was in a commit into a folder."""
     archive = subprocess.run(
-        ["git", "archive", release, "sequencerd", "sql"],
+        ["git", "archive", commit, "sequencerd", "sql"],
         cwd=REPOSITORY,
         check=True,
         capture_output=True,

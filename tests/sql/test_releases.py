@@ -22,6 +22,7 @@ from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_e
 from tests.helpers.releases import (
     RECORDS_FILE,
     Record,
+    commit_of,
     copy_release,
     newest_release,
     next_migration,
@@ -82,7 +83,8 @@ def test_the_record_of_a_release() -> None:
 def test_the_package_of_a_release_is_taken_from_git(repository: Path, tmp_path: Path) -> None:
     if not (repository / ".git").exists():
         pytest.skip("this is no clone")
-    folder = copy_release("HEAD", tmp_path)
+    assert commit_of("0.0.0") is None
+    folder = copy_release(commit_of("1.0.0") or "HEAD", tmp_path)
     assert (folder / "sequencerd/__main__.py").exists()
     assert (folder / "sql/0001_sequencer.sql").exists()
 
