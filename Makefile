@@ -2,8 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
-# Two processes of tests for each core, as many tests wait for programs that they start.
-JOBS ?= $(shell echo $$((2 * $$(nproc 2>/dev/null || echo 2))))
+# Three processes of tests for each core, as many tests wait for programs that they start.
+JOBS ?= $(shell echo $$((3 * $$(nproc 2>/dev/null || echo 2))))
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header \
 	--no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
 LOCKED := build manual audit browser system # groups with a file of their own in packaging/
