@@ -722,7 +722,4 @@ async def _pool(
     try:
         yield pool
     finally:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await pool.close()
-        pool.terminate()
+        await connections.close_pool(pool, CLOSE_TIMEOUT)

@@ -54,11 +54,12 @@ from sequencerd.definitions.simulator import Simulator
 from sequencerd.errors import DatabaseError, ShardsError, UsageError
 from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings, Role
-from sequencerd.storage.connections import Shard, open_pool, read_all_times
+from sequencerd.storage.connections import Shard, close_pool, open_pool, read_all_times
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 MAX_CONNECTIONS = 4  # of the pages to the database
 TIMEOUT = 10.0  # seconds that a page waits for the database
+CLOSE_TIMEOUT = 1.0  # seconds that the end waits for it
 SWITCH_INTERVAL = 0.0002  # seconds until Python switches threads
 
 HEADERS = {
@@ -131,7 +132,7 @@ def make_console(
                     task.cancel()
                 await actions.close()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                pool.terminate()
+                await close_pool(pool, CLOSE_TIMEOUT)
 
     get, post = guarded_routes(log)
     return Starlette(

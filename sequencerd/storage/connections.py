@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -167,6 +167,14 @@ async def connect_pool(
         command_timeout=COMMAND_TIMEOUT,
         **options,
     )
+
+
+async def close_pool(pool: asyncpg.Pool, seconds: float) -> None:
+    """Close a pool when its connections have been given back; terminate them after some seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await pool.close()
+    pool.terminate()
 
 
 async def _keep(_: object) -> None:

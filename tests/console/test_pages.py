@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import gc
 import io
 import json
 import time
@@ -657,6 +658,31 @@ async def test_an_open_stream_does_not_hold_up_the_end(
             assert stream.status_code == 200
         assert [line async for line in stream.aiter_lines()]
     assert caplog.records == [], "uvicorn had to break it off"
+
+
+async def test_the_end_waits_until_connections_are_given_back(
+    database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reset, begun, ended = asyncpg.Connection.reset, asyncio.Event(), asyncio.Event()
+
+    async def slowly(connection: asyncpg.Connection, **options: object) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(0.05)
+            await reset(connection, **options)
+        finally:
+            ended.set()
+
+    async with asyncio.timeout(PATIENCE):
+        async with console(database) as client:
+            await client.get("/")
+            monkeypatch.setattr(asyncpg.Connection, "reset", slowly)
+            await begun.wait()  # by the count that follows
+            ended.clear()
+        await ended.wait()
+    await asyncio.sleep(0)
+    gc.collect()  # reports exceptions that nothing has looked at
+    assert caplog.records == []
 
 
 @pytest.mark.slow
