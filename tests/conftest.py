@@ -25,7 +25,7 @@ from sequencerd import settings
 from sequencerd.storage import embedded, migrate
 from sequencerd.storage.connections import connect
 from sequencerd.storage.schemas import connection_class
-from tests.helpers import costs, forked_programs, leftovers, sessions, shared
+from tests.helpers import costs, forked_programs, leftovers, shared
 from tests.helpers.command_line import Command
 from tests.helpers.copies import Copies
 from tests.helpers.databases import (
@@ -64,7 +64,6 @@ shared.make_parser_once()
 shared.trust_one_authority()
 shared.hash_passwords_once()
 forked_programs.use()
-sessions.keep()
 
 pytest_plugins = ("tests.helpers.packages", "tests.helpers.shards")
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 import asyncpg
 
-from tests.helpers import sessions
 from tests.helpers.databases import Administrator, with_database
 
 MAX_BYTES = 10 * 8192  # PostgreSQL plans for as many pages of a table without statistics
@@ -23,7 +21,7 @@ IN_USE = """
     SELECT FROM pg_database AS d
      WHERE datname = current_database()
        AND (EXISTS (SELECT FROM pg_stat_get_activity(NULL)
-                     WHERE datid = d.oid AND pid <> pg_backend_pid() AND pid <> ALL ($1))
+                     WHERE datid = d.oid AND pid <> pg_backend_pid())
          OR EXISTS (SELECT FROM pg_prepared_xacts WHERE database = datname)
          OR EXISTS (SELECT FROM pg_replication_slots WHERE database = datname)
          OR EXISTS (SELECT FROM pg_db_role_setting WHERE setdatabase = d.oid)
@@ -91,8 +89,6 @@ class _Copy:
         self._name = server.create(template)
         self.url = with_database(url, self._name)
         self._own = Administrator(self.url)
-        self._key = self._name, urlsplit(url).username
-        self._sessions = sessions.kept[self._key] = sessions.Sessions()
         self._own.execute("SET session_replication_role = replica")
         self._fixed = {name for (name,) in self._own.fetch(FILLED)}
 
@@ -100,7 +96,7 @@ class _Copy:
         """Delete all rows. Return False if the copy differs from a new one nevertheless."""
         try:
             for _ in range(MAX_CHECKS):
-                if not self._own.fetch(IN_USE, self._sessions.processes):
+                if not self._own.fetch(IN_USE):
                     return self._empty()
                 time.sleep(0.005)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
@@ -113,11 +109,8 @@ class _Copy:
             return False
         deletions = [f"DELETE FROM {row['name']}" for row in changed]
         self._own.execute("; ".join([*deletions, RESTART]))
-        self._sessions.next_test()
         return True
 
     def drop(self) -> None:
-        del sessions.kept[self._key]
-        self._sessions.end()
         self._own.close()
         self._server.drop(self._name)

@@ -141,10 +141,8 @@ class Administrator:
     def execute(self, statements: str) -> None:
         self._loop.run_until_complete(self._connection.execute(statements))
 
-    def fetch(self, query: str, *parameters: object) -> list[asyncpg.Record]:
-        rows: list[asyncpg.Record] = self._loop.run_until_complete(
-            self._connection.fetch(query, *parameters)
-        )
+    def fetch(self, query: str) -> list[asyncpg.Record]:
+        rows: list[asyncpg.Record] = self._loop.run_until_complete(self._connection.fetch(query))
         return rows
 
     def close(self) -> None:
