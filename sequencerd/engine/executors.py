@@ -212,10 +212,9 @@ class Executor:
 
     def _redacted(self, result: Result) -> Result:
         """Return a result without secrets; usually the same object, so that results are shared."""
-        if isinstance(result, NotStarted) or not result.message:
+        if isinstance(result, NotStarted):
             return result
-        message = self._redact(result.message)
-        if message != result.message:
+        if result.message and (message := self._redact(result.message)) != result.message:
             result = replace(result, message=message)
         if isinstance(result, Answer | Failed) and result.undeliverable:
             found = tuple(

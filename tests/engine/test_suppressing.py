@@ -82,3 +82,17 @@ async def test_an_entry_that_the_database_refuses_loses_no_result(
         "bob": "completed",
     }
     assert any("its side effect is done" in (row["last_error"] or "") for row in rows)
+
+
+async def test_the_reason_contains_no_secret(database: str, connection: asyncpg.Connection) -> None:
+    async def answer(_: Task) -> Result:
+        return Answer(undeliverable=(GONE._replace(reason="550 not with hunter22"),))
+
+    async with running_engine(
+        database, {"Work": Recorder(answer)}, redact=lambda text: text.replace("hunter22", "***")
+    ):
+        await define(connection, "s", ("work", "Work", "{}", None))
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    (entry,) = await connection.fetch(ENTRIES)
+    assert entry["reason"].startswith("550 not with *** (enrollment ")

@@ -89,6 +89,7 @@ async def running_engine(
     pauses: Pauses = Pauses(),  # noqa: B008 - a tuple
     *,
     metrics: Metrics | None = None,
+    redact: Callable[[str], str] = str,
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """A daemon in the test's own loop: engine and listener, ready."""
@@ -107,6 +108,7 @@ async def running_engine(
         name=daemon_name(),
         log=log,
         metrics=metrics or Metrics(),
+        redact=redact,
         pauses=pauses,
     )
     ready = asyncio.Event()
