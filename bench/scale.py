@@ -181,7 +181,7 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     connection = await asyncpg.connect(url)
     begun, number = loop.time(), 0
-    start: Sequence[object] = cleanup.FIRST_START
+    deleted_until = cleanup.FIRST_START[1]
     size = arguments.rate // 50
     while (passed := loop.time() - begun) < arguments.minutes * 60:
         if number * size > passed * arguments.rate:
@@ -195,10 +195,13 @@ async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
             size,
         )
         if number % 50 == 0:
-            _, *start = await connection.fetchrow(
-                "SELECT * FROM sequencer.delete_ended(now() - interval '1 minute', 100000, $1, $2)",
-                *start,
+            # while a snapshot is held open, a pass from the beginning reads all that was deleted
+            # before; daemons make one each hour
+            before = await connection.fetchval("SELECT now() - interval '1 minute'")
+            await connection.execute(
+                "SELECT sequencer.delete_ended($1, 100000, '', $2)", before, deleted_until
             )
+            deleted_until = before
     await connection.close()
 
 
