@@ -40,8 +40,10 @@ from tests.helpers.databases import (
     with_database,
 )
 
-# a shell's background jobs ignore it, and so would every program that tests interrupt
+# A shell's background jobs ignore SIGINT, and nohup's SIGHUP: so would every program that tests
+# interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Programs that tests start keep their bytecode, outside of the clone: it saves half of their time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
