@@ -228,8 +228,8 @@ class CheckedRunner:
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Call the runner, and check its results."""
         results = await self._run(program, tasks)
-        if not isinstance(results, list | tuple):
-            return results
+        if not isinstance(results, Sequence) or isinstance(results, str):
+            return results  # the executor says what is wrong
         return [check_result(one) if isinstance(one, Answer | Failed) else one for one in results]
 
 

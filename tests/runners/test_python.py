@@ -6,7 +6,8 @@ import asyncio
 import importlib
 import sys
 import threading
-from collections.abc import Callable
+from collections import UserList, deque
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -326,14 +327,15 @@ class Own:
     limits = Limits()
     retry = RetryPolicy()
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Result, kind: Callable[..., Sequence[Result]] = list) -> None:
         self._result = result
+        self._kind = kind
 
     def compile(self, config: Any) -> object:
         return config
 
-    async def run(self, _: object, tasks: Any) -> list[Result]:
-        return [self._result for _ in tasks]
+    async def run(self, _: object, tasks: Any) -> Sequence[Result]:
+        return self._kind(self._result for _ in tasks)
 
     async def close(self) -> None:
         pass
@@ -343,8 +345,10 @@ class Own:
 async def test_results_that_an_author_has_made_are_checked(words: str) -> None:
     (of_function,) = await run(lambda *_: WRONG[words])
     assert words in failed(of_function).message
-    (of_runner,) = await as_runner(Own(WRONG[words]), name="Own").run({}, [task(7)])
-    assert words in failed(of_runner).message
+    for kind in (list, tuple, deque, UserList):
+        own = as_runner(Own(WRONG[words], kind), name="Own")
+        (of_runner,) = await own.run({}, [task(7)])
+        assert words in failed(of_runner).message
 
 
 async def test_right_results_that_an_author_has_made_stay() -> None:
