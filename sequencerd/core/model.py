@@ -526,17 +526,13 @@ class Enrollment(NamedTuple):
     def hashable_state(self) -> tuple[object, ...]:
         """Return its state, hashable."""
         lists = tuple(self.goals_met), tuple(self.executed)
-        return (
-            self[_STATE_BEGINS:_LISTS],
-            self.goals_elsewhere,
-            lists,
-        )  # flat, it would take twice as long
+        # flat, it would take twice as long
+        return self[_STATE_BEGINS:_LISTS], self.goals_elsewhere, lists
 
     def in_state_of(self, other: Enrollment) -> Enrollment:
         """Return the same enrollment in the state of another."""
-        return tuple.__new__(
-            Enrollment, self[:_WAKE_AT] + other[_WAKE_AT:]
-        )  # `_make` takes twice as long
+        # `_make` takes twice as long
+        return tuple.__new__(Enrollment, self[:_WAKE_AT] + other[_WAKE_AT:])
 
     # What most moves do is written out: `_replace` takes twice as long.
 
