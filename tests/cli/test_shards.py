@@ -492,35 +492,37 @@ async def test_an_interrupted_change_names_the_shards_that_have_it() -> None:
     assert reported == ["interrupted: done in a, perhaps not in b, c; repeat the command"]
 
 
-async def test_an_interrupted_pause_is_reported(
-    filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
-) -> None:
+async def interrupt_at_locked_table(
+    command: Command, shards: dict[str, asyncpg.Connection], table: str, *arguments: str
+) -> bytes:
+    """Execute a command on two shards, send it SIGTERM when it waits for a table of the second one,
+    and return what it reports.
+    """
     async with shards["b"].transaction():
-        await shards["b"].execute("LOCK TABLE sequencer.sequences")
+        await shards["b"].execute(f"LOCK TABLE sequencer.{table}")
         process = await start_sequencerd(
-            "pause", "s", env=filled.variables, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+            *arguments, env=command.variables, cwd=command.folder, stderr=asyncio.subprocess.PIPE
         )
         await until(shards["a"], LOCKED)
         process.send_signal(signal.SIGTERM)
         _, errors = await process.communicate()
-    assert re.search(rb"interrupted: .*not in .*b; repeat the command", errors)
     assert process.returncode == -signal.SIGTERM
+    return errors
+
+
+async def test_an_interrupted_pause_is_reported(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    errors = await interrupt_at_locked_table(filled, shards, "sequences", "pause", "s")
+    assert re.search(rb"interrupted: .*not in .*b; repeat the command", errors)
 
 
 async def test_an_apply_interrupted_before_its_commit_changes_nothing(
     filled: Command, shards: dict[str, asyncpg.Connection], tmp_path: Path
 ) -> None:
     (tmp_path / "s.yaml").write_text(EDITED)
-    async with shards["b"].transaction():
-        await shards["b"].execute("LOCK TABLE sequencer.steps")
-        process = await start_sequencerd(
-            "apply", "s.yaml", env=filled.variables, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
-        )
-        await until(shards["a"], LOCKED)
-        process.send_signal(signal.SIGTERM)
-        _, errors = await process.communicate()
+    errors = await interrupt_at_locked_table(filled, shards, "steps", "apply", "s.yaml")
     assert b"interrupted: nothing was changed in any shard\n" in errors
-    assert process.returncode == -signal.SIGTERM
     assert await have_revision(shards) == []
 
 
