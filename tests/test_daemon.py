@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -410,3 +412,33 @@ def test_a_failed_start_prints_one_line(
     assert words in command.errors
     assert len(command.errors.strip().splitlines()) == 1
     assert "hidden" not in command.errors
+
+
+SIGNALLED = """
+import os, signal
+from sequencerd import cli, daemon
+
+def end(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+
+{place} = end
+cli.main(["run"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "output"), [("cli.import_module", ""), ("daemon.tune_collector", "interrupted\n")]
+)
+def test_a_signal_during_the_start_ends_the_process(place: str, output: str, database: str) -> None:
+    """Imports are not interrupted: libraries turn KeyboardInterrupt into other errors."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALLED.format(place=place)],
+        env={**os.environ, "SEQUENCERD_DATABASE": database},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "")

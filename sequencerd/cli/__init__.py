@@ -30,7 +30,6 @@ from sequencerd.errors import (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 wrong arguments or settings."""
     _open_standard_streams()
-    _interrupt_on_signals()
     try:
         given = make_parser().parse_args(arguments)
         _check_texts(given)
@@ -40,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Settings() if given.command in WITHOUT_SETTINGS else read_settings(given)
         module, _, function = given.run.rpartition(".")
         run = getattr(import_module(f"sequencerd.cli.{module}"), function)
+        _interrupt_on_signals()  # not before: imports turn an interrupt into errors of their own
         code: int = run(given, settings)
     except SequencerdError as error:
         with suppress(SequencerdError):  # of standard error
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = getattr(given, "exit_code_of_errors", error.exit_code)
     except KeyboardInterrupt:
         if _received:  # end as the signal would have ended it
+            signal.signal(_received[0], signal.SIG_DFL)  # uvloop leaves its handler
             os.kill(os.getpid(), _received[0])
         code = 130
     except BrokenPipeError:
