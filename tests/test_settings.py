@@ -107,8 +107,8 @@ def test_the_numbers_of_all_sections_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", NUMBERS)
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_a_number_is_not_a_boolean(tmp_path: Path, path: str, value: str) -> None:
+@pytest.mark.parametrize("value", ["true", "false", "inf", "nan"])
+def test_a_number_is_neither_a_boolean_nor_infinite(tmp_path: Path, path: str, value: str) -> None:
     file = tmp_path / "sequencerd.toml"
     table, _, key = path.rpartition(".")
     file.write_text(f"[{table}]\n{key} = {value}\n")
