@@ -28,12 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Moves enrollments through sequences of steps, on PostgreSQL.",
     )
     parser.add_argument("--version", action=_Version)
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings in TOML (or SEQUENCERD_CONFIG)"
-    )
-    parser.add_argument(
-        "--database", metavar="URL", help="postgresql://user@host/name (or SEQUENCERD_DATABASE)"
-    )
+    _add_settings(parser)
     commands = Commands(parser)
     _add_service(commands)
     _add_authoring(commands)
@@ -46,6 +41,23 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspection(commands)
     _add_demo(commands)
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, **default: Any) -> None:
+    """Add the options that all commands have, and that may also stand before the command."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings in TOML (or SEQUENCERD_CONFIG)",
+        **default,
+    )
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        help="postgresql://user@host/name (or SEQUENCERD_DATABASE)",
+        **default,
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,7 +97,9 @@ class Commands:
             help=about,
             description=f"{about[0].upper()}{about[1:]}.",
             epilog=f"Example: sequencerd {example}",
+            conflict_handler="resolve",  # a command may use one of the names for something else
         )
+        _add_settings(command, default=argparse.SUPPRESS)  # keep what stands before the command
         if has_database:
             command.add_argument(
                 "--shard",

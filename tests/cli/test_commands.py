@@ -287,6 +287,19 @@ def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:
         assert [one.dest for one in command._actions if not one.help] == []
 
 
+def test_the_settings_may_be_named_before_and_after_a_command() -> None:
+    parser = make_parser()
+    for arguments, config, database in (
+        ("--config a --database b status", "a", "b"),
+        ("status --config a --database b", "a", "b"),
+        ("--config a --database b status --config c", "c", "b"),
+        ("status", None, None),
+    ):
+        given = parser.parse_args(arguments.split())
+        assert given.config == (config and Path(config)), arguments
+        assert given.database == database, arguments
+
+
 def test_the_demo_succeeds(tmp_path: Path) -> None:
     with server_folder() as home:
         home.chmod(0o755)  # the server's user must be able to enter it
