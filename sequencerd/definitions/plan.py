@@ -620,6 +620,8 @@ def _classify(
 
 # --- apply
 
+MAX_REMOVALS = 10  # attempts to remove steps at which enrollments arrive
+
 
 async def apply(
     connection: asyncpg.Connection,
@@ -722,8 +724,29 @@ async def _write(
         [kept["altNext"] for kept in steps],
         [seeds(step.after).get(name) for name in names],
     )
-    for old, new in step.moves.items():
-        # more enrollments may arrive at the step in the meantime
-        while await connection.fetchval(QUERIES["move_enrollments"], step.sequence, old, new):
-            pass
-    await connection.execute(QUERIES["remove_steps"], step.sequence, names)
+    await _remove_steps(connection, step, names)
+
+
+async def _remove_steps(
+    connection: asyncpg.Connection, step: SequencePlan, names: Sequence[str]
+) -> None:
+    """Delete the steps that are not in `names`, and move their enrollments as planned. Daemons may
+    move more enrollments there at any time. Raises PlanError if one that has arrived since the plan
+    cannot be moved.
+    """
+    for attempt in range(1, MAX_REMOVALS + 1):
+        for old, new in step.moves.items():
+            while await connection.fetchval(QUERIES["move_enrollments"], step.sequence, old, new):
+                pass
+        try:
+            async with connection.transaction():
+                await connection.execute(QUERIES["remove_steps"], step.sequence, names)
+        except asyncpg.ForeignKeyViolationError as error:
+            if not step.moves or attempt == MAX_REMOVALS:
+                raise PlanError(
+                    f"{step.sequence}: {error.args[0]}; they arrived "
+                    "after the plan was made: specify where to continue (--move OLD=STEP), or "
+                    "apply it again"
+                ) from error
+        else:
+            return

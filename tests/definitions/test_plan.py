@@ -441,6 +441,34 @@ async def test_enrollments_that_reach_a_removed_step_after_the_plan_are_not_lost
         await apply(without, expected=planned.fingerprint)
 
 
+ARRIVAL = """
+CREATE SEQUENCE public.removals;
+CREATE FUNCTION public.arrive() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF nextval('public.removals') <= {times} THEN -- which is not rolled back
+        INSERT INTO sequencer.enrollments (sequence, subject, step)
+        VALUES (OLD.sequence, 'late', OLD.name);
+    END IF;
+    RETURN OLD;
+END $$;
+CREATE TRIGGER a_arrives BEFORE DELETE ON sequencer.steps
+    FOR EACH ROW EXECUTE FUNCTION public.arrive();
+"""
+
+
+async def test_enrollments_that_arrive_while_their_step_is_removed(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    await connection.execute(ARRIVAL.format(times=2))
+    without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
+    with pytest.raises(PlanError, match=r"^s: step 'pause' .* \(--move OLD=STEP\)"):
+        await apply(without)
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    await apply(without, moves={"pause": "bye"})
+    assert await connection.fetchval("SELECT last_value FROM public.removals") == 3
+    assert await connection.fetchval("SELECT step FROM sequencer.enrollments") == "bye"
+
+
 async def test_a_plan_that_no_longer_holds_is_refused(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
