@@ -117,6 +117,7 @@ class Executor:
         self._running_slots = asyncio.Semaphore(runner.limits.concurrency)
         self._queued: set[asyncio.Task[None]] = set()
         self._running: set[asyncio.Task[None]] = set()
+        self._is_stopped = False
 
     @property
     def outage(self) -> str | None:
@@ -157,7 +158,6 @@ class Executor:
         batches = [leased[first : first + size] for first in range(0, len(leased), size)]
         for batch in (*batches, *([one] for one in alone)):
             task = asyncio.create_task(self._execute(batch))
-            self._queued.add(task)
             task.add_done_callback(self._queued.discard)
             task.add_done_callback(self._running.discard)
 
@@ -167,11 +167,12 @@ class Executor:
             await asyncio.sleep(0.1)
 
     async def stop(self, seconds: float) -> None:
-        """Return the side effects that have not started, wait for the others, and cancel those that
-        take longer. Lookups have no effect: cancel them at once.
+        """Return the side effects that have not started, also those that are leased from now on,
+        wait for the others, and cancel those that take longer. Lookups have no effect: cancel them
+        at once.
         """
         self._breaker.stop()
-        await asyncio.sleep(0)  # a task cancelled before its first step would report nothing
+        self._is_stopped = True
         tasks = self._queued | self._running
         for task in tasks if self.is_lookup else set(self._queued):
             task.cancel()
@@ -186,10 +187,14 @@ class Executor:
         results: Sequence[Result]
         interrupted: Result = NotStarted()
         started: float | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        # not before: a task that is cancelled before its first step would report nothing
+        self._queued.add(task)
         try:
+            if self._is_stopped:
+                raise asyncio.CancelledError
             async with self._running_slots:
-                task = asyncio.current_task()
-                assert task is not None
                 self._queued.discard(task)
                 self._running.add(task)
                 if self._breaker.allowed > 0:

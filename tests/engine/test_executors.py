@@ -1,18 +1,23 @@
-"""What plug-ins may do: the executor gets its slots back whatever a runner returns or raises."""
+"""The executor gets its slots back whatever a runner returns or raises, and when it stops."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, cast
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, Limits, RetryPolicy, Task
+from sequencerd.core.model import Answer, Enrollment, Limits, NotStarted, RetryPolicy, Task
+from sequencerd.engine.executors import Executor, Finished, Leased
+from sequencerd.service.metrics import Metrics
 from tests.helpers.engines import define, running_engine, until
+from tests.helpers.waiting import PATIENCE
 
 COMPLETED = "SELECT count(*) = 3 FROM sequencer.enrollments WHERE status = 'completed'"
 REPORTED = (
@@ -104,3 +109,32 @@ async def test_a_cancelled_call_ends_the_call(
             "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('s', 'bad')"
         )
         await until(connection, "SELECT count(*) > 0 FROM sequencer.events WHERE action = 'retry'")
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+async def test_a_side_effect_that_is_leased_at_the_moment_of_a_stop_is_given_back(
+    turns: int,
+) -> None:
+    """Its lease would be lost, and the stop would wait for it."""
+    finished: list[Finished] = []
+    executor = Executor(
+        "Work",
+        Plugin(lambda: None),
+        finished=finished.extend,
+        resumed=lambda _: None,
+        outage_changed=lambda _: None,
+        redact=str,
+        metrics=Metrics(),
+        pauses=SHORT,
+    )
+    now, nothing = datetime.now(UTC), cast("Any", None)
+    enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, now, "s", "work", None)
+    leased = Leased(enrollment, nothing, executor, nothing, Task("1", {"subject": "ada"}))
+    executor.reserve(1)
+    stopping = asyncio.create_task(executor.stop(PATIENCE))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    executor.start([leased])
+    await stopping
+    await executor.drained()
+    assert [(one.enrollment.id, result) for one, result in finished] == [(1, NotStarted())]
