@@ -6,7 +6,8 @@
                  the same beside a daemon that executes a task for each
     mix          enroll, wait, decide, execute and mail for minutes, a tenth to --smtp: the sizes of
                  tables and indexes, how late waits end, and CPU time of both sides for an event of
-                 the history; --held 10 30 opens a snapshot after ten minutes, for thirty
+                 the history; --held 10 30 opens a snapshot after ten minutes, for thirty; --peer
+                 pg-boss or pgqueuer measures that queue instead, with a second task for the mail
     snapshot     w1 of bench/engine.py with a snapshot held open, against one without
     daemons      w1 with 1, 2 and 4 daemons: rate, and CPU time of both sides for a transition;
                  --server-cores 0 --daemon-cores 1 keeps each side to cores of its own
@@ -24,18 +25,23 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import compare
 import cpu
 from aiosmtpd.smtp import SMTP
 from asyncpg.prepared_stmt import PreparedStatement
-from engine import ALL_ENDED, WARM_UP, defined, engine, enroll, process, run, say, until
+from engine import ALL_ENDED, NAME, WARM_UP, defined, engine, enroll, process, run, say, until
 
 from sequencerd import daemon
 from sequencerd.runners.email.runner import EmailRunner
@@ -148,6 +154,9 @@ def take_mail(port: Any) -> None:
 
 async def mix(dsn: str, arguments: argparse.Namespace) -> None:
     """Each waits a second and is decided upon; a tenth gets a mail, the others a task."""
+    if arguments.peer:
+        await mix_of_peer(dsn, arguments)
+        return
     mail = {"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}
     steps = (
         ("wait", "WaitForDuration", '{"amount": 1, "unit": "seconds"}'),
@@ -240,15 +249,18 @@ class Sizes:
                    (SELECT count(*) FROM sequencer.enrollments WHERE wake_at < now()) AS overdue,
                    (SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'enrollments')
                    AS dead_rows,
-                   1000 * late[1] AS late_p50_ms, 1000 * late[2] AS late_p99_ms, now() AS now
+                   1000 * late[1] AS late_p50_ms, 1000 * late[2] AS late_p99_ms, passed,
+                   now() AS now
               FROM (SELECT percentile_cont('{0.5, 0.99}'::float8[])
-                               WITHIN GROUP (ORDER BY seconds_at_step - 1) AS late
+                               WITHIN GROUP (ORDER BY seconds_at_step - 1) AS late,
+                           count(*) AS passed
                       FROM sequencer.events
                      WHERE step = 'wait' AND action = 'next' AND at > $1) AS e
             """,
             self._last,
         )
         figures = {name: float(value or 0) for name, value in row.items() if name != "now"}
+        passed, took = figures.pop("passed"), (row["now"] - self._last).total_seconds()
         self._last = row["now"]
         served = cpu.tree(self._server) if self._server else math.nan
         present = (figures["events"], time.process_time(), served)
@@ -261,8 +273,101 @@ class Sizes:
             **({"daemon_us": 1e6 * own / events, "postgres_us": 1e6 * server / events})
             if events > 0
             else {},
+            **each(passed, took, own, server),
             memory_mb=memory(),
         )
+
+
+def each(passed: float, took: float, worker: float, server: float) -> dict[str, float]:
+    """Return how many have passed their waits a second, and the CPU time that each has cost."""
+    if not passed:
+        return {"per_s": 0.0}
+    return {
+        "per_s": passed / took,
+        "worker_each_us": 1e6 * worker / passed,
+        "postgres_each_us": 1e6 * server / passed,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Where a queue has its jobs: a table, perhaps with partitions; the condition for those that
+    are due and not done; and the table of its history.
+    """
+
+    table: str
+    overdue: str
+    history: str | None = None
+
+
+PEERS = {
+    "pg-boss": Jobs("pgboss.job", "state < 'active' AND start_after < now()"),
+    "pgqueuer": Jobs("pgqueuer", "status = 'queued' AND execute_after < now()", "pgqueuer_log"),
+}
+
+
+async def mix_of_peer(dsn: str, arguments: argparse.Namespace) -> None:
+    """Print a line with each line of the queue's program, which says how late its jobs were."""
+    command = compare.install(arguments.peer)
+    if command is None:
+        raise SystemExit(f"{arguments.peer} could not be installed")
+    server = await postmaster(dsn)
+    sizes = ("--minutes", str(arguments.minutes), "--rate", str(arguments.rate))
+    program = await asyncio.create_subprocess_exec(
+        *command, "--works", "mix", *sizes, "--dsn", dsn, stdin=PIPE, stdout=PIPE
+    )
+    assert program.stdin is not None
+    assert program.stdout is not None
+    url = urlunsplit(urlsplit(dsn)._replace(path=f"/{NAME}"))
+    begun = last = time.perf_counter()
+    before = (0.0, 0.0)
+    holding: asyncio.Task[None] | None = None
+    async for text in program.stdout:
+        line = json.loads(text)
+        figures = await sizes_of_peer(url, PEERS[arguments.peer])
+        present = (cpu.tree(program.pid), cpu.tree(server) if server else math.nan)
+        now = time.perf_counter()
+        if holding is None:  # the first line: its worker is ready
+            holding = asyncio.create_task(hold_snapshot(url, arguments.held))
+            begun = now
+        else:
+            own, served = (b - a for a, b in zip(before, present, strict=True))
+            say(
+                f"{'held' if arguments.held else 'mix'} {arguments.peer}",
+                seconds=now - begun,
+                **figures,
+                **{name: line[name] for name in ("late_p50_ms", "late_p99_ms") if line.get(name)},
+                **each(line["passed"], now - last, own, served),
+            )
+        last, before = now, present
+        if line["left"] == 0:
+            program.stdin.close()  # it may drop the database
+    if holding and not holding.cancel():
+        holding.result()  # raises what it has raised
+    if status := await program.wait():
+        sys.exit(f"{arguments.peer} ended with status {status}")
+
+
+async def sizes_of_peer(url: str, jobs: Jobs) -> dict[str, float]:
+    connection = await asyncpg.connect(url)
+    try:
+        row = await connection.fetchrow(
+            f"""
+            SELECT sum(pg_table_size(relid)) / 1e6 AS table_mb,
+                   sum(pg_indexes_size(relid)) / 1e6 AS indexes_mb,
+                   sum(pg_stat_get_dead_tuples(relid)) AS dead_rows,
+                   pg_total_relation_size(to_regclass($2)) / 1e6 AS events_mb,
+                   (SELECT count(*) FROM {jobs.table}) AS rows,
+                   (SELECT count(*) FROM {jobs.table} WHERE {jobs.overdue}) AS overdue
+              FROM (SELECT relid FROM pg_partition_tree($1::text::regclass)
+                     UNION SELECT $1::text::regclass) AS t
+            """,
+            jobs.table,
+            jobs.history,
+        )
+    finally:
+        await connection.close()
+    return {name: float(value or 0) for name, value in row.items()}
 
 
 # --- beside others
@@ -410,6 +515,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=10, help="of the mix")
     parser.add_argument("--rate", type=int, default=2000, help="enrollments a second in the mix")
     parser.add_argument("--held", type=float, nargs=2, metavar=("AFTER", "MINUTES"))
+    parser.add_argument("--peer", choices=PEERS, help="whose mix is measured instead")
     parser.add_argument("--smtp", help="URL of the mix's mail server; default: one of its own")
     parser.add_argument("--daemons", type=int, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument("--server-cores", type=core_numbers, metavar="CORES", help="such as 0,2-3")

@@ -1,7 +1,7 @@
 """Measure what the documentation shows in tables, and write it there.
 
     python bench/tables.py                      the tables without a star: about 15 minutes
-    python bench/tables.py all                  all of them: about an hour and a half
+    python bench/tables.py all                  all of them: about an hour and three quarters
     python bench/tables.py cores enroll         some of them
     python bench/tables.py --quick --disturbed  small sizes, to see that everything runs
 
@@ -13,7 +13,8 @@
     console *  the pages of the console, with a million enrollments
     startup *  ten million sleeping enrollments; a million steps
     mix *      ten minutes of load
-    held *     fifty minutes of load, for thirty of them with a snapshot held open
+    held *     16 minutes of load, for 12 of them with a snapshot held open; two other queues
+               in the same way
 
 Each starts a server of its own. A table stands in docs between <!-- bench: NAME --> and
 <!-- bench end -->; it stays as it is if other processes used more than a tenth of a core while it
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -40,6 +42,9 @@ from compare import HERE, Figures, Line, Sizes
 
 DOCS = HERE.parent / "docs"
 SLOW_AFTER = 2  # of the peers in compare.KNOWN, which are measured once
+HELD_MINUTES, HELD_FROM, HELD_UNTIL = 16, 2, 14
+HELD_RATES = {"sequencerd": 2000, "pg-boss": 2000, "pgqueuer": 500}
+"""How many subjects a second each queue is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,21 +239,58 @@ def startup(run: Run) -> str:
 
 def mix(run: Run) -> str:
     """At the beginning, in the middle and at the end."""
-    lines = _minutes(run, "0.2" if run.is_quick else "10")
+    lines = _minutes(run, *(("0.2", "--rate", "200") if run.is_quick else ("10",)))
     return _course([lines[len(lines) * part // 5] for part in range(5)] + [lines[-1]])
 
 
 def held(run: Run) -> str:
-    """Ten minutes, thirty with a snapshot, and ten more."""
-    minutes = ("0.5", "--held", "0.1", "0.3") if run.is_quick else ("50", "--held", "10", "30")
-    return _course(_minutes(run, *minutes)[1::2])
+    """Ours over time, and beside it two queues: before the snapshot, at its end, and after."""
+    scale = 1 / 32 if run.is_quick else 1.0
+    since, until, end = (scale * minute for minute in (HELD_FROM, HELD_UNTIL, HELD_MINUTES))
+    course = ""
+    rows: list[list[str]] = []
+    rates = {n: rate // 10 if run.is_quick else rate for n, rate in HELD_RATES.items()}
+    for name, rate in rates.items():
+        whose = () if name == "sequencerd" else ("--peer", name)
+        snapshot = ("--held", str(since), str(until - since))
+        per_second = ("--rate", str(rate))
+        try:
+            lines = _minutes(run, str(end), *snapshot, *per_second, *whose)
+        except DisturbedError:
+            if not whose:
+                raise
+            lines = []
+        if not lines or lines[-1]["seconds"] < 50 * end:
+            rows.append([f"{name}: disturbed by other processes, or stopped", *[""] * 8])
+            continue
+        if not whose:
+            lines.pop()  # what was left when nobody enrolled any more
+            course = _course(lines[1::2])
+        for moment, minute in (("before", since), ("at its end", until), ("after", math.inf)):
+            line = [line for line in lines if line["seconds"] < 60 * minute][-1]
+            rows.append([f"{name}, {moment}", *_compared(line)])
+    heads = ["queue, and when", "a second", "99% late by, ms", "overdue", "dead rows", "table, MB"]
+    heads += ["indexes, MB", "µs of PostgreSQL for each", "of the worker"]
+    asked = "; ".join(f"{name} {rate:,}" for name, rate in rates.items())
+    note = (
+        f"For {end:g} minutes, with the snapshot from minute {since:g} to {until:g}. Beside it,"
+        " other queues: each subject is a delayed job, due after a second, then a job in one of two"
+        " queues. pg-boss looks every half a second for jobs that have become due, and deletes done"
+        f" ones after a minute; pgqueuer deletes them at once. Subjects a second: {asked}; at"
+        " 2,000, pgqueuer falls behind from the beginning. CPU time is for each subject."
+    )
+    return f"{course}\n\n{note}\n\n{table(heads, rows)}"
+
+
+def _compared(line: Line) -> list[str]:
+    sizes = ("overdue", "dead_rows", "table_mb", "indexes_mb")
+    names = ("per_s", "late_p99_ms", *sizes, "postgres_each_us", "worker_each_us")
+    return [whole(line[name]) if name in line else "-" for name in names]
 
 
 def _minutes(run: Run, minutes: str, *more: str) -> list[Line]:
-    """Return the lines of a mix in which something has happened."""
-    rate = ("--rate", "200") if run.is_quick else ()
-    lines = run.lines("scale", "--works", "mix", "--minutes", minutes, *more, *rate)
-    return [line for line in lines if "daemon_us" in line]
+    """Return the lines of a mix, without its beginning, when nothing has happened."""
+    return run.lines("scale", "--works", "mix", "--minutes", minutes, *more)[1:]
 
 
 def _course(lines: Iterable[Line]) -> str:

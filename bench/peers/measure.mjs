@@ -10,6 +10,8 @@ export const { values: given } = parseArgs({
     wave: { type: "string", default: "20000" },
     samples: { type: "string", default: "200" },
     works: { type: "string", default: "w1,flat,wave,wake" },
+    minutes: { type: "string", default: "10" },
+    rate: { type: "string", default: "2000" },
   },
 });
 
@@ -81,6 +83,43 @@ export async function inARow(client, work, tasks, add, start, left) {
   await stop();
   const transitions_per_s = (tasks * subjects) / seconds;
   say({ work, subjects, seconds, transitions_per_s, enrolled_per_s });
+}
+
+/** `add` enqueues so many a second, each of which is due after a second, in fifty transactions, as
+ * `mix` of bench/scale.py does: how late do those start that started since the line before? `start`
+ * starts a worker that calls its argument with the number at every task. */
+export async function mix(add, start) {
+  const [minutes, rate] = [Number(given.minutes), Number(given.rate)];
+  const size = Math.floor(rate / 50);
+  const due = new Map();
+  let late = [];
+  const stop = await start((n) => {
+    if (!due.has(n)) return; // the task after the wait
+    late.push(now() - due.get(n));
+    due.delete(n);
+  });
+  say({ work: "mix", left: 20, passed: 0 });
+  const begun = now();
+  for (let transaction = 0, line = 1; line <= 20; ) {
+    const passed = now() - begun;
+    if (passed >= (minutes * 60 * line) / 20) {
+      const { p50_s, p99_s } = percentiles(late);
+      const shown = { late_p50_ms: 1000 * p50_s, late_p99_ms: 1000 * p99_s };
+      say({ work: "mix", left: 20 - line, passed: late.length, ...shown });
+      late = [];
+      line++;
+    } else if (transaction * size > passed * rate) {
+      await sleep(0.01);
+    } else {
+      const at = now() + 1;
+      const numbers = Array.from({ length: size }, (_, n) => transaction * size + n);
+      for (const n of numbers) due.set(n, at);
+      await add(numbers, new Date(1000 * at));
+      transaction++;
+    }
+  }
+  for await (const _ of process.stdin); // bench/scale.py measures the tables, and closes it
+  await stop();
 }
 
 /** `add` enqueues one job: how long after that does it start, in an idle worker? */

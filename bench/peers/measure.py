@@ -7,10 +7,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any, Protocol
 
 import psycopg
@@ -23,7 +25,9 @@ Note = Callable[[int], None]
 
 
 class Peer(Protocol):
-    """A queue. Tasks are "a", which adds "b", which adds "c"; and "flat", "wave" and "wake"."""
+    """A queue. Tasks are "a", which adds "b", which adds "c"; "flat", "wave" and "wake"; and for
+    the mix "due", which adds "mail" for each tenth number and "task" for the others.
+    """
 
     left: str
     """A query that counts the jobs that are not done."""
@@ -124,6 +128,39 @@ async def wake(peer: Peer, connection: psycopg.Connection, count: int) -> None:
     say("wake", samples=count, **percentiles(late, 1000))
 
 
+async def mix(peer: Peer, _: psycopg.Connection, rate: int, *, minutes: float) -> None:
+    """As mix in measure.mjs."""
+    size = rate // 50
+    due: dict[int, float] = {}
+    late: list[float] = []
+
+    def note(number: int) -> None:
+        if at := due.pop(number, None):  # otherwise it is the task after the wait
+            late.append(time.time() - at)
+
+    async with peer.working(note):
+        say("mix", left=20, passed=0)
+        begun = time.time()
+        transaction, line = 0, 1
+        while line <= 20:
+            passed = time.time() - begun
+            if passed >= minutes * 60 * line / 20:
+                shown = percentiles(late, 1000) if late else {}
+                named = {f"late_{name}": value for name, value in shown.items()}
+                say("mix", left=20 - line, passed=len(late), **named)
+                late.clear()
+                line += 1
+            elif transaction * size > passed * rate:
+                await asyncio.sleep(0.01)
+            else:
+                at = time.time() + 1
+                numbers = range(transaction * size, (transaction + 1) * size)
+                due.update(dict.fromkeys(numbers, at))
+                await peer.add("due", numbers, at)
+                transaction += 1
+        await asyncio.to_thread(sys.stdin.read)  # bench/scale.py measures the tables, and closes it
+
+
 def percentiles(values: list[float], factor: int) -> dict[str, float]:
     values.sort()
     unit = {1: "s", 1000: "ms"}[factor]
@@ -164,12 +201,15 @@ async def main(peer: Peer) -> None:
     parser.add_argument("--wave", type=int, default=20_000)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--works", default="w1,flat,wave,wake")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--rate", type=int, default=2000)
     given = parser.parse_args()
     works = {
         "w1": (steps_in_a_row, given.subjects),
         "flat": (flat, given.subjects),
         "wave": (wave, given.wave),
         "wake": (wake, given.samples),
+        "mix": (partial(mix, minutes=given.minutes), given.rate),
     }
     for name in given.works.split(","):
         work, count = works[name]

@@ -16,7 +16,8 @@ from pgqueuer.db import AsyncpgDriver, AsyncpgPoolDriver
 from pgqueuer.queries import Queries
 
 logging.disable(logging.CRITICAL)
-NEXT = {"a": "b", "b": "c"}
+NEXT = {"a": ("b",), "b": ("c",), "due": ("mail", *["task"] * 9)}
+"""Which task follows, by the last digit of the number if there are several."""
 
 
 class Pgqueuer:
@@ -30,6 +31,7 @@ class Pgqueuer:
         connection = await asyncpg.connect(url)
         self.queries = Queries(AsyncpgDriver(connection))
         await self.queries.install()
+        await self.queries.optimize_autovacuum()
 
     async def add(self, task: str, numbers: Sequence[int], at: float | None = None) -> None:
         count = len(numbers)
@@ -42,13 +44,14 @@ class Pgqueuer:
     async def working(self, note: Note) -> AsyncIterator[None]:
         pool = await asyncpg.create_pool(self.url, min_size=10, max_size=10)
         queue, queries = PgQueuer.from_asyncpg_pool(pool), Queries(AsyncpgPoolDriver(pool))
-        for task in ("a", "b", "c", "flat", "wave", "wake"):
+        for task in ("a", "b", "c", "flat", "wave", "wake", "due", "task", "mail"):
 
             @queue.entrypoint(task)
             async def execute(job, following=NEXT.get(task)):  # type: ignore[no-untyped-def]
-                note(int(job.payload))
+                number = int(job.payload)
+                note(number)
                 if following:
-                    await queries.enqueue(following, job.payload)
+                    await queries.enqueue(following[number % len(following)], job.payload)
 
         worker = queue.run(batch_size=500, dequeue_timeout=timedelta(seconds=30))
         async with beside(worker):
