@@ -1,20 +1,20 @@
 """Measure what the documentation shows in tables, and write it there.
 
     python bench/tables.py                      the tables without a star: about 15 minutes
-    python bench/tables.py all                  all of them: about an hour and three quarters
+    python bench/tables.py all                  all of them: about two and a half hours
     python bench/tables.py cores enroll         some of them
     python bench/tables.py --quick --disturbed  small sizes, to see that everything runs
 
-    figures    sequencerd, PostgreSQL's limit and seven other queues
-    servers    sequencerd on PostgreSQL 15 and 18
-    enroll     INSERTs beside a bare table, with and without a daemon
-    cores      PostgreSQL and the daemons each on cores of their own
-    snapshot   while a snapshot is held open
-    console *  the pages of the console, with a million enrollments
-    startup *  ten million sleeping enrollments; a million steps
-    mix *      ten minutes of load
-    held *     16 minutes of load, for 12 of them with a snapshot held open; two other queues
-               in the same way
+    figures       sequencerd, PostgreSQL's limit and seven other queues
+    servers       sequencerd on PostgreSQL 15 and 18
+    enroll        INSERTs beside a bare table, with and without a daemon
+    cores         PostgreSQL and the daemons each on cores of their own
+    snapshot      while a snapshot is held open
+    console *     the pages of the console, with a million enrollments
+    startup *     ten million sleeping enrollments; a million steps
+    mix *         ten minutes of load
+    held *        fifty minutes of load, for thirty of them with a snapshot held open
+    held_peers *  12 minutes of it, for 8 of them with a snapshot, and two other queues
 
 Each starts a server of its own. A table stands in docs between <!-- bench: NAME --> and
 <!-- bench end -->; it stays as it is if other processes used more than a tenth of a core while it
@@ -42,7 +42,7 @@ from compare import HERE, Figures, Line, Sizes
 
 DOCS = HERE.parent / "docs"
 SLOW_AFTER = 2  # of the peers in compare.KNOWN, which are measured once
-HELD_MINUTES, HELD_FROM, HELD_UNTIL = 16, 2, 14
+HELD_MINUTES, HELD_FROM, HELD_UNTIL = 12, 2, 10
 HELD_RATES = {"sequencerd": 2000, "pg-boss": 2000, "pgqueuer": 500}
 """How many subjects a second each queue is asked for."""
 
@@ -244,10 +244,15 @@ def mix(run: Run) -> str:
 
 
 def held(run: Run) -> str:
-    """Ours over time, and beside it two queues: before the snapshot, at its end, and after."""
+    """Ten minutes, thirty with a snapshot, and ten more."""
+    minutes = ("0.5", "--held", "0.1", "0.3") if run.is_quick else ("50", "--held", "10", "30")
+    return _course(_minutes(run, *minutes)[:-1:2])
+
+
+def held_peers(run: Run) -> str:
+    """Ours and two other queues: before the snapshot, at its end, and after."""
     scale = 1 / 32 if run.is_quick else 1.0
     since, until, end = (scale * minute for minute in (HELD_FROM, HELD_UNTIL, HELD_MINUTES))
-    course = ""
     rows: list[list[str]] = []
     rates = {n: rate // 10 if run.is_quick else rate for n, rate in HELD_RATES.items()}
     for name, rate in rates.items():
@@ -265,7 +270,6 @@ def held(run: Run) -> str:
             continue
         if not whose:
             lines.pop()  # what was left when nobody enrolled any more
-            course = _course(lines[1::2])
         for moment, minute in (("before", since), ("at its end", until), ("after", math.inf)):
             line = [line for line in lines if line["seconds"] < 60 * minute][-1]
             rows.append([f"{name}, {moment}", *_compared(line)])
@@ -273,13 +277,13 @@ def held(run: Run) -> str:
     heads += ["indexes, MB", "µs of PostgreSQL for each", "of the worker"]
     asked = "; ".join(f"{name} {rate:,}" for name, rate in rates.items())
     note = (
-        f"For {end:g} minutes, with the snapshot from minute {since:g} to {until:g}. Beside it,"
-        " other queues: each subject is a delayed job, due after a second, then a job in one of two"
+        f"For {end:g} minutes, with the snapshot from minute {since:g} to {until:g}. In the"
+        " other queues, each subject is a delayed job, due after a second, then a job in one of two"
         " queues. pg-boss looks every half a second for jobs that have become due, and deletes done"
         f" ones after a minute; pgqueuer deletes them at once. Subjects a second: {asked}; at"
         " 2,000, pgqueuer falls behind from the beginning. CPU time is for each subject."
     )
-    return f"{course}\n\n{note}\n\n{table(heads, rows)}"
+    return f"{table(heads, rows)}\n\n{note}"
 
 
 def _compared(line: Line) -> list[str]:
@@ -316,9 +320,9 @@ def _course(lines: Iterable[Line]) -> str:
 
 TABLES: dict[str, Callable[[Run], str]] = {
     one.__name__: one
-    for one in (figures, servers, enroll, cores, snapshot, console, startup, mix, held)
+    for one in (figures, servers, enroll, cores, snapshot, console, startup, mix, held, held_peers)
 }
-LONG = ("console", "startup", "mix", "held")
+LONG = ("console", "startup", "mix", "held", "held_peers")
 
 
 # --- where they stand
