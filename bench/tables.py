@@ -239,14 +239,14 @@ def startup(run: Run) -> str:
 
 def mix(run: Run) -> str:
     """At the beginning, in the middle and at the end."""
-    lines = _minutes(run, *(("0.2", "--rate", "200") if run.is_quick else ("10",)))
+    lines = _minutes(run, "0.2" if run.is_quick else "10")
     return _course([lines[len(lines) * part // 5] for part in range(5)] + [lines[-1]])
 
 
 def held(run: Run) -> str:
     """Ten minutes, thirty with a snapshot, and ten more."""
     minutes = ("0.5", "--held", "0.1", "0.3") if run.is_quick else ("50", "--held", "10", "30")
-    return _course(_minutes(run, *minutes)[:-1:2])
+    return _course(_minutes(run, *minutes)[1::2])
 
 
 def held_peers(run: Run) -> str:
@@ -294,7 +294,8 @@ def _compared(line: Line) -> list[str]:
 
 def _minutes(run: Run, minutes: str, *more: str) -> list[Line]:
     """Return the lines of a mix, without its beginning, when nothing has happened."""
-    return run.lines("scale", "--works", "mix", "--minutes", minutes, *more)[1:]
+    rate = ("--rate", "200") if run.is_quick else ()
+    return run.lines("scale", "--works", "mix", "--minutes", minutes, *rate, *more)[1:]
 
 
 def _course(lines: Iterable[Line]) -> str:

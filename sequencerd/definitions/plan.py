@@ -744,9 +744,8 @@ async def _remove_steps(
         except asyncpg.ForeignKeyViolationError as error:
             if not step.moves or attempt == MAX_REMOVALS:
                 raise PlanError(
-                    f"{step.sequence}: {error.args[0]}; they arrived "
-                    "after the plan was made: specify where to continue (--move OLD=STEP), or "
-                    "apply it again"
+                    f"{step.sequence}: {error.args[0]}; they arrived after the plan was made: "
+                    "specify where to continue (--move OLD=STEP), or apply it again"
                 ) from error
         else:
             return
