@@ -293,9 +293,10 @@ def _compared(line: Line) -> list[str]:
 
 
 def _minutes(run: Run, minutes: str, *more: str) -> list[Line]:
-    """Return the lines of a mix, without its beginning, when nothing has happened."""
+    """Return the lines of a mix in which something has happened."""
     rate = ("--rate", "200") if run.is_quick else ()
-    return run.lines("scale", "--works", "mix", "--minutes", minutes, *rate, *more)[1:]
+    lines = run.lines("scale", "--works", "mix", "--minutes", minutes, *rate, *more)
+    return [line for line in lines if "worker_each_us" in line]
 
 
 def _course(lines: Iterable[Line]) -> str:
