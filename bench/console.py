@@ -121,6 +121,7 @@ async def main() -> None:
             lambda: datetime.now(UTC),
             structlog.get_logger(),
             runners=dict,
+            redact=str,
         )
         transport = httpx.ASGITransport(app=app)
         async with (
@@ -242,6 +243,7 @@ async def disturbance(dsn: str, samples: int) -> None:
             lambda: datetime.now(UTC),
             structlog.get_logger(),
             runners=dict,
+            redact=str,
         )
         app = make_app(list, list, CollectorRegistry(), console)
         async with engine.engine(url), serving(app, LISTEN):

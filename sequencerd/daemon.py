@@ -349,8 +349,17 @@ class _ShardService:
             return datetime.now(UTC) if daemon is None else daemon.clock.now()
 
         return ServedShard(
-            self.shard, settings, simulator, now, lambda: make_runners(self.settings)
+            self.shard,
+            settings,
+            simulator,
+            now,
+            lambda: make_runners(self.settings),
+            self._redact,
         )
+
+    def _redact(self, text: str) -> str:
+        """Return a text that the console shows without the secrets of the present settings."""
+        return make_redaction(self.settings)(text)
 
     def status(self) -> str:
         """Return the status of the shard."""
@@ -590,11 +599,16 @@ class _Daemon:
             self.clock.now,
             self._log,
             runners=self._own_runners,
+            redact=self._redact_shown,
         )
 
     def _redact(self, text: str) -> str:
         """Return a text without the secrets of the present settings."""
         return self.parts.redact(text)
+
+    def _redact_shown(self, text: str) -> str:
+        """Return a text that the console shows without the secrets of the present settings."""
+        return make_redaction(self.parts.settings)(text)
 
     def _own_runners(self) -> dict[str, Runner]:
         """Return runners for another thread."""

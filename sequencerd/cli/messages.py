@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sequencerd.errors import UsageError
 from sequencerd.runners import registry
 from sequencerd.runners.email.page import page
 from sequencerd.runners.protocol import Runner
+from sequencerd.service.redaction import make_redaction
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask
@@ -67,18 +68,24 @@ async def _write(message: StepMessage) -> bytes:
 
 def send_test_command(arguments: argparse.Namespace, settings: Settings) -> int:
     message = _read(arguments, settings)
-    runners = registry.make_runners(read_settings(arguments, "email", "sms", "unsubscribe"))
+    settings = read_settings(arguments, "email", "sms", "unsubscribe")
+    runners = registry.make_runners(settings)
     try:
         test = step_message.make_test(message, arguments.to, runners)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-    say(asyncio.run(_send(runners, test, arguments.to)))
+    say(asyncio.run(_send(runners, test, arguments.to, make_redaction(settings))))
     return 0
 
 
-async def _send(runners: Mapping[str, Runner], test: step_message.TestMessage, address: str) -> str:
+async def _send(
+    runners: Mapping[str, Runner],
+    test: step_message.TestMessage,
+    address: str,
+    redact: Callable[[str], str],
+) -> str:
     try:
-        return await step_message.send(test, address)
+        return await step_message.send(test, address, redact)
     finally:
         for runner in runners.values():
             await runner.close()

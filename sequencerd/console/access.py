@@ -96,8 +96,9 @@ async def from_provider(request: Request) -> Response:
 
 
 def _failed(request: Request, error: LoginError) -> Response:
+    reason = context_of(request).redact(str(error))  # before a login, and of a server's words
     return message_page(
-        request, 403, "Not logged in", f"The login failed: {error}.", link=("/login", "Log in")
+        request, 403, "Not logged in", f"The login failed: {reason}.", link=("/login", "Log in")
     )
 
 

@@ -83,11 +83,13 @@ def make_console(
     log: FilteringBoundLogger,
     *,
     runners: Callable[[], Mapping[str, Runner]],
+    redact: Callable[[str], str],
 ) -> Starlette:
     """Return the application, for a thread beside the engine's.
 
     `simulator` returns the present sequences and runners, `runners` makes other runners, for this
-    thread. `app.state.close` ends what would keep connections open.
+    thread. `redact` removes secrets from what servers say. `app.state.close` ends what would keep
+    connections open.
     """
 
     # while a page is made, the engine waits for its turn so long; Python's own 5 ms are too many
@@ -119,6 +121,7 @@ def make_console(
                 live,
                 simulator,
                 runners,
+                redact,
                 now,
                 actions,
             )

@@ -60,6 +60,7 @@ class PageContext:
     live: LiveTopics
     simulator: Callable[[], Simulator]
     runners: Callable[[], Mapping[str, Runner]]
+    redact: Callable[[str], str]
     now: Callable[[], datetime]
     actions: BulkChanges
     sent_forms: SentForms = field(default_factory=SentForms)

@@ -120,7 +120,7 @@ async def send_test(request: Request) -> Response:
         try:
             test = step_message.make_test(message, address, runners)
             async with asyncio.timeout(MAX_SENDING):
-                report = await step_message.send(test, address)
+                report = await step_message.send(test, address, context.redact)
         except (ValueError, UsageError) as error:
             raise UsageError(masked(str(error))) from error
     except TimeoutError:

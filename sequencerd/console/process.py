@@ -21,6 +21,7 @@ from sequencerd.errors import DatabaseError, SequencerdError, SettingsError
 from sequencerd.runners import Runner
 from sequencerd.runners.registry import make_runners
 from sequencerd.service.http_server import make_app, serving
+from sequencerd.service.redaction import make_redaction
 from sequencerd.service.systemd import notify
 from sequencerd.settings import CONSOLE_LISTEN, ConsoleSettings, HttpSettings, Settings
 from sequencerd.storage import connections, migrate, server
@@ -69,6 +70,7 @@ async def run(
                 definitions.simulator,
                 definitions.clock.now,
                 lambda: make_runners(settings),
+                make_redaction(settings),
             )
             for definitions in found
         ]
@@ -92,7 +94,15 @@ async def run(
 
 
 def _make_console_of_one(one: ServedShard, log: FilteringBoundLogger) -> Starlette:
-    return make_console(one.settings, one.shard, one.simulator, one.now, log, runners=one.runners)
+    return make_console(
+        one.settings,
+        one.shard,
+        one.simulator,
+        one.now,
+        log,
+        runners=one.runners,
+        redact=one.redact,
+    )
 
 
 async def _close(runners: Mapping[str, Runner]) -> None:

@@ -56,13 +56,20 @@ class ServedShard(NamedTuple):
     simulator: Callable[[], Simulator]
     now: Callable[[], datetime]
     runners: Callable[[], Mapping[str, Runner]]
+    redact: Callable[[str], str]
 
 
 def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLogger) -> Starlette:
     """Return the application for several shards."""
     consoles = {
         str(one.shard.name): make_console(
-            one.settings, one.shard, one.simulator, one.now, log, runners=one.runners
+            one.settings,
+            one.shard,
+            one.simulator,
+            one.now,
+            log,
+            runners=one.runners,
+            redact=one.redact,
         )
         for one in served
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
@@ -90,12 +90,14 @@ def make_test(message: StepMessage, address: str, runners: Mapping[str, Runner])
     return TestMessage(runners[message.step.type], behaviour.program, message.task)
 
 
-async def send(test: TestMessage, address: str) -> str:
-    """Send a test and describe the result in a sentence. Raises UsageError if it is refused."""
+async def send(test: TestMessage, address: str, redact: Callable[[str], str]) -> str:
+    """Send a test and describe the result in a sentence. Raises UsageError if it is refused.
+    `redact` removes secrets, which a server may repeat.
+    """
     (result,) = await test.runner.run(test.program, [test.task])
     if isinstance(result, Failed | Suppressed):
-        raise UsageError(result.message)
-    return getattr(result, "message", None) or f"sent to {address}"
+        raise UsageError(redact(result.message))
+    return redact(getattr(result, "message", None) or f"sent to {address}")
 
 
 def place(step: Step) -> str:

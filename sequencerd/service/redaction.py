@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from sequencerd.errors import SettingsError
 from sequencerd.settings import Settings
@@ -14,6 +16,8 @@ from sequencerd.storage import conninfo
 MIN_SECRET_LENGTH = 4  # characters; masking shorter secrets would mask parts of most lines
 MIN_LENGTH_IN_RESULTS = 8
 """The same for messages of results, whose addresses `bounce` reads."""
+
+_BASIC = re.compile(r"\bBasic ([A-Za-z0-9+/]+)=*")
 
 
 def make_redaction(settings: Settings, min_length: int = MIN_SECRET_LENGTH) -> Callable[[str], str]:
@@ -24,9 +28,15 @@ def make_redaction(settings: Settings, min_length: int = MIN_SECRET_LENGTH) -> C
     def redact(text: str) -> str:
         for secret in secrets:
             text = text.replace(secret, "***")
-        return text
+        return _BASIC.sub(_without_login, text) if "Basic " in text else text
 
     return redact
+
+
+def _without_login(found: re.Match[str]) -> str:
+    """Return a header of Basic authentication without its credentials, user:password."""
+    start = found[1][: len(found[1]) // 4 * 4]  # the text may be cut
+    return "Basic ***" if b":" in base64.b64decode(start) else found[0]
 
 
 def _parts(secrets: Iterable[str]) -> Iterator[str]:
@@ -37,6 +47,7 @@ def _parts(secrets: Iterable[str]) -> Iterator[str]:
             if part not in ("Bearer", "Basic"):
                 yield part
                 yield json.dumps(part)[1:-1]
+                yield quote(part, safe="")
 
 
 def _passwords(url: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from sequencerd.cli import main
 from sequencerd.runners.email.page import page
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from tests.helpers.command_line import Command
-from tests.helpers.servers import Answer, Request, http_server, smtp_server
+from tests.helpers.servers import Answer, Request, http_server, scripted, smtp_server
 
 FILE = """
 name: trial
@@ -220,6 +220,39 @@ async def _everything(connection: asyncpg.Connection) -> object:
         await connection.fetch(f"SELECT t::text FROM sequencer.{table} AS t")
         for table in ("enrollments", "events", "suppressions")
     ]
+
+
+async def test_a_test_shows_no_secret(
+    trial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers repeat the login that they were sent, decoded or not, and what others were sent."""
+    (trial.parent / "s.toml").write_text('[runners.Score]\nurl = "http://localhost:1"\n')
+    monkeypatch.setenv("SEQUENCERD_CONFIG", "s.toml")
+    monkeypatch.setenv("SEQUENCERD_SMS_ACCOUNT_SID", "AC1")
+    monkeypatch.setenv("SEQUENCERD_SMS_AUTH_TOKEN", "sms/token")
+    status = 201
+
+    async def echo(request: Request) -> Answer:
+        said = f"{request.headers['authorization']}, sms/token, sms%2Ftoken, mail-passw0rd"
+        return Answer(status, json.dumps({"sid": said, "message": said}).encode())
+
+    refusal: list[str | bytes | None] = ["535 not mail-passw0rd, sms/token"]
+    async with (
+        http_server(echo) as web,
+        scripted(answers={"AUTH": refusal}, extensions=["AUTH PLAIN"]) as mail,
+    ):
+        monkeypatch.setenv("SEQUENCERD_SMS_BASE_URL", web.url)
+        url = mail.url.replace("//", "//ada:mail-passw0rd@")
+        monkeypatch.setenv("SEQUENCERD_SMTP_URL", url)
+        text = ("send-test", "trial.yaml", "text", "--data", DATA, "--to", "+15005550009")
+        sent = await asyncio.to_thread(run, capsys, *text)
+        assert sent == "sent to +15005550009: Basic ***, ***, ***, *** 201\n"
+        status = 400
+        refused = await asyncio.to_thread(run, capsys, *text, code=1)
+        assert "refuses +15005550009: 400 Basic ***, ***, ***, ***\n" in refused
+        welcome = ("send-test", "trial.yaml", "welcome", "--data", DATA, "--to", "me@example.com")
+        refused = await asyncio.to_thread(run, capsys, *welcome, code=1)
+        assert "refuses the login: 535 not ***, ***\n" in refused
 
 
 async def test_a_test_by_sms_follows_the_settings(

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -28,6 +29,7 @@ from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.service.http_server import make_app, serving
+from sequencerd.service.redaction import make_redaction
 from sequencerd.settings import ConsoleSettings, Settings
 from sequencerd.storage.connections import Shard
 from tests.helpers.databases import shard
@@ -125,15 +127,18 @@ async def console(
     through: str | None = None,
     own: Callable[[], Mapping[str, Runner]] | None = None,
     is_served: bool = False,
+    others: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a console that an engine runs beside. The console's own connections can go
-    `through` another URL. `own` makes the runners of its thread.
+    `through` another URL. `own` makes the runners of its thread. `others` are the sections of
+    settings beside the console's, whose secrets it may not show.
 
     It is called without HTTP, which takes a fifth of the time, unless it `is_served` for a browser
     or for a stream.
     """
-    found = Settings.model_validate({"console": settings}).console
+    all_settings = Settings.model_validate({"console": settings, **others})
+    found = all_settings.console
     assert found is not None
     runners = runners or {"Note": Recorder()}
     async with running_engine(url, runners, sweep=3600) as engine:
@@ -148,6 +153,7 @@ async def console(
                 lambda: datetime.now(UTC),
                 structlog.get_logger(),
                 runners=own or (lambda: runners),
+                redact=make_redaction(all_settings),
             ),
         )
         listen = f"127.0.0.1:{free_port()}" if is_served else "127.0.0.1:8080"
@@ -176,6 +182,7 @@ def routes(method: str) -> list[Route]:
         lambda: datetime.now(UTC),
         structlog.get_logger(),
         runners=dict,
+        redact=str,
     )
     found = [route for route in app.routes if isinstance(route, Route)]
     assert len(found) == len(app.routes)

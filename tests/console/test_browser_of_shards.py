@@ -62,6 +62,7 @@ def _app() -> list[Route]:
             lambda: Simulator({}, {}),
             lambda: None,  # type: ignore[arg-type, return-value]
             dict,
+            str,
         )
         for name in NAMES
     ]

@@ -16,7 +16,7 @@ from tests.console.conftest import console, fixture, token
 from tests.console.test_enrollment_form import hidden
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
-from tests.helpers.servers import HOST, smtp_server
+from tests.helpers.servers import HOST, Answer, Request, http_server, smtp_server
 
 TEMPLATES = Path("sequencerd/console/templates")
 LETTER = json.dumps(
@@ -160,6 +160,36 @@ async def test_an_sms_keeps_its_letters(database: str, connection: asyncpg.Conne
     async with console(database, runners(), own=runners) as client:
         page = await client.get("/message", params={"sequence": "s", "step": "sms", "data": data})
         assert "Gruß, Zoë 王" in check(page)
+
+
+async def test_a_test_shows_no_secret(database: str, connection: asyncpg.Connection) -> None:
+    """A server repeats the login that it was sent, also decoded, and what another was sent."""
+    message = {"from": "+15005550006", "to": "{{data.phone}}", "message": "Hi"}
+    await define(connection, "s", ("sms", "SMS", json.dumps(message), None))
+    status = 201
+
+    async def echo(request: Request) -> Answer:
+        said = f"{request.headers['authorization']}, the-token, mail-passw0rd"
+        return Answer(status, json.dumps({"sid": said, "message": said}).encode())
+
+    others = {
+        "email": {"url": "smtp://ada:mail-passw0rd@localhost"},
+        "sms": {"account_sid": "AC0", "auth_token": "the-token"},
+    }
+    async with http_server(echo) as server:
+
+        def own() -> Mapping[str, Runner]:
+            return {"SMS": TwilioRunner("AC0", "the-token", base_url=server.url)}
+
+        async with console(database, own(), own=own, others=others, write=True) as client:
+            form = {"sequence": "s", "step": "sms", "data": '{"phone": "+14155550100"}'}
+            page = await client.get("/message", params=form)
+            form |= {"address": "+14155550101", "token": token(page)}
+            sent = await client.post("/message/test", data=form, follow_redirects=True)
+            status = 400
+            refused = await client.post("/message/test", data=form)
+    for answer in (sent, refused):
+        assert "Basic ***, ***, ***" in check(answer)
 
 
 async def test_a_test_needs_write(database: str, letter: int) -> None:

@@ -43,6 +43,7 @@ class Provider:
         self.metadata: dict[str, Any] = {}
         self.asked: dict[str, str] = {}
         self.state: str | None = None  # instead of the one of the request
+        self.refusal: str | None = None  # of every login, with what the provider was sent
         self._codes: dict[str, dict[str, str]] = {}
 
     def app(self) -> Starlette:
@@ -86,6 +87,9 @@ class Provider:
         form = dict(parse_qsl((await request.body()).decode()))
         auth = httpx.BasicAuth("console", SECRET)._auth_header
         asked = self._codes.pop(form["code"], None)  # once
+        if self.refusal is not None:
+            said = self.refusal.format(auth=request.headers["authorization"], secret=SECRET)
+            return JSONResponse({"error": "invalid_client", "error_description": said}, 401)
         if request.headers.get("authorization") != auth or asked is None:
             return JSONResponse({"error": "invalid_client"}, 401)
         challenge = create_s256_code_challenge(form["code_verifier"])
@@ -240,6 +244,14 @@ async def test_a_wrong_provider_is_explained(database: str, connection: asyncpg.
         refused = await log_in(client)
         assert refused.status_code == 403
         assert "the provider cannot be reached" in refused.text
+
+
+async def test_a_provider_that_repeats_the_login(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with with_provider(database) as (client, provider):
+        provider.refusal = "{auth} is {secret}"
+        assert "invalid_client: Basic *** is ***." in (await log_in(client)).text
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
