@@ -6,12 +6,15 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+
+from tests.helpers.waiting import PATIENCE
 
 
 @contextmanager
@@ -30,9 +33,15 @@ def pgbouncer(database: str, folder: Path) -> Iterator[str]:
         f"listen_port = {port}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n"
         "unix_socket_dir =\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
     )
-    with (folder / "pgbouncer.log").open("wb") as log:
+    path = folder / "pgbouncer.log"
+    with path.open("wb") as log:
         process = subprocess.Popen([program, config], stderr=log)
     try:
+        end = time.monotonic() + PATIENCE
+        while " process up:" not in (text := path.read_text()):
+            assert process.poll() is None, text
+            assert time.monotonic() < end, text
+            time.sleep(0.005)
         yield f"postgresql://postgres@127.0.0.1:{port}/{name}?sslmode=disable"
     finally:
         process.terminate()
