@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tarfile
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,8 +92,7 @@ def copy_release(commit: str, folder: Path) -> Path:
         check=True,
         capture_output=True,
     )
-    with tarfile.open(fileobj=BytesIO(archive.stdout)) as file:
-        file.extractall(folder, filter="data")
+    subprocess.run(["tar", "--extract", "--directory", folder], input=archive.stdout, check=True)
     return folder
 
 
