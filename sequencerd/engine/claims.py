@@ -24,6 +24,7 @@ from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
+from sequencerd.engine.read_ahead import ReadAhead
 from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import activity, connections, locking, wakes, writes
@@ -57,6 +58,7 @@ class Claims:
         backlog: Backlog,
         quarantine: Quarantine,
         cursors: Cursors,
+        read_ahead: ReadAhead,
         push: Callable[[StepKey, datetime], None],
         reload: Callable[[Iterable[str]], Awaitable[object]],
         probe: Callable[[], Awaitable[None]],
@@ -84,6 +86,7 @@ class Claims:
         self._log = log
         self._metrics = metrics
         self._cursors = cursors
+        self._read_ahead = read_ahead
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
         # until when steps with slow evaluations rest, one after the other, in the loop's time
         self._resting: dict[StepKey, float] = {}
@@ -106,6 +109,8 @@ class Claims:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
         are many: the second begins when the first is claimed, before it is written.
         """
+        if await self._read_ahead.write(step_key):
+            self._cursors.found_others(step_key)
         others: list[asyncio.Task[None]] = []
 
         async def until_none() -> None:
@@ -254,12 +259,7 @@ class Claims:
                     return []
                 if len(due) > few or _is_leased(due) or activity.delays(since, now):
                     return None
-                slow = SlowEvaluations()
-                is_over = False
-                for enrollment in due:
-                    if is_over := self._moves.move(batch, enrollment, now) and slow.end_batch():
-                        break
-                if is_over or not batch.is_plain:
+                if not self._moves.move_unlocked(batch, due, now):
                     claim.unsuited = wanted.revision
                     raise NotWritten
                 known = Unchanged(versions, step_key[0], wanted.revision)

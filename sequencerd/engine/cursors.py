@@ -115,6 +115,11 @@ class Cursors:
         cursor = self._by_step.get(step_key)
         return 0 if cursor is None else cursor.empty_claims
 
+    def found_others(self, step_key: StepKey) -> None:
+        """Report that enrollments of a step were due, which were advanced without a claim."""
+        if (cursor := self._by_step.get(step_key)) is not None:
+            cursor.empty_claims = 0
+
     def not_before(self, step_key: StepKey) -> datetime:
         """Return the time before which a step is not claimed again."""
         cursor = self._by_step.get(step_key)

@@ -54,10 +54,15 @@ class Heap(Generic[K]):
             self._rebuild()
         return self.next_at() != first
 
+    def first(self) -> tuple[datetime, K] | None:
+        """Return the first key and when it is due; None if the heap is empty."""
+        self._drop_stale()
+        return self._heap[0] if self._heap else None
+
     def next_at(self) -> datetime | None:
         """Return when the first key is due; None if the heap is empty."""
-        self._drop_stale()
-        return self._heap[0][0] if self._heap else None
+        first = self.first()
+        return first[0] if first else None
 
     def pop_due(self, now: datetime) -> list[K]:
         """Remove and return the keys that are due, the earliest first."""

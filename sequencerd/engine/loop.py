@@ -41,6 +41,7 @@ from sequencerd.engine.moves import Moves
 from sequencerd.engine.outages import MAX_DUE, Outages
 from sequencerd.engine.problems import Problems
 from sequencerd.engine.quarantine import Quarantine
+from sequencerd.engine.read_ahead import AHEAD, TOO_LATE, ReadAhead
 from sequencerd.engine.reschedule import Rescheduling
 from sequencerd.engine.results import Results
 from sequencerd.service.metrics import Metrics
@@ -156,6 +157,20 @@ class Engine:
             daemon=name,
             metrics=metrics,
         )
+        self._read_ahead = ReadAhead(
+            pool,
+            self.catalog,
+            self._executors,
+            self._moves,
+            self._leases,
+            backlog=self._backlog,
+            quarantine=self._quarantine,
+            stopping=self._stopping,
+            daemon=name,
+            clock=clock,
+            batch=settings.batch,
+            metrics=metrics,
+        )
         self._claims = Claims(
             pool,
             self.catalog,
@@ -165,6 +180,7 @@ class Engine:
             backlog=self._backlog,
             quarantine=self._quarantine,
             cursors=self._cursors,
+            read_ahead=self._read_ahead,
             push=self._push,
             reload=self.reload,
             probe=self._probe,
@@ -285,11 +301,22 @@ class Engine:
             self._turned()
             for step_key in self._heap.pop_due(self._clock.now()):
                 self._start(step_key)
-            next_at = self._heap.next_at()
-            seconds = MAX_SLEEP if next_at is None else self._clock.seconds_until(next_at)
+            seconds = self._next_in()
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(max(seconds - TIMER_TOLERANCE, 0.0), MAX_SLEEP)):
                     await self._wake.wait()
+
+    def _next_in(self) -> float:
+        """Return in how many seconds there is something to do, and read ahead what wakes next."""
+        if (first := self._heap.first()) is None:
+            return MAX_SLEEP
+        at, step_key = first
+        seconds = self._clock.seconds_until(at)
+        if seconds > AHEAD + TIMER_TOLERANCE:
+            return seconds - AHEAD
+        if seconds > TOO_LATE and not self._read_ahead.is_of(step_key, at):
+            self._background.spawn(self._read_ahead.read(step_key, at))
+        return seconds
 
     def _start(self, step_key: StepKey) -> None:
         """Work on a step, in one task at a time. If enrollments arrive one after the other, some

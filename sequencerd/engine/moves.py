@@ -9,6 +9,7 @@ import asyncio
 import math
 import random
 from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import partial
 from typing import assert_never
@@ -41,6 +42,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import PendingJump, decide
 from sequencerd.engine.shared_outcome import SharedOutcome, Start
+from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
 
 MAX_INVALID = 10_000  # steps that are remembered
@@ -125,6 +127,16 @@ class Moves:
         if outcome is not None and key is not None:
             batch.outcomes.add(key, advanced.answers, outcome)
         return True
+
+    def move_unlocked(self, batch: Batch, due: Iterable[Enrollment], now: datetime) -> bool:
+        """Advance enrollments that are not locked into a batch. Return False if they must be locked
+        to be written: if evaluations are slow, or if more than rows and events is to be written.
+        """
+        slow = SlowEvaluations()
+        for enrollment in due:
+            if self.move(batch, enrollment, now) and slow.end_batch():
+                return False
+        return batch.is_plain
 
     def _begins_at(self, enrollment: Enrollment, now: datetime) -> datetime | None:
         """Return when an enrollment enters its first step: at its wake time, or now if it starts on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Rows
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core.model import NEVER, Enrollment, Fence, StepKey
+from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES, columns
 from sequencerd.storage.wakes import LeftAtStep
 from sequencerd.storage.writes import id_array
@@ -91,6 +92,24 @@ async def peek(
         {row["id"]: int(row["version"]) for row in rows},
         left,
     )
+
+
+async def read_ahead(
+    connection: asyncpg.Connection, waking: DueEnrollments, page: int
+) -> AsyncGenerator[list[tuple[Enrollment, int]], None]:
+    """Read, in pages, what will be due at a time, and which transaction has last written each: only
+    what `peek` could read then.
+    """
+    async with connections.transaction(connection):
+        cursor = await connection.cursor(QUERIES["peek"], *waking, False)
+        while rows := await cursor.fetch(page):
+            yield [
+                (Enrollment._make(row[3:]), int(row["version"]))
+                for row in rows
+                if row["version"] is not None
+                and row["data"] is not None
+                and row["leased_by"] is None
+            ]
 
 
 async def due_ids(

@@ -116,8 +116,7 @@ async def write_unchanged(
     """
     rows = list(written.rows.items())
     state, ids = rows[0]
-    versions = set(known.versions.values())
-    if written.are_alike and len(versions) == 1:
+    if written.are_alike:
         is_one = len(ids) == 1
         row = await connection.fetchrow(
             QUERIES["write_one_unchanged" if is_one else "write_alike_unchanged"],
@@ -125,7 +124,7 @@ async def write_unchanged(
             *state,
             now,
             *(zip(*written.events, strict=True) if written.events else NO_EVENTS),
-            str(versions.pop()),
+            id_array({*known.versions.values()}),
             known.revision,
             known.sequence,
         )

@@ -45,9 +45,9 @@ HOT = {
     "write_each": f"{IDS}" + 15 * ", '{}'" + ", now()",
     "write_unchanged": f"{IDS}" + 15 * ", '{}'" + ", now()" + 11 * ", '{}'" + ", 1, 's'",
     "write_one_unchanged": f"1, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"
-    " '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '1', 1, 's'",
+    " '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '{1}', 1, 's'",
     "write_alike_unchanged": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL,"
-    " NULL, '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '1', 1, 's'",
+    " NULL, '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '{1}', 1, 's'",
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",

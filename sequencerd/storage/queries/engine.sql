@@ -555,7 +555,7 @@ SELECT written.id, what.*
 
 -- name: write_one_unchanged
 -- Write the new state of one enrollment and its events, like write_unchanged, without its arrays of states:
--- a lone enrollment starts sooner. Only if it has not been written since the transaction $26 and is not
+-- a lone enrollment starts sooner. Only if it has not been written since the transactions $26 and is not
 -- locked, and if its sequence $28 still has the revision $27.
 WITH written AS (
     UPDATE sequencer.enrollments
@@ -566,7 +566,7 @@ WITH written AS (
            waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
            ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
      WHERE id = (SELECT e.id FROM sequencer.enrollments AS e
-                  WHERE e.id = $1 AND e.xmin = $26::text::xid
+                  WHERE e.id = $1 AND e.xmin = ANY ($26::text::xid[])
                     AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
                     FOR UPDATE OF e SKIP LOCKED)
     RETURNING id
@@ -578,11 +578,11 @@ SELECT {number_unless_changed} AS number FROM written;
 
 -- name: write_alike_unchanged
 -- Write the new state of enrollments that have the same, and insert the same events for each, like
--- write_unchanged: only if none has been written since the transaction $26 and none is locked, and if their
+-- write_unchanged: only if none has been written since the transactions $26 and none is locked, and if their
 -- sequence $28 still has the revision $27.
 WITH free AS MATERIALIZED (
     SELECT e.ctid FROM sequencer.enrollments AS e
-     WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $26::text::xid
+     WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = ANY ($26::text::xid[])
        AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
        FOR UPDATE OF e SKIP LOCKED
 ), written AS (

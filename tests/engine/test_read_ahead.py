@@ -1,0 +1,276 @@
+"""What wakes next is read shortly before it is due, and written then, unless it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sequencerd.engine import loop, read_ahead
+from sequencerd.engine.loop import Engine
+from sequencerd.storage import locking
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.waiting import eventually
+
+HOUR = timedelta(hours=1)
+STEP = ("s", "a")
+INSERT = (
+    "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
+    " SELECT 's', 'u' || n || now(), jsonb_build_object('odd', n % 2 = 1), $2"
+    " FROM generate_series(1, $1::int) AS n"
+)
+IS_ODD = """{
+    "lodashCommand": "eq", "value": {"type": "get", "value": "data.odd"},
+    "compareTo": {"type": "raw", "value": true}}"""
+
+
+@pytest.fixture(autouse=True)
+def _any_time_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wakes in an hour is read now; it is written then, however slow the machine is."""
+    monkeypatch.setattr(loop, "AHEAD", 2 * HOUR.total_seconds())
+    monkeypatch.setattr(read_ahead, "VALID_FOR", HOUR)
+
+
+@pytest.fixture
+def claimed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many due enrollments were read when they were due, each time."""
+    counts: list[int] = []
+    claim, peek = locking.claim, locking.peek
+
+    async def counted_claim(*arguments: Any) -> locking.Claimed:
+        found = await claim(*arguments)
+        counts.append(len(found.enrollments))
+        return found
+
+    async def counted_peek(*arguments: Any, **options: Any) -> locking.Peeked | None:
+        found = await peek(*arguments, **options)
+        counts.append(len(found.enrollments) if found else 0)
+        return found
+
+    monkeypatch.setattr(locking, "claim", counted_claim)
+    monkeypatch.setattr(locking, "peek", counted_peek)
+    return counts
+
+
+def let_an_hour_pass(*engines: Engine) -> None:
+    for one in engines:
+        one._clock._offset += HOUR.total_seconds()
+        one._wake.set()
+
+
+async def enroll_for_later(connection: asyncpg.Connection, count: int, *engines: Engine) -> None:
+    """Enroll what wakes in an hour. Triggers do not notify of what wakes so late."""
+    at = engines[0]._clock.now() + HOUR
+    await connection.execute(INSERT, count, at)
+    for one in engines:
+        one._report_wake(STEP, at, False)
+        await eventually(lambda one=one: len(one._read_ahead._read) == count)  # type: ignore[misc]
+
+
+@asynccontextmanager
+async def waking(
+    database: str,
+    connection: asyncpg.Connection,
+    recorder: Recorder,
+    count: int,
+    *,
+    steps: Sequence[tuple[str, str, str, str | None]] = (("a", "Note", "{}", None),),
+    **settings: Any,
+) -> AsyncIterator[Engine]:
+    """An engine that has read what wakes in an hour."""
+    await define(connection, "s", *steps)
+    async with running_engine(database, {"Note": recorder}, sweep=3600, **settings) as one:
+        await enroll_for_later(connection, count, one)
+        yield one
+
+
+@pytest.mark.parametrize("count", [1, 250])
+async def test_what_was_read_ahead_is_written_without_a_claim(
+    database: str, connection: asyncpg.Connection, claimed: list[int], count: int
+) -> None:
+    recorder = Recorder(batch_size=100, concurrency=10)
+    async with waking(database, connection, recorder, count, batch=100) as one:
+        assert not recorder.keys
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+        assert not one._read_ahead._read
+    assert len(recorder.visits) == len(set(recorder.visits)) == count
+    assert sum(claimed) == 0
+
+
+async def test_enrollments_that_differ_are_written_without_a_claim(
+    database: str, connection: asyncpg.Connection, claimed: list[int]
+) -> None:
+    steps = (("a", "Conditional", IS_ODD, "odd"), ("odd", "Note", "{}", None))
+    recorder = Recorder(batch_size=100)
+    async with waking(database, connection, recorder, 200, steps=steps) as one:
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 100
+    assert sum(claimed) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "executed", "seen"),
+    [
+        (
+            "UPDATE sequencer.enrollments SET data = data || '{\"k\": 1}' WHERE subject LIKE 'u1%'",
+            5,
+            1,
+        ),
+        ("UPDATE sequencer.enrollments SET status = 'cancelled' WHERE subject LIKE 'u1%'", 4, 0),
+        ("DELETE FROM sequencer.enrollments WHERE subject LIKE 'u1%'", 4, 0),
+        ("UPDATE sequencer.enrollments SET step = 'end' WHERE subject LIKE 'u1%'", 4, 0),
+        ("UPDATE sequencer.steps SET config = '{\"k\": 1}' WHERE name = 'a'", 5, 5),
+        ("UPDATE sequencer.sequences SET status = 'paused'", 0, 0),
+    ],
+)
+async def test_changes_after_the_reading_are_respected(
+    database: str, connection: asyncpg.Connection, change: str, executed: int, seen: int
+) -> None:
+    """They are committed a moment before the enrollments are due."""
+    recorder = Recorder()
+    steps = (
+        ("a", "Note", "{}", "end"),
+        ("end", "WaitForDuration", '{"amount": 1, "unit": "milliseconds"}', None),
+    )
+    async with waking(database, connection, recorder, 5, steps=steps) as one:
+        await connection.execute("SET sequencer.notify = off")
+        await connection.execute(change)
+        let_an_hour_pass(one)
+        if executed:
+            await until(connection, ALL_ENDED)
+        else:
+            await eventually(lambda: one.catalog.sequences["s"].paused)
+    assert len(recorder.visits) == len(set(recorder.visits)) == executed
+    changed = [view for view in recorder.views if view["data"].get("k")]
+    assert len(changed) + recorder.programs.count({"k": 1}) == seen
+
+
+async def test_nothing_that_was_read_begins_early(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Another enrollment is due at the same step meanwhile."""
+    recorder = Recorder()
+    async with waking(database, connection, recorder, 5) as one:
+        id_ = await enroll(connection, "s", "now")
+        await until(
+            connection, "SELECT ended_at IS NOT NULL FROM sequencer.enrollments WHERE id = $1", id_
+        )
+        assert recorder.visits == [f"{id_}:1"]
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 6
+
+
+async def test_a_row_that_cannot_be_written_holds_back_no_other(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE check_violation USING MESSAGE = 'not this one';
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON sequencer.enrollments
+            FOR EACH ROW WHEN (NEW.subject LIKE 'u1%') EXECUTE FUNCTION refuse()""")
+    recorder = Recorder()
+    async with waking(database, connection, recorder, 5) as one:
+        let_an_hour_pass(one)
+        await eventually(lambda: len(one._quarantine))
+        await until(
+            connection,
+            "SELECT count(*) = 4 FROM sequencer.enrollments WHERE ended_at > '-infinity'",
+        )
+    assert len(recorder.visits) == len(set(recorder.visits)) == 4
+
+
+async def test_what_another_session_has_locked_is_left_to_a_claim(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder()
+    async with waking(database, connection, recorder, 5) as one:
+        async with connection.transaction():
+            await connection.execute(
+                "SELECT FROM sequencer.enrollments WHERE subject LIKE 'u1%' FOR UPDATE"
+            )
+            let_an_hour_pass(one)
+            await eventually(lambda: len(recorder.visits) == 4)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 5
+
+
+async def test_two_daemons_that_have_read_the_same_execute_each_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder(batch_size=100, concurrency=10)
+    await define(connection, "s", ("a", "Note", "{}", None))
+    async with (
+        running_engine(database, {"Note": recorder}, sweep=3600, batch=100) as one,
+        running_engine(database, {"Note": recorder}, sweep=3600, batch=100) as other,
+    ):
+        await enroll_for_later(connection, 500, one, other)
+        let_an_hour_pass(one, other)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 500
+
+
+async def test_few_slots_are_filled_again_and_again(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder(batch_size=1, concurrency=1)
+    async with waking(database, connection, recorder, 30) as one:
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 30
+
+
+async def test_what_is_late_is_claimed_and_not_written_from_memory(
+    database: str,
+    connection: asyncpg.Connection,
+    claimed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(read_ahead, "VALID_FOR", timedelta(0))
+    async with waking(database, connection, Recorder(), 5) as one:
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+        await eventually(lambda: not one._read_ahead._read)
+    assert sum(claimed) == 5
+
+
+async def test_lone_timers_do_not_delay_notifications(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Each time, the claim that follows finds nothing."""
+    async with waking(database, connection, Recorder(), 1) as one:
+        for _ in range(10):
+            let_an_hour_pass(one)
+            await until(connection, ALL_ENDED)
+            one._heap.clear()  # of the end of the lease, which comes first
+            await enroll_for_later(connection, 1, one)
+        assert not one._claims.delay(STEP)
+
+
+async def test_what_cannot_be_read_ahead_is_claimed(
+    database: str,
+    connection: asyncpg.Connection,
+    claimed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise asyncpg.DataError("unreadable")
+
+    monkeypatch.setattr(locking, "read_ahead", broken)
+    await define(connection, "s", ("a", "Note", "{}", None))
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600) as one:
+        at = one._clock.now() + HOUR
+        await connection.execute(INSERT, 5, at)
+        one._report_wake(STEP, at, False)
+        await eventually(lambda: one._read_ahead.is_of(STEP, at))
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert sum(claimed) == 5
