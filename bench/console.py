@@ -33,7 +33,7 @@ from scale import postmaster
 from starlette.applications import Starlette
 
 from sequencerd.console import summary
-from sequencerd.console.app import make_console
+from sequencerd.console.app import ServedShard, make_console
 from sequencerd.core.model import Sequence
 from sequencerd.definitions.compiler import from_rows
 from sequencerd.definitions.simulator import Simulator
@@ -115,13 +115,15 @@ async def main() -> None:
             for row in sequences
         }
         app = make_console(
-            ConsoleSettings(write=True),
-            Shard(url),
-            lambda: Simulator(definitions, {}),
-            lambda: datetime.now(UTC),
+            ServedShard(
+                Shard(url),
+                ConsoleSettings(write=True),
+                lambda: Simulator(definitions, {}),
+                lambda: datetime.now(UTC),
+                dict,
+                str,
+            ),
             structlog.get_logger(),
-            runners=dict,
-            redact=str,
         )
         transport = httpx.ASGITransport(app=app)
         async with (
@@ -237,13 +239,15 @@ async def disturbance(dsn: str, samples: int) -> None:
     """The engine's latency without viewers, and with a reader who never pauses."""
     async with engine.defined(dsn, ("a", "Task", "{}")) as (url, connection):
         console = make_console(
-            ConsoleSettings(),
-            Shard(url),
-            lambda: Simulator({}, {}),
-            lambda: datetime.now(UTC),
+            ServedShard(
+                Shard(url),
+                ConsoleSettings(),
+                lambda: Simulator({}, {}),
+                lambda: datetime.now(UTC),
+                dict,
+                str,
+            ),
             structlog.get_logger(),
-            runners=dict,
-            redact=str,
         )
         app = make_app(list, list, CollectorRegistry(), console)
         async with engine.engine(url), serving(app, LISTEN):

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import asyncpg
-from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console.app import make_console
-from sequencerd.console.shards import ServedShard, make_console_of_shards
+from sequencerd.console.app import ServedShard, make_console
+from sequencerd.console.shards import make_console_of_shards
 from sequencerd.core.describe import counted
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.definitions.simulator import Simulator
@@ -247,14 +246,14 @@ class _Process:
         if self._one is not None:
             await self._one.serve(self._serving)
             return
-        async with self._serving(None), asyncio.TaskGroup() as group:
+        async with self._serving(), asyncio.TaskGroup() as group:
             for served in self._shards:
                 group.create_task(served.keep())
         if self._refusal is not None:
             raise self._refusal
 
     @asynccontextmanager
-    async def _serving(self, console: Starlette | None) -> AsyncIterator[None]:
+    async def _serving(self) -> AsyncIterator[None]:
         """Serve HTTP within the context."""
         settings, current = self._settings, self._shards[0]
         public = PublicPages(
@@ -269,9 +268,13 @@ class _Process:
         ).registry
         if self._one is not None and self._one.daemon is not None:
             registry = self._one.daemon.metrics.registry
-        elif settings.console is not None and settings.console.enabled:
-            console = make_console_of_shards(
-                [served.for_console(settings.console) for served in self._shards], self._log
+        console = None
+        if settings.console is not None and settings.console.enabled:
+            shards = [served.for_console(settings.console) for served in self._shards]
+            console = (
+                make_console_of_shards(shards, self._log)
+                if self._one is None
+                else make_console(shards[0], self._log)
             )
         app = make_app(
             self._why_not_alive,
@@ -401,7 +404,7 @@ class _ShardService:
 
     async def serve(
         self,
-        around: Callable[[Starlette | None], AbstractAsyncContextManager[None]] | None = None,
+        around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         """Serve the shard until stopped, with HTTP `around` it. Raises SequencerdError if that
         cannot begin.
@@ -448,7 +451,7 @@ class _ShardService:
                 of_process=self.name is None,
             )
             try:
-                async with nullcontext() if around is None else around(daemon.console(shard)):
+                async with around():
                     await daemon.run(shard, self.reload_requested, self._stop)
             finally:
                 self._settings, self.daemon = daemon.parts.settings, None
@@ -587,32 +590,9 @@ class _Daemon:
             log=log,
         )
 
-    def console(self, shard: Shard) -> Starlette | None:
-        """Return the console if it is enabled."""
-        settings = self.parts.settings.console
-        if settings is None or not settings.enabled:
-            return None
-        return make_console(
-            settings,
-            shard,
-            self.simulator,
-            self.clock.now,
-            self._log,
-            runners=self._own_runners,
-            redact=self._redact_shown,
-        )
-
     def _redact(self, text: str) -> str:
         """Return a text without the secrets of the present settings."""
         return self.parts.redact(text)
-
-    def _redact_shown(self, text: str) -> str:
-        """Return a text that the console shows without the secrets of the present settings."""
-        return make_redaction(self.parts.settings)(text)
-
-    def _own_runners(self) -> dict[str, Runner]:
-        """Return runners for another thread."""
-        return make_runners(self.parts.settings)
 
     def simulator(self) -> Simulator:
         """Return the present definitions and runners, for another thread to read."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import asyncpg
 from starlette.applications import Starlette
@@ -75,21 +75,23 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-def make_console(
-    settings: ConsoleSettings,
-    shard: Shard,
-    simulator: Callable[[], Simulator],
-    now: Callable[[], datetime],
-    log: FilteringBoundLogger,
-    *,
-    runners: Callable[[], Mapping[str, Runner]],
-    redact: Callable[[str], str],
-) -> Starlette:
-    """Return the application, for a thread beside the engine's.
+class ServedShard(NamedTuple):
+    """A shard, and what its console calls in the thread beside the engine's: `simulator` returns
+    the present sequences and runners, `runners` makes other runners, for this thread, and `redact`
+    removes secrets from what servers say.
+    """
 
-    `simulator` returns the present sequences and runners, `runners` makes other runners, for this
-    thread. `redact` removes secrets from what servers say. `app.state.close` ends what would keep
-    connections open.
+    shard: Shard
+    settings: ConsoleSettings
+    simulator: Callable[[], Simulator]
+    now: Callable[[], datetime]
+    runners: Callable[[], Mapping[str, Runner]]
+    redact: Callable[[str], str]
+
+
+def make_console(served: ServedShard, log: FilteringBoundLogger) -> Starlette:
+    """Return the application for one shard. `app.state.close` ends what would keep connections
+    open.
     """
 
     # while a page is made, the engine waits for its turn so long; Python's own 5 ms are too many
@@ -99,7 +101,7 @@ def make_console(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         # no connection before the first request
         async with open_pool(
-            shard,
+            served.shard,
             name="sequencerd console",
             timeout=TIMEOUT,
             min_size=0,
@@ -112,17 +114,17 @@ def make_console(
             live = LiveTopics(pool, summary)
             actions = BulkChanges(log)
             app.state.console = PageContext(
-                settings,
-                shard,
+                served.settings,
+                served.shard,
                 pool,
-                Auth(settings, Sessions(pool)),
+                Auth(served.settings, Sessions(pool)),
                 html.make_templates(),
                 summary,
                 live,
-                simulator,
-                runners,
-                redact,
-                now,
+                served.simulator,
+                served.runners,
+                served.redact,
+                served.now,
                 actions,
             )
             app.state.unmasked = unmasked(app.state.console)

@@ -9,11 +9,10 @@ from contextlib import AsyncExitStack, suppress
 
 import asyncpg
 from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.console.app import make_console
-from sequencerd.console.shards import ServedShard, make_console_of_shards
+from sequencerd.console.app import ServedShard, make_console
+from sequencerd.console.shards import make_console_of_shards
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.definitions.stored import read_sequences
 from sequencerd.engine.clock import Clock
@@ -75,9 +74,7 @@ async def run(
             for definitions in found
         ]
         made = (
-            make_console_of_shards(served, log)
-            if len(served) > 1
-            else _make_console_of_one(served[0], log)
+            make_console_of_shards(served, log) if len(served) > 1 else make_console(served[0], log)
         )
         app = make_app(
             list,
@@ -91,18 +88,6 @@ async def run(
             await asyncio.gather(*(definitions.keep(stop) for definitions in found))
             notify("STOPPING=1")
     log.info("stopped")
-
-
-def _make_console_of_one(one: ServedShard, log: FilteringBoundLogger) -> Starlette:
-    return make_console(
-        one.settings,
-        one.shard,
-        one.simulator,
-        one.now,
-        log,
-        runners=one.runners,
-        redact=one.redact,
-    )
 
 
 async def _close(runners: Mapping[str, Runner]) -> None:

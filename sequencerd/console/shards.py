@@ -5,11 +5,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from datetime import datetime
-from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +21,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.console import mail, simulating
 from sequencerd.console.actions import BulkChanges
 from sequencerd.console.app import (
+    ServedShard,
     WithHeaders,
     error_page,
     guarded_routes,
@@ -43,36 +42,11 @@ from sequencerd.console.query import NotFoundError
 from sequencerd.console.sessions import SessionsOfShards
 from sequencerd.console.tables import at_shard, place
 from sequencerd.definitions.simulator import Simulator
-from sequencerd.runners import Runner
-from sequencerd.settings import ConsoleSettings
-from sequencerd.storage.connections import Shard
-
-
-class ServedShard(NamedTuple):
-    """A shard, and the arguments of `make_console` for it."""
-
-    shard: Shard
-    settings: ConsoleSettings
-    simulator: Callable[[], Simulator]
-    now: Callable[[], datetime]
-    runners: Callable[[], Mapping[str, Runner]]
-    redact: Callable[[str], str]
 
 
 def make_console_of_shards(served: Sequence[ServedShard], log: FilteringBoundLogger) -> Starlette:
     """Return the application for several shards."""
-    consoles = {
-        str(one.shard.name): make_console(
-            one.settings,
-            one.shard,
-            one.simulator,
-            one.now,
-            log,
-            runners=one.runners,
-            redact=one.redact,
-        )
-        for one in served
-    }
+    consoles = {str(one.shard.name): make_console(one, log) for one in served}
 
     def simulator() -> Simulator:
         """Return all definitions: if one differs between shards, that of the first."""

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 
 from sequencerd.console import summary
-from sequencerd.console.app import make_console
+from sequencerd.console.app import ServedShard, make_console
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
@@ -147,13 +147,15 @@ async def console(
             list,
             CollectorRegistry(),
             make_console(
-                found,
-                shard(through or url),
-                lambda: Simulator(dict(engine.catalog.sequences), runners),
-                lambda: datetime.now(UTC),
+                ServedShard(
+                    shard(through or url),
+                    found,
+                    lambda: Simulator(dict(engine.catalog.sequences), runners),
+                    lambda: datetime.now(UTC),
+                    own or (lambda: runners),
+                    make_redaction(all_settings),
+                ),
                 structlog.get_logger(),
-                runners=own or (lambda: runners),
-                redact=make_redaction(all_settings),
             ),
         )
         listen = f"127.0.0.1:{free_port()}" if is_served else "127.0.0.1:8080"
@@ -176,13 +178,15 @@ async def console(
 def routes(method: str) -> list[Route]:
     """What the console serves, of the requests with one method."""
     app = make_console(
-        ConsoleSettings(),
-        Shard("postgresql:///"),
-        lambda: Simulator({}, {}),
-        lambda: datetime.now(UTC),
+        ServedShard(
+            Shard("postgresql:///"),
+            ConsoleSettings(),
+            lambda: Simulator({}, {}),
+            lambda: datetime.now(UTC),
+            dict,
+            str,
+        ),
         structlog.get_logger(),
-        runners=dict,
-        redact=str,
     )
     found = [route for route in app.routes if isinstance(route, Route)]
     assert len(found) == len(app.routes)

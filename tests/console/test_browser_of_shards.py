@@ -10,8 +10,9 @@ import pytest
 import structlog
 from starlette.routing import Mount, Route
 
+from sequencerd.console.app import ServedShard
 from sequencerd.console.auth import ROLES
-from sequencerd.console.shards import ServedShard, make_console_of_shards
+from sequencerd.console.shards import make_console_of_shards
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.settings import ConsoleSettings, Role
 from tests.console.conftest import counted, token
