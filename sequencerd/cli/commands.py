@@ -30,7 +30,7 @@ from sequencerd.errors import (
     SettingsError,
     UsageError,
 )
-from sequencerd.service.dns import new_loop
+from sequencerd.service.dns import ResolvingLoop
 from sequencerd.service.systemd import is_service
 from sequencerd.settings import Settings
 from sequencerd.settings_file import load
@@ -232,7 +232,7 @@ async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Call asyncio.run with a loop that resolves names in threads of their own."""
-    with asyncio.Runner(loop_factory=new_loop) as runner:
+    with asyncio.Runner(loop_factory=ResolvingLoop) as runner:
         return runner.run(work)
 
 

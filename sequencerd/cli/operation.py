@@ -8,9 +8,7 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import asyncpg
 
@@ -100,7 +98,7 @@ async def change_command(
         answers = ShardAnswers(found, {})
     else:
         answers = await ask(explain(arguments), shards, select)
-    groups = _added_up([group for _, found in answers.found.values() for group in found])
+    groups = bulk.added_up(group for _, found in answers.found.values() for group in found)
     selected = sum(group["count"] for group in groups)
     if (selected > 1 or arguments.dry_run) and not arguments.json:
         show(groups, as_json=False, empty="no matching enrollments")
@@ -114,17 +112,6 @@ async def change_command(
     done, failed = await _change(arguments, action, ids, to)
     _report(arguments, sum(map(len, ids.values())), done)
     return failed or code
-
-
-def _added_up(groups: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:
-    """Add up the counts of several shards."""
-    counts: Counter[tuple[Any, ...]] = Counter()
-    for group in groups:
-        *place, count = group.values()
-        counts[tuple(place)] += count
-    names = ("sequence", "step", "status", "failure")
-    in_order = sorted(counts, key=lambda place: [(value is None, value or "") for value in place])
-    return [{**dict(zip(names, place, strict=True)), "count": counts[place]} for place in in_order]
 
 
 async def _select(
@@ -244,7 +231,7 @@ async def _change(
     return total, code
 
 
-def _report(arguments: argparse.Namespace, selected: int, done: BulkResult) -> int:
+def _report(arguments: argparse.Namespace, selected: int, done: BulkResult) -> None:
     unchanged = 0 if arguments.dry_run else selected - done.changed - done.entered_again
     if arguments.json:
         report = {
@@ -255,14 +242,13 @@ def _report(arguments: argparse.Namespace, selected: int, done: BulkResult) -> i
             "unchanged": unchanged,
         }
         say_json(report)
-        return 0
+        return
     if arguments.dry_run:
         say(f"would {arguments.command} {bulk.count(selected)}")
-        return 0
+        return
     say(f"{arguments.command}: {bulk.count(done.changed)}")
     for remark in done.remarks(selected):
         say(remark)
-    return 0
 
 
 # --- sequences

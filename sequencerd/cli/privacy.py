@@ -151,10 +151,10 @@ async def _forget(
     return done._replace(mentioned_in=[_id(shard, int(one)) for one in done.mentioned_in])
 
 
-def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
+def _report(arguments: argparse.Namespace, done: Forgotten) -> None:
     if arguments.json:
         say_json({"subject": arguments.subject, "dry_run": arguments.dry_run, **done._asdict()})
-        return 0
+        return
     if not any(done[:-1]):
         say(f"there is no data about {arguments.subject}")
     else:
@@ -168,7 +168,6 @@ def _report(arguments: argparse.Namespace, done: Forgotten) -> int:
             "the data of other subjects mentions it and was not changed: change it, or forget "
             f"those subjects as well; enrollments {ids}{more}"
         )
-    return 0
 
 
 @on_shards

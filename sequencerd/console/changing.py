@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,7 +34,6 @@ from sequencerd.storage.statements import QUERIES
 MAX_REASON = 500  # characters
 MAX_FOLLOWED = 10_000  # enrollments of a change
 
-GROUP_COLUMNS = ("sequence", "step", "status", "failure")
 VERBS = {"skip": "Skip the step for"}  # other verbs are the name of the action
 
 
@@ -71,7 +69,7 @@ async def question(request: Request) -> Response:
 async def _ask(request: Request, query: Query, remark: str | None, status: int = 200) -> Response:
     context, action = context_of(request), _action(query)
     found = await _selected(context, query)
-    rows = _added_up(row for one in found.values() for row in one.rows)
+    rows = bulk.added_up(row for one in found.values() for row in one.rows)
     steps = dict.fromkeys(step for one in found.values() for step in one.steps)
     number = sum(row["count"] for row in rows)
     verb = VERBS.get(action, action.capitalize())
@@ -81,7 +79,6 @@ async def _ask(request: Request, query: Query, remark: str | None, status: int =
         "question.html",
         status,
         title=f"{verb} {bulk.count(number)}?",
-        verb=verb,
         number=number,
         rows=rows,
         steps=list(steps),
@@ -137,18 +134,6 @@ async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.get().items())
         raise WrongQueryError(f"enrollments were chosen that cannot be changed: shard {reasons}")
     return found
-
-
-def _added_up(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Add up the counts of several shards."""
-    counts: Counter[tuple[Any, ...]] = Counter()
-    for row in rows:
-        counts[tuple(row[name] for name in GROUP_COLUMNS)] += row["count"]
-    ordered = sorted(counts, key=lambda place: [(value is None, value or "") for value in place])
-    return [
-        {**dict(zip(GROUP_COLUMNS, place, strict=True)), "count": counts[place]}
-        for place in ordered
-    ]
 
 
 async def _chosen(context: PageContext, query: Query) -> Selection:

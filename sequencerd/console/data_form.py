@@ -21,6 +21,7 @@ from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
 NAME = "the text"
+CHANGED = "The data has changed meanwhile: nothing was written. This is the difference."
 
 
 async def edit(request: Request) -> Response:
@@ -94,8 +95,7 @@ async def change(request: Request) -> Response:
     except (UsageError, ValueError) as error:
         return await _page(request, id_, text, 422, wrong=as_sentence(str(error)))
     if query.must("version") != row["version"]:
-        wrong = "The data has changed meanwhile: nothing was written. This is the difference."
-        return await _page(request, id_, text, 409, lines=lines, wrong=wrong)
+        return await _page(request, id_, text, 409, lines=lines, wrong=CHANGED)
     if query.get("action") != "apply":
         return await _page(request, id_, text, lines=lines)
     if (reason := reason_of(query)) is None:
@@ -109,7 +109,6 @@ async def change(request: Request) -> Response:
             QUERIES["console_set_data"], id_, exact_json.dumps(data), row["version"], cause[:2000]
         )
     if done == "INSERT 0 0":
-        wrong = "The data has changed meanwhile: nothing was written. This is the difference."
-        return await _page(request, id_, text, 409, lines=lines, wrong=wrong)
+        return await _page(request, id_, text, 409, lines=lines, wrong=CHANGED)
     context.enrollments_read.clear()
     return RedirectResponse(at(f"/enrollments/{id_}"), 303)

@@ -12,7 +12,14 @@ from sequencerd.console import views
 from sequencerd.console.context import PageContext, missing
 from sequencerd.console.lists import MAX_ID, EnrollmentPage, comparable
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import PAGE_WAIT, UNREADABLE_VERSION, Counts, Summary, SummaryRow
+from sequencerd.console.summary import (
+    FIRST_TIME,
+    PAGE_WAIT,
+    UNREADABLE_VERSION,
+    Counts,
+    Summary,
+    SummaryRow,
+)
 from sequencerd.console.tables import Table, at_shard
 from sequencerd.core.describe import plain
 from sequencerd.core.model import StepKey
@@ -266,7 +273,7 @@ def _next_of(
     given = {key: value for key, value in query.given.items() if not key.startswith("skip.")}
     for name in shards:
         skip = sum(row["wake_at"] == last and row["shard"] == name for row in shown)
-        if last == query.time("from", views.FIRST_TIME):
+        if last == query.time("from", FIRST_TIME):
             ours = query.of_shard(name, shards)
             skip += ours.number("skip", 0) if ours else 0
         if skip > views.MAX_OFFSET:

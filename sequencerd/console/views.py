@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -14,7 +14,7 @@ from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
 from sequencerd.console.mask import MaskedRow, MaskRow, read_data
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import MAX_DUE, Counts
+from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
@@ -30,7 +30,6 @@ NOT_ALL_SEARCHED = (
     " have this one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
 )
 LAST_CHARACTER = "\U0010ffff"
-FIRST_TIME = datetime(1900, 1, 1, tzinfo=UTC)
 
 
 # --- counts

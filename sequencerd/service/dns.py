@@ -169,11 +169,6 @@ class ResolvingLoop(_Base):
         raise OSError(text) from ExceptionGroup(f"connections to {host}", errors)
 
 
-def new_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop, for `asyncio.Runner`."""
-    return ResolvingLoop()
-
-
 def _is_name(host: object) -> bool:
     if not host or not isinstance(host, str | bytes):
         return False

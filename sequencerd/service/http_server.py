@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sequencerd.errors import SettingsError
-from sequencerd.service.dns import new_loop
+from sequencerd.service.dns import ResolvingLoop
 from sequencerd.settings import split_address
 
 HealthCheck = Callable[[], list[str]]
@@ -94,7 +94,7 @@ class _Connection(H11Protocol):
         """Make room by closing the connection whose client has been slow for longest."""
         others = [one for one in self.connections if isinstance(one, _Connection)]
         super().connection_made(transport)
-        self._look()
+        self._check_time()
         if len(others) < MAX_CONNECTIONS:
             return
         waiting = [one for one in others if one.since is not None]
@@ -112,7 +112,7 @@ class _Connection(H11Protocol):
         works = cycle is not None and not cycle.response_complete and not cycle.more_body
         return not works or self.flow.write_paused
 
-    def _look(self) -> None:
+    def _check_time(self) -> None:
         """Check every second, because there is no event for each kind of slowness."""
         now = self.loop.time()
         if not self._is_clients_turn:
@@ -122,7 +122,7 @@ class _Connection(H11Protocol):
         elif now - self._since >= REQUEST_TIMEOUT:
             self.drop()
             return
-        self._timer = self.loop.call_later(min(1.0, REQUEST_TIMEOUT), self._look)
+        self._timer = self.loop.call_later(min(1.0, REQUEST_TIMEOUT), self._check_time)
 
     def drop(self) -> None:
         """Close the connection without an answer."""
@@ -189,7 +189,7 @@ async def serving(
     server = _HttpServer(app)
 
     def serve() -> None:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
+        with asyncio.Runner(loop_factory=ResolvingLoop) as runner:
             runner.run(server.serve([listener]))
 
     # in a thread other than the main one, uvicorn installs no signal handlers

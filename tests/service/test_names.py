@@ -56,7 +56,7 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=dns.new_loop) as runner:
+    with asyncio.Runner(loop_factory=dns.ResolvingLoop) as runner:
         runner.run(work)
 
 
