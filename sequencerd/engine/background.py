@@ -67,13 +67,15 @@ class Background:
             else:
                 return
 
-    async def end(self, at: float) -> None:
-        """Wait for the tasks until a time of the event loop, then cancel the others."""
+    async def ended(self, at: float) -> None:
+        """Wait for the tasks until a time of the event loop."""
         if self._tasks:
-            seconds = at - asyncio.get_running_loop().time()
-            _, overdue = await asyncio.wait(self._tasks, timeout=seconds)
-            for task in overdue:
-                task.cancel()
+            await asyncio.wait(self._tasks, timeout=at - asyncio.get_running_loop().time())
+
+    def cancel(self) -> None:
+        """Cancel the tasks that have not ended."""
+        for task in self._tasks:
+            task.cancel()
 
 
 class Repeating:

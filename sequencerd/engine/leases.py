@@ -50,6 +50,7 @@ class Leases:
         number of the leases.
         """
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
+        self._writing = 0  # batches
         self._pool = pool
         self._executors = executors
         self._wakes = wakes
@@ -66,6 +67,13 @@ class Leases:
     def known(self) -> set[int]:
         """Return the enrollments that this daemon has leased, or may have leased."""
         return self.by_id.keys() | self._doubtful
+
+    @property
+    def is_writing(self) -> bool:
+        """Return whether a batch is being written. A task that is cancelled meanwhile may leave
+        leases of which nothing knows.
+        """
+        return self._writing > 0
 
     @asynccontextmanager
     async def writing(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
@@ -111,6 +119,7 @@ class Leases:
     @asynccontextmanager
     async def starting(self, batch: Batch) -> AsyncIterator[None]:
         """Start the side effects of a batch that is written within, or give their slots back."""
+        self._writing += 1
         try:
             yield
         except LOST_ERRORS:
@@ -127,9 +136,13 @@ class Leases:
         except BaseException:
             _give_back(batch.leased)
             raise
-        self._start(batch.leased)
-        self._report(batch)
-        self._metrics.written(sum(map(len, batch.rows.values())), batch.events, batch.failures())
+        else:
+            self._start(batch.leased)
+            self._report(batch)
+            written = sum(map(len, batch.rows.values()))
+            self._metrics.written(written, batch.events, batch.failures())
+        finally:
+            self._writing -= 1
 
     def _report(self, batch: Batch) -> None:
         for step_key, (first, last) in batch.wakes().items():

@@ -248,6 +248,8 @@ class Engine:
             ]
             await self._schedule()
             await self._wind_down()
+            # without an await in between, so that no batch is being written
+            self._background.cancel()
             for helper in helpers:
                 helper.cancel()
         await self._heartbeat.end()
@@ -378,12 +380,12 @@ class Engine:
         self._push(step_key, self._clock.now())
 
     async def _wind_down(self) -> None:
-        """Wait for side effects in flight, and write their results."""
+        """Wait for side effects in flight, and for batches that may lease others; write results."""
         if self._leases:
             self._log.info("stopping", in_flight=len(self._leases))
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.stop_timeout
-        await self._background.end(end)
+        await self._background.ended(end)
         await self._executors.stop(end)
         with suppress(TimeoutError):  # if the database is unavailable, the leases expire
             async with asyncio.timeout_at(max(end, loop.time()) + ERROR_PAUSE):
@@ -391,7 +393,10 @@ class Engine:
                     await self._try_quarantined(results_only=True)
                 except Exception as error:
                     self._log.warning("kept results cannot be written", error=brief(error))
-                while self._leases.by_id.keys() - self._quarantine.with_result:
+                while (
+                    self._leases.is_writing
+                    or self._leases.by_id.keys() - self._quarantine.with_result
+                ):
                     self._backlog.changed.set()
                     await asyncio.sleep(0.01)
         kept = [one.result for one in self._quarantine.all if one.result is not None]

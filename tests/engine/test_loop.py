@@ -6,14 +6,15 @@ import asyncio
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 
+from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import (
     Action,
     Answer,
@@ -985,6 +986,73 @@ async def test_a_stop_releases_unfinished_leases_without_an_attempt(
     assert await connection.fetchval("SELECT bool_and(wake_at <= now()) FROM sequencer.enrollments")
     async with running_engine(database, {"Slow": Recorder()}):
         await until(connection, ALL_ENDED)
+
+
+@pytest.mark.parametrize("is_expired", [True, False])
+async def test_a_stop_waits_for_the_answer_to_a_lease(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, is_expired: bool
+) -> None:
+    """Of the helper that finds what has expired, or of a task that works on a step. The database
+    has committed the lease: if nobody reads that, it is left to expire.
+    """
+    committed, answered = asyncio.Event(), asyncio.Event()
+    transaction, write_unchanged = connections.transaction, writes.write_unchanged
+    leased = (
+        "SELECT count(*) > 0 FROM sequencer.enrollments WHERE leased_by IS NOT NULL AND step = 'b'"
+    )
+
+    async def answer(from_: asyncpg.Connection) -> None:
+        if await from_.fetchval(leased):
+            committed.set()
+            await answered.wait()
+
+    @asynccontextmanager
+    async def answered_late(on: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
+        async with transaction(on):
+            yield on
+        await answer(on)
+
+    async def written_late(on: asyncpg.Connection, *arguments: Any) -> int | None:
+        number = await write_unchanged(on, *arguments)
+        await answer(on)
+        return number
+
+    async def fails(_: Task) -> Result:
+        return Failed("refuses connections", fault="server")
+
+    monkeypatch.setattr(loop, "ERROR_PAUSE", PATIENCE)  # after stop_timeout
+    monkeypatch.setattr(connections, "transaction", answered_late)
+    monkeypatch.setattr(writes, "write_unchanged", written_late)
+    work = Recorder()
+    runners = {"Down": Recorder(fails), "Work": work}
+    pauses = Pauses(3600.0, 3600.0)
+    async with running_engine(database, runners, pauses=pauses, stop_timeout=0) as engine:
+        await define(
+            connection,
+            "s",
+            ("a", "Down", '{"expires": {"amount": 1, "unit": "hours"}}', "b"),
+            ("b", "Work", "{}", None),
+        )
+        if is_expired:
+            await enroll(connection, "s", "ada")
+            down = "SELECT EXISTS (SELECT FROM sequencer.problems WHERE kind = 'runner')"
+            await until(connection, down)
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, step, wake_at)"
+            " VALUES ('s', 'bob', $1, now() - interval '2 hours')",
+            "a" if is_expired else "b",
+        )
+        await asyncio.wait_for(committed.wait(), PATIENCE)
+        stop = engine._executors.stop
+
+        async def stop_and_answer(seconds: float) -> None:
+            await stop(seconds)
+            answered.set()
+
+        monkeypatch.setattr(engine._executors, "stop", stop_and_answer)
+    row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE subject = 'bob'")
+    assert (row["step"], row["leased_by"], row["attempt"]) == ("b", None, 0)
+    assert not work.keys
 
 
 @pytest.mark.slow
