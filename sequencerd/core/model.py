@@ -334,6 +334,7 @@ class InvalidStep:
     message: str
     faults: tuple[Fault, ...] = ()  # the same errors, by place in the config
     exits: tuple[Exit, ...] = NEXT_AND_ALT_NEXT
+    may_pass: bool = False  # a limit was reached, which may not be so when it is compiled again
 
 
 TopicLimits = Mapping[str, Limit | InvalidStep]

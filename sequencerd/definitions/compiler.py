@@ -18,6 +18,7 @@ import asyncpg
 from sequencerd.core import graph, step_types
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Faults, nearest, parse_config, parse_json
+from sequencerd.core.javascript import sandbox
 from sequencerd.core.model import (
     ALT_NEXT,
     NEXT_AND_ALT_NEXT,
@@ -73,6 +74,7 @@ def compile_behaviour(
     type_: str, config: Mapping[str, Any], runners: Runners, shared: MessageContext = NOTHING_SHARED
 ) -> InstantStep | SideEffect | InvalidStep:
     """Compile what a step does, or its error."""
+    refusals = sandbox.refusals()
     try:
         if step_types.is_instant(type_):
             return step_types.compile_step(type_, config)
@@ -80,7 +82,8 @@ def compile_behaviour(
             raise DefinitionError(_unknown_type(type_, runners))
         return _compile_effect(type_, config, runners[type_], shared)
     except DefinitionError as error:
-        return InvalidStep(str(error), error.faults, _named_exits(type_, config))
+        may_pass = sandbox.refusals() > refusals
+        return InvalidStep(str(error), error.faults, _named_exits(type_, config), may_pass)
     except RecursionError as error:
         return InvalidStep(str(error), (Fault((), str(error)),))
 

@@ -52,6 +52,7 @@ class Catalog:
         self._daemon = daemon
         self._others: frozenset[str] = frozenset()  # types that other daemons serve
         self._unfinished: set[str] = set()  # sequences that must be read once more
+        self._refused: set[str] = set()  # sequences with steps that may compile later
         self._outdated: frozenset[str] = frozenset()  # types to be compiled again in these
         self._reschedule = reschedule
         self._clock = clock
@@ -89,6 +90,11 @@ class Catalog:
             self._wanted |= set(names)
             if len(self._wanted) > MAX_WANTED:
                 self._wanted = None
+
+    def mark_refused(self) -> None:
+        """Have the next reload compile again what could not be compiled within the limits."""
+        self._unfinished |= self._refused
+        self._refused.clear()
 
     async def reload(self) -> list[str]:
         """Read the wanted definitions that have changed. Return the names of their sequences, also
@@ -282,6 +288,8 @@ class Catalog:
                 await self._pause()
             elif number % UNTIMED_STEPS == 0:
                 await self._pause()
+            if _may_pass(config):
+                self._refused.add(row["name"])
             made.append(make_step(step, config))
         if len(made) < THREADED_STEPS:
             return make_sequence(row, made)
@@ -295,12 +303,18 @@ class Catalog:
             self._pause_at = loop.time() + MAX_BLOCKING
 
     def _compiled(self, name: str, shared: model.MessageContext) -> _Configs:
-        """Return the compiled configs of a sequence, unless they are outdated."""
+        """Return the compiled configs of a sequence, but for those that must be compiled again."""
         sequence = self.sequences.get(name)
         if sequence is None or sequence.shared != shared:
             return {}
         return {
             (step.type, step.source.text): step.source
             for step in sequence.steps.values()
-            if isinstance(step.source, StoredConfig) and step.type not in self._outdated
+            if isinstance(step.source, StoredConfig)
+            and step.type not in self._outdated
+            and not _may_pass(step.source)
         }
+
+
+def _may_pass(config: StoredConfig) -> bool:
+    return isinstance(config.behaviour, model.InvalidStep) and config.behaviour.may_pass

@@ -422,6 +422,7 @@ class Engine:
         # the server searches while the definitions are compiled
         async with concurrently(self._first_wakes(whole=whole)) as searching:
             self.catalog.mark_for_reload()
+            self.catalog.mark_refused()
             changed = await self.catalog.reload()
             self._report_braked()
             async with connections.borrow(self._pool) as connection:

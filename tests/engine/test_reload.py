@@ -13,6 +13,8 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
+from sequencerd.core.javascript import sandbox
+from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
@@ -26,6 +28,13 @@ from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSetting
 from sequencerd.storage import sequences, wakes
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
+
+
+class Writer(Recorder):
+    """Has a template."""
+
+    def compile(self, config: Mapping[str, Any]) -> object:
+        return compile_template(config["text"], escape=False)
 
 
 class Strict(Recorder):
@@ -584,6 +593,39 @@ async def test_silent_edits_are_found_by_the_sweep(
         await engine.sweep()
         assert amount(engine, "s1") == 5
         assert engine.catalog.sequences.keys() == {"s1"}
+
+
+async def test_a_template_that_once_took_too_long_is_read_again_by_the_sweep(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that was busy for a moment. What has failed meanwhile continues."""
+    reads: list[str] = []
+    ask = sandbox.ask
+
+    def counting(maker: Any, text: str) -> str:
+        reads.append(text)
+        return ask(maker, text)
+
+    monkeypatch.setattr(sandbox, "ask", counting)
+    step = ("a", "Write", json.dumps({"text": "{{data.seldom}}" * 500}), None)
+    failed = "SELECT count(*) = 1 FROM sequencer.failures WHERE failure = 'invalid_step'"
+    async with running_engine(database, {"Write": Writer()}) as engine:
+        with monkeypatch.context() as busy:
+            busy.setattr(sandbox, "COMPILE_SECONDS", 0.01)
+            await define(connection, "s", step)
+            await enroll(connection, "s", "ada")
+            await until(connection, failed)
+            first = len(reads)
+            for _ in range(8):
+                await engine.sweep(whole=False)
+        assert first < len(reads)
+        for _ in range(8 + len(reads)):  # it is due after twice as many attempts
+            await engine.sweep(whole=False)
+        await until(connection, ALL_ENDED)
+        assert not await connection.fetchval("SELECT count(*) FROM sequencer.problems")
+        before = len(reads)
+        await engine.sweep(whole=False)
+        assert len(reads) == before
 
 
 async def test_the_first_wake_times_are_searched_while_definitions_are_read(

@@ -33,30 +33,32 @@ class ThrownError(Exception):
 
 def evaluate(maker: Literal["condition", "operands", "template"], program: str, *texts: str) -> Any:
     """Run a program on texts and return its result. Raises LimitError and ThrownError."""
-    if (refusal := _REFUSED.get(program)) is not None:
-        refusal.check()
+    _check(program)
     sandbox = _current()
     sandbox.seconds = EVALUATION_SECONDS
     try:
         return sandbox.program(maker, program)(*texts)
     except Exception as error:
-        try:
-            _judge(sandbox, error)
-        except LimitError as limit:
-            if sandbox.seconds == COMPILE_SECONDS and len(_REFUSED) < MAX_PROGRAMS:
-                _REFUSED.setdefault(program, _RefusedProgram()).reason = str(limit)
-            raise
+        _judge(sandbox, program, error)
     return evaluate(maker, program, *texts)
 
 
 def ask(maker: Literal["analyse", "rename", "root"], text: str) -> str:
     """Analyse or convert a text without evaluating it. Raises LimitError and ThrownError."""
+    _check(text)
     sandbox = _current()
     try:
         return str(sandbox.make(maker, text))
     except Exception as error:
-        _judge(sandbox, error)
+        _judge(sandbox, text, error)
     return ask(maker, text)
+
+
+def refusals() -> int:
+    """Return how often this thread could not compile or analyse a text within the limits. A caller
+    of something that has increased it may try again later.
+    """
+    return _THREAD.refusals
 
 
 class _Sandbox:
@@ -98,33 +100,33 @@ class _Sandbox:
         return made
 
 
-class _RefusedProgram:
-    """A program that could not be compiled within the limits. That may be over later: the CPU time
-    is that of all threads.
+class _RefusedText:
+    """A text that could not be compiled or analysed within the limits. That may be over later: the
+    CPU time is that of all threads.
 
-    So it is compiled again, each time after twice as many evaluations: it is refused about as often
-    again as it could not be compiled, and a thousand evaluations cost ten attempts.
+    So that is tried again, each time after twice as many uses: it is refused about as often again
+    as it could not be compiled, and a thousand uses cost ten attempts.
     """
 
     def __init__(self) -> None:
         self.reason = ""
-        self._evaluations = 2
+        self._uses = 2
 
-    def check(self) -> None:
-        """Raise LimitError, unless it is to be tried again."""
-        self._evaluations += 1
-        if self._evaluations & (self._evaluations - 1):  # not a power of two
-            raise LimitError(self.reason)
+    def is_due(self) -> bool:
+        """Return whether it is to be tried again."""
+        self._uses += 1
+        return self._uses & (self._uses - 1) == 0  # a power of two
 
 
-_REFUSED: dict[str, _RefusedProgram] = {}
-"""Programs that could not be compiled within the limits."""
+_REFUSED: dict[str, _RefusedText] = {}
+"""Texts that could not be compiled or analysed within the limits."""
 
 
 class _Thread(threading.local):
     """The context of each thread: QuickJS must be called by the thread that created it."""
 
     sandbox: _Sandbox | None = None
+    refusals = 0
 
 
 _THREAD = _Thread()
@@ -136,7 +138,15 @@ def _current() -> _Sandbox:
     return _THREAD.sandbox
 
 
-def _judge(sandbox: _Sandbox, error: Exception) -> None:
+def _check(text: str) -> None:
+    """Raise LimitError if a text was refused, unless it is to be tried again."""
+    refused = _REFUSED.get(text)
+    if refused is not None and not refused.is_due():
+        _THREAD.refusals += 1
+        raise LimitError(refused.reason)
+
+
+def _judge(sandbox: _Sandbox, text: str, error: Exception) -> None:
     """Raise the error that an exception means, unless earlier evaluations used up the memory."""
     from _quickjs import JSException, StackOverflow  # noqa: PLC0415 -- as above
 
@@ -153,6 +163,10 @@ def _judge(sandbox: _Sandbox, error: Exception) -> None:
         raise ThrownError(re.sub(r"^(?:\w*Error|Exception): ", "", message)) from None
     _THREAD.sandbox = None
     if sandbox.is_new or "memory" not in reached:
+        if sandbox.seconds == COMPILE_SECONDS:
+            _THREAD.refusals += 1
+            if len(_REFUSED) < MAX_PROGRAMS:
+                _REFUSED.setdefault(text, _RefusedText()).reason = reached
         raise LimitError(reached) from None
 
 

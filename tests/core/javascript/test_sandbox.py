@@ -18,7 +18,7 @@ import pytest
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.javascript.conditions import COMMANDS, Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.model import DefinitionError, EvaluationError
 
 LARGE = [{"length": 1e15}, {"length": 2**40, "0": 1}]
 
@@ -114,7 +114,7 @@ def test_every_evaluation_can_be_stopped(code: str, monkeypatch: pytest.MonkeyPa
         made._context.eval(code)
     monkeypatch.setattr(sandbox._Sandbox, "is_new", True)  # no other has left it in memory
     with pytest.raises(sandbox.LimitError):
-        sandbox._judge(made, caught.value)
+        sandbox._judge(made, code, caught.value)
     assert sandbox._current() is not made
     everything_answers()
 
@@ -306,3 +306,30 @@ def test_a_program_that_is_too_large_is_seldom_compiled_again(
     for _ in range(2):
         assert template.render('{"data":{"name":"x"}}') == "x" * 500
     assert template.program not in sandbox._REFUSED
+
+
+def test_a_template_that_cannot_be_read_in_time_is_seldom_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, made = "{{data.name}} " * 500, 0
+    make = sandbox._Sandbox.make
+
+    def counting(self: sandbox._Sandbox, maker: str, text: str) -> object:
+        nonlocal made
+        made += 1
+        return make(self, maker, text)
+
+    monkeypatch.setattr(sandbox._Sandbox, "make", counting)
+    before = sandbox.refusals()
+    with monkeypatch.context() as busy:
+        busy.setattr(sandbox, "COMPILE_SECONDS", 0.01)
+        for number, attempts in enumerate((1, 1, 2, 2, 2, 2, 3), 1):
+            with pytest.raises(DefinitionError, match=r"more than 0\.01 seconds of computing"):
+                compile_template(source, escape=True)
+            assert made == attempts
+            assert sandbox.refusals() == before + number
+    for _ in range(7):
+        with pytest.raises(DefinitionError, match="seconds of computing"):
+            compile_template(source, escape=True)
+    assert compile_template(source, escape=True).surely_reads == {"data.name"}
+    assert json.dumps(source) not in sandbox._REFUSED
