@@ -27,6 +27,7 @@ from sequencerd.storage import connections, daemons, sequences
 MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
 UNTIMED_STEPS = 100  # compiled steps that are made without reading the time
 THREADED_STEPS = 500  # steps from which on a sequence is assembled in a thread
+THREADED_CHARACTERS = 2000  # of a config; templates take up to 40 ms for as many
 STEPS_PER_READ = 5_000  # steps that are read or reported at a time, in whole sequences
 _Configs = dict[tuple[str, str], StoredConfig]  # by type and text
 MAX_UNKNOWN = 10_000  # missing names that are remembered until definitions change
@@ -283,7 +284,7 @@ class Catalog:
             key = (step["type"], step["config"])
             config = compiled.get(key)
             if config is None:
-                config = before.get(key) or compile_row(step, runners, shared, elsewhere)
+                config = before.get(key) or await _compile(step, runners, shared, elsewhere)
                 compiled[key] = config
                 await self._pause()
             elif number % UNTIMED_STEPS == 0:
@@ -314,6 +315,19 @@ class Catalog:
             and step.type not in self._outdated
             and not _may_pass(step.source)
         }
+
+
+async def _compile(
+    row: asyncpg.Record, runners: Runners, shared: model.MessageContext, elsewhere: frozenset[str]
+) -> StoredConfig:
+    """Compile a config, in a thread if that may take long: templates take seconds at worst."""
+    text = row["config"]
+    size = len(text)
+    if "{{" in text:
+        size += sum(len(partial) for _, partial in shared.partials)
+    if size < THREADED_CHARACTERS:
+        return compile_row(row, runners, shared, elsewhere)
+    return await asyncio.to_thread(compile_row, row, runners, shared, elsewhere)
 
 
 def _may_pass(config: StoredConfig) -> bool:

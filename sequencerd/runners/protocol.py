@@ -29,7 +29,9 @@ class Runner(Protocol):
     retry: RetryPolicy
 
     def compile(self, config: Mapping[str, Any]) -> object:
-        """Convert a step's config to the program that `run` needs. Raises DefinitionError."""
+        """Convert a step's config to the program that `run` needs. Raises DefinitionError. Large
+        configs are converted in another thread.
+        """
         ...
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:

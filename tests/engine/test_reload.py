@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
 from sequencerd.storage import sequences, wakes
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import PATIENCE, eventually
 
 
 class Writer(Recorder):
@@ -593,6 +594,38 @@ async def test_silent_edits_are_found_by_the_sweep(
         await engine.sweep()
         assert amount(engine, "s1") == 5
         assert engine.catalog.sequences.keys() == {"s1"}
+
+
+async def test_others_proceed_while_a_large_template_is_read(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    held_up: list[str] = []
+    ask = sandbox.ask
+
+    def slowly(maker: Any, text: str) -> str:
+        begun.set()
+        if threading.current_thread() is threading.main_thread():
+            held_up.append(text)
+        else:
+            assert go.wait(PATIENCE)
+        return ask(maker, text)
+
+    monkeypatch.setattr(sandbox, "ask", slowly)
+    await define(connection, "other", ("a", "GoTo", "{}", None))
+    async with running_engine(database, {"Write": Writer()}):
+        await define(
+            connection, "s", ("a", "Write", json.dumps({"text": "{{data.large}}" * 500}), None)
+        )
+        await eventually(begun.is_set)
+        other = await enroll(connection, "other", "ada")
+        ended = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
+        await until(connection, ended, other)
+        go.set()
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert await connection.fetchval("SELECT bool_and(failure IS NULL) FROM sequencer.enrollments")
+    assert not held_up
 
 
 async def test_a_template_that_once_took_too_long_is_read_again_by_the_sweep(
