@@ -48,6 +48,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Programs that tests start keep their bytecode, outside of the clone: it saves half of their time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(sys.prefix) / "bytecode"))
+# As for most users: without a buffer, Python has nothing left to write at exit.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 # A busy machine breaks no deadline. `make quick` tries a third of the examples, and
 # `make test THOROUGH=1` ten times as many.

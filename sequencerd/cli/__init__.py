@@ -31,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 wrong arguments or settings."""
     _open_standard_streams()
     try:
+        sys.exit(_run(arguments))
+    finally:
+        _drop_unwritten_errors()
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
         given = make_parser().parse_args(arguments)
         _check_texts(given)
         from sequencerd.cli.commands import read_settings  # noqa: PLC0415
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _interrupt_on_signals()  # not before: imports turn an interrupt into errors of their own
         code: int = run(given, settings)
     except SequencerdError as error:
-        with suppress(SequencerdError):  # of standard error
+        with suppress(SequencerdError, BrokenPipeError):  # of standard error
             _print(error)
         code = getattr(given, "exit_code_of_errors", error.exit_code)
     except KeyboardInterrupt:
@@ -54,7 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the reader is gone, as with `| head`: not an error, and nothing more to write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    sys.exit(code)
+    return code
+
+
+def _drop_unwritten_errors() -> None:
+    """Drop what could not be written to standard error. Otherwise Python tries again at exit, and
+    replaces the exit code by 120.
+    """
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 _received: list[int] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import asyncpg
@@ -123,6 +125,23 @@ def test_an_output_that_cannot_be_written_is_named(
     assert capfd.readouterr().err == (
         "sequencerd: the output cannot be written: No space left on device\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nonsense"], 2),
+        (["--config", "missing.toml", "run"], 2),
+        (["--database", "postgresql://127.0.0.1:1/x", "status"], 1),
+    ],
+)
+def test_errors_that_cannot_be_written_leave_the_exit_code(arguments: list[str], code: int) -> None:
+    read, closed = os.pipe()
+    os.close(read)
+    with os.fdopen(closed, "w") as pipe, Path("/dev/full").open("w") as full:
+        for stream in (pipe, full):
+            process = [sys.executable, "-m", "sequencerd", *arguments]
+            assert subprocess.run(process, stderr=stream, check=False).returncode == code
 
 
 def test_streams_that_were_closed_before_the_start(

@@ -186,7 +186,11 @@ def _run(files: list[int], arguments: list[str], folder: str, variables: dict[st
         sys.excepthook(*sys.exc_info())
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = 120  # as Python ends
     os._exit(code if isinstance(code, int) else 0)  # taking the modules apart takes 50 ms
 
 

@@ -109,18 +109,20 @@ def test_transient_errors_of_libraries_are_one_line(lines: list[dict[str, Any]])
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
-async def test_a_failing_log_stops_nothing(tmp_path: Path, is_closed: bool) -> None:
-    done = tmp_path / "done"
-    code = LINES + f"open({str(done)!r}, 'w').close()"
+async def test_a_failing_log_stops_nothing(
+    database: str, connection: asyncpg.Connection, is_closed: bool
+) -> None:
     if is_closed:  # journald was restarted, say
         end, other = os.pipe()
         os.close(end)
     else:
         other = os.open("/dev/full", os.O_WRONLY)
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=other)
+    variables = {**os.environ, "SEQUENCERD_DATABASE": database}
+    process = await start_sequencerd("run", env=variables, stderr=other)
     os.close(other)
+    await until(connection, "SELECT count(*) = 1 FROM sequencer.daemons")
+    process.send_signal(signal.SIGTERM)
     assert await process.wait() == 0
-    assert done.exists()
 
 
 async def test_priorities_for_journald() -> None:
