@@ -92,6 +92,7 @@ def copy_release(commit: str, folder: Path) -> Path:
         check=True,
         capture_output=True,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["tar", "--extract", "--directory", folder], input=archive.stdout, check=True)
     return folder
 
