@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from sequencerd.core import exact_json
 from sequencerd.core.model import (
     DEFAULT_RETRY,
+    Answer,
     DefinitionError,
     Failed,
     Limits,
@@ -214,7 +215,7 @@ class BatchRunner:
                 items = None
             if isinstance(items, list):
                 by_id = _by_id(items)
-                return {task.key: self._result(task, by_id) for task in tasks}
+                return {task.key: _hidden(self._result(task, by_id), reply) for task in tasks}
             text = f"{self._name} did not answer with a JSON list: {reply.excerpt()}"
             failed = Failed(text, fault="unclear", unknown=True)
         return {task.key: failed for task in tasks}
@@ -243,6 +244,14 @@ class BatchRunner:
     async def close(self) -> None:
         """Close the connections."""
         await self._endpoint.close()
+
+
+def _hidden(result: Result, reply: HttpReply) -> Result:
+    """Return a result without secrets; usually the same object, so that results are shared."""
+    if not isinstance(result, Answer | Failed) or not result.message:
+        return result
+    message = reply.hide(result.message)
+    return result if message == result.message else replace(result, message=message)
 
 
 def _write(task: Task) -> str | None:

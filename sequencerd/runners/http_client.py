@@ -105,10 +105,13 @@ class HttpReply:
 
     def excerpt(self) -> str:
         """Return the beginning of the body, for messages."""
-        text = self.body[:1000].decode("utf-8", "replace")
+        return one_line(self.hide(self.body[:1000].decode("utf-8", "replace")), 200)
+
+    def hide(self, text: str) -> str:
+        """Return a text of the answer without the secrets that were sent."""
         for secret in sorted(self.secrets, key=len, reverse=True):
             text = text.replace(secret, "***")
-        return one_line(text, 200)
+        return text
 
 
 class HttpClient:

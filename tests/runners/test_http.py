@@ -193,6 +193,20 @@ async def test_secret_parts_of_the_url_are_not_repeated_in_messages() -> None:
     )
 
 
+async def test_an_answer_that_repeats_the_url_is_used_without_its_secrets() -> None:
+    items = [
+        {"id": 7, "action": "next", "message": "POST /?key=Url5ecret%2FKey, by ada:passw0rd"},
+        {"id": "Url5ecret/Key", "action": "next"},
+    ]
+    async with http_server(fixed(items)) as server:
+        url = server.url.replace("//", "//ada:passw0rd@")
+        made = http_runner(f"{url}/?key=Url5ecret%2FKey")
+        results = await made.run(made.compile({}), [task(7), task(8)])
+        await made.close()
+    assert results[0] == Answer(message="POST /?key=***, by ada:***")
+    assert failed(results[1]).message.endswith("ids received: 7, ***")
+
+
 async def test_an_id_that_comes_twice() -> None:
     twice = [{"id": 7, "action": "next"}, {"id": 7, "action": "noop"}, {"id": 8, "action": "next"}]
     results = await run(twice, 7, 8)

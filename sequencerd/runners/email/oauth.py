@@ -116,7 +116,7 @@ class TokenEndpoint:
         answer = _read(reply.body)
         if reply.status != 200 or not answer.access_token:
             # the body is not shown: even without a token, it may contain another secret
-            said = answer.error_description or answer.error or "no token"
+            said = reply.hide(answer.error_description or answer.error or "no token")
             for secret in (client.client_secret, self._refresh_token):
                 said = said.replace(secret, "***") if secret else said
             raise TokenError(f"the token endpoint answered {reply.status}: {one_line(said)}")

@@ -283,7 +283,7 @@ def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
     except ValidationError:
         receipt = _Receipt()
     code = receipt.code if receipt.code is not None else receipt.error_code
-    text = receipt.message or receipt.error_message or reply.excerpt()
+    text = reply.hide(receipt.message or receipt.error_message or "") or reply.excerpt()
     message = one_line(f"Twilio refuses {to}: {code or reply.status} {text}")
     asked = retry_after(reply.headers)
     if code in _DAILY:
