@@ -101,11 +101,15 @@ async def _page(request: Request, query: Query, wrong: str | None, status: int =
 async def frame(request: Request) -> Response:
     """Return the HTML of a message, for a frame."""
     context, query = context_of(request), query_of(request)
-    shown = await _mail(context, query, query.get("enrollment"))
-    if shown.html is None:
+    return framed((await _mail(context, query, query.get("enrollment"))).html)
+
+
+def framed(html: str | None) -> Response:
+    """Return HTML that may be shown in a frame. Raises NotFoundError if the message has none."""
+    if html is None:
         raise NotFoundError("This message has no HTML.")
     headers = {"Content-Security-Policy": FRAME_POLICY, "X-Frame-Options": "SAMEORIGIN"}
-    return HTMLResponse(shown.html, headers=headers)
+    return HTMLResponse(html, headers=headers)
 
 
 async def send_test(request: Request) -> Response:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from sequencerd.console.context import (
     CONTENT_SECURITY_POLICY,
@@ -20,7 +20,7 @@ from sequencerd.console.context import (
     query_of,
     render,
 )
-from sequencerd.console.mail import FRAME_POLICY
+from sequencerd.console.mail import framed
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import Sequence, SideEffect
@@ -321,8 +321,4 @@ async def frame(request: Request) -> Response:
     given = {name: value for name, value in query.given.items() if name != "entry"}
     simulated = context.simulated.get(_key(context, given)) or await run(context, Query(given))
     rows, number = simulated.table.rows, query.number("entry", 0)
-    text = rows[number]["details"].get("html") if number < len(rows) else None
-    if text is None:
-        raise NotFoundError("This message has no HTML.")
-    headers = {"Content-Security-Policy": FRAME_POLICY, "X-Frame-Options": "SAMEORIGIN"}
-    return HTMLResponse(text, headers=headers)
+    return framed(rows[number]["details"].get("html") if number < len(rows) else None)

@@ -275,7 +275,7 @@ def _shown(text: str | None) -> str:
 
 
 def _constant_remark(step: Step, exit_: Exit, answer: bool | None, why: str) -> Remark:
-    """Yield a remark if the condition of an exit has the same result for every enrollment."""
+    """Return the remark on an exit whose condition has the same result for every enrollment."""
     index = step.exits.index(exit_)
     following = step.exits[index + 1 :]
     waits = exit_.at_once == "sometimes"

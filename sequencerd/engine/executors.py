@@ -167,7 +167,7 @@ class Executor:
             await asyncio.sleep(0.1)
 
     async def stop(self, seconds: float) -> None:
-        """Return the side effects that have not started, also those that are leased from now on,
+        """Give back the side effects that have not started, also those leased from now on,
         wait for the others, and cancel those that take longer. Lookups have no effect: cancel them
         at once.
         """

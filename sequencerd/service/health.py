@@ -42,8 +42,8 @@ class Health:
         self._feed = feed
         self._longest_pause = 2 * sweep + 10
         self._beat = time.monotonic()
-        self._fed = self._told = float("-inf")
-        self._said = ""
+        self._fed = self._reported_at = float("-inf")
+        self._reported = ""
         self._heard: float | None = None
         self._connections = 0
         metrics.ready.set_function(lambda: float(not self.why_not_ready()))
@@ -54,10 +54,10 @@ class Health:
         if now - self._fed >= BEAT_INTERVAL:
             self._fed = now
             self._feed()
-        if now - self._told >= STATUS_INTERVAL and not self.stopping:
-            self._told = now
-            if (status := self._status()) != self._said:
-                self._said = status
+        if now - self._reported_at >= STATUS_INTERVAL and not self.stopping:
+            self._reported_at = now
+            if (status := self._status()) != self._reported:
+                self._reported = status
                 notify(f"STATUS={status}")
 
     def heard(self, alive: bool) -> None:
