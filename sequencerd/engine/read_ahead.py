@@ -79,7 +79,8 @@ class ReadAhead:
         self._of = step_key, at
         self._read.clear()
         sequence = self._catalog.sequences.get(step_key[0])
-        if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
+        size = self._batch_size(step_key)
+        if sequence is None or sequence.paused or not size:
             return
         waking = DueEnrollments(
             *step_key,
@@ -87,17 +88,17 @@ class ReadAhead:
             self._daemon,
             self._quarantine.ids(step_key),
             sequence.revision,
-            MAX_BATCHES * self._batch,
+            MAX_BATCHES * size,
             at,
         )
         with suppress(Exception):  # what cannot be read is claimed, and then reported
             async with (
                 connections.borrow(self._pool) as connection,
-                aclosing(locking.read_ahead(connection, waking, self._batch)) as batches,
+                aclosing(locking.read_ahead(connection, waking, size)) as batches,
             ):
                 async for batch in batches:
                     is_over = self._stopping.is_set() or self._clock.now() >= at
-                    if is_over or not self.is_of(step_key, at):
+                    if is_over or not batch or not self.is_of(step_key, at):
                         break
                     self._read += batch
 
@@ -108,7 +109,7 @@ class ReadAhead:
         if not self._read or self._of is None or self._of[0] != step_key:
             return False
         at, now = self._of[1], self._clock.now()
-        if at > now or self._executors.is_waited_for(step_key):
+        if at > now or not self._batch_size(step_key):
             return False
         if now - at > VALID_FOR:
             self._read.clear()
@@ -125,19 +126,23 @@ class ReadAhead:
             while (
                 not self._stopping.is_set()
                 and self.is_of(step_key, at)
-                and (read := self._take(step_key))
+                and (size := min(self._batch_size(step_key), len(self._read)))
             ):
+                read = [self._read.popleft() for _ in range(size)]
                 if not await self._write_batch(step_key, at, read):
                     self._read.clear()
 
-    def _take(self, step_key: StepKey) -> list[tuple[Enrollment, int]]:
-        """Remove and return a batch, no more than there are free slots."""
-        most = self._batch
+    def _batch_size(self, step_key: StepKey) -> int:
+        """Return how many enrollments of a step can be written at a time: none without a free slot,
+        or if other claims wait for one.
+        """
+        if self._executors.is_waited_for(step_key):
+            return 0
         step = self._catalog.step(step_key)
-        if step is not None and isinstance(step.behaviour, SideEffect):
-            free = self._executors.by_key[step.type].free_slots
-            most = 0 if self._backlog.is_full else min(most, free)
-        return [self._read.popleft() for _ in range(min(most, len(self._read)))]
+        if step is None or not isinstance(step.behaviour, SideEffect):
+            return self._batch
+        free = self._executors.by_key[step.type].free_slots
+        return 0 if self._backlog.is_full else max(0, min(self._batch, free))
 
     async def _write_batch(
         self, step_key: StepKey, at: datetime, read: list[tuple[Enrollment, int]]
