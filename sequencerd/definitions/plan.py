@@ -742,6 +742,8 @@ async def _remove_steps(
             async with connection.transaction():
                 await connection.execute(QUERIES["remove_steps"], step.sequence, names)
         except asyncpg.ForeignKeyViolationError as error:
+            if (error.table_name, error.column_name) != ("steps", "name"):
+                raise  # not of guard_step
             if not step.moves or attempt == MAX_REMOVALS:
                 raise PlanError(
                     f"{step.sequence}: {error.args[0]}; they arrived after the plan was made: "

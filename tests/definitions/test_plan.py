@@ -469,6 +469,29 @@ async def test_enrollments_that_arrive_while_their_step_is_removed(
     assert await connection.fetchval("SELECT step FROM sequencer.enrollments") == "bye"
 
 
+async def test_a_foreign_key_of_others_is_no_arrival(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD)
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    await connection.execute(
+        "CREATE SEQUENCE public.removals;"
+        "CREATE FUNCTION public.count() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM nextval('public.removals'); RETURN OLD; END $$;"
+        "CREATE TRIGGER z_counts BEFORE DELETE ON sequencer.steps"
+        " FOR EACH ROW EXECUTE FUNCTION public.count();"
+        "CREATE TABLE public.owners (sequence text, step text,"
+        " FOREIGN KEY (sequence, step) REFERENCES sequencer.steps);"
+        "INSERT INTO public.owners VALUES ('s', 'pause')"
+    )
+    without = "\n".join(line for line in GOOD.splitlines() if "pause" not in line)
+    with pytest.raises(FileError, match=r"sequence 's'.* \"owners_sequence_step_fkey\""):
+        await apply(without, moves={"pause": "bye"})
+    assert await connection.fetchval("SELECT last_value FROM public.removals") == 1
+    await connection.execute("DELETE FROM public.owners")
+    await apply(without, moves={"pause": "bye"})
+
+
 async def test_a_plan_that_no_longer_holds_is_refused(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
