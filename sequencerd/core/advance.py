@@ -76,7 +76,7 @@ LOOKUP_DELAY = timedelta(minutes=1)
 """The longest wait before a failed lookup is repeated; jitter subtracts up to a half."""
 
 LOCKED_DELAY = timedelta(milliseconds=200)
-"""The wait for other enrollments that another session has locked."""
+"""The wait for other enrollments that another session has locked, or for a changed definition."""
 
 NOOP_DELAY = timedelta(minutes=1)
 """The wait after the answer noop, unless the runner names another: the original's polling interval.
@@ -597,8 +597,12 @@ class _Evaluation:
         self.expired_holder = None
         return None
 
-    def _enter(self, step: Step, target: str, name: str) -> End | Fail | None:
-        """Jump to a step of another sequence; if that refuses, take altNext, if there is one."""
+    def _enter(self, step: Step, target: str, name: str) -> Decision | None:
+        """Jump to a step of another sequence; if that refuses, take altNext, if there is one. Wait
+        if its definition is outdated.
+        """
+        if (self.refused or {}).get(name) == "outdated":
+            return Wait(self.now + LOCKED_DELAY)
         if (refusal := self._refusal(name)) is not None:
             if step.alt_next_step is None:
                 return refusal

@@ -17,6 +17,7 @@ import asyncpg
 from sequencerd.core.model import (
     Advanced,
     Cancellation,
+    Definitions,
     End,
     Enrollment,
     Fail,
@@ -25,7 +26,11 @@ from sequencerd.core.model import (
 )
 from sequencerd.storage.entries import lock_cancelled, refusals
 
-UNKNOWN_SEQUENCE = ("always", None)  # the policy and refusal of a sequence that does not exist
+UNKNOWN_SEQUENCE = ("always", None, None)  # what `refusals` returns if there is no such sequence
+
+
+_Policy = tuple[str, str | None, int | None]
+"""The reentry policy of a sequence, the code of a refusal, and the revision."""
 
 
 class PendingJump(NamedTuple):
@@ -41,11 +46,14 @@ class JumpDecisions(NamedTuple):
 
     advanced: list[tuple[Enrollment, Advanced]]
     cancelled: dict[int, str]
+    outdated: set[str]  # sequences that have changed, into which nothing jumps by the known steps
 
 
-async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -> JumpDecisions:
+async def decide(
+    connection: asyncpg.Connection, jumps: Iterable[PendingJump], definitions: Definitions
+) -> JumpDecisions:
     """Decide where enrollments go, according to the sequences that they enter."""
-    decided = JumpDecisions([], {})
+    decided = JumpDecisions([], {}, set())
     refused: defaultdict[int, dict[RefusalKey, str]] = defaultdict(dict)
     inside: set[tuple[str, str]] = set()  # subjects that the batch has brought in already
     open_ = list(jumps)
@@ -57,11 +65,15 @@ async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -
             news: dict[RefusalKey, str] = {}
             own = policies[before.id]
             for key, subject, name in _entered(before, advanced):
-                policy, refusal = own.get(key, UNKNOWN_SEQUENCE)
+                policy, refusal, revision = own.get(key, UNKNOWN_SEQUENCE)
                 if key not in own and not isinstance(key, str):
                     refusal = "missing"
                 if refusal is None and policy != "always" and (subject, name) in inside:
                     refusal = "already_enrolled"
+                known = definitions.get(name) if isinstance(key, str) else None
+                if refusal is None and known and revision not in (None, known.revision):
+                    refusal = "outdated"
+                    decided.outdated.add(name)
                 if refusal is not None:
                     news[key] = refusal
             ids: dict[int, str] = {}
@@ -82,7 +94,7 @@ async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingJump]) -
                 if own.get(entry.key, UNKNOWN_SEQUENCE)[0] != "always":
                     inside.add((entry.subject, entry.sequence))
             name = advanced.enrollment.sequence
-            policy, _ = own.get(name, UNKNOWN_SEQUENCE)
+            policy, *_ = own.get(name, UNKNOWN_SEQUENCE)
             if policy == "never" or not isinstance(advanced.decision, End | Fail):
                 inside.add((before.subject, name))
             decided.cancelled.update(ids)
@@ -100,7 +112,7 @@ def _entered(before: Enrollment, advanced: Advanced) -> list[tuple[RefusalKey, s
 
 async def _policies(
     connection: asyncpg.Connection, jumps: Iterable[PendingJump]
-) -> defaultdict[int, dict[RefusalKey, tuple[str, str | None]]]:
+) -> defaultdict[int, dict[RefusalKey, _Policy]]:
     """Read the reentry policies and refusals of the sequences that are entered."""
     asked = [
         # unlike an Enroll step, a jump leaves its own sequence
@@ -108,7 +120,7 @@ async def _policies(
         for before, advanced, _ in jumps
         for key, subject, name in _entered(before, advanced)
     ]
-    found: defaultdict[int, dict[RefusalKey, tuple[str, str | None]]] = defaultdict(dict)
+    found: defaultdict[int, dict[RefusalKey, _Policy]] = defaultdict(dict)
     if asked:
         answers = await refusals(connection, [one[2:] for one in asked])
         for (id_, key, *_), answer in zip(asked, answers, strict=True):

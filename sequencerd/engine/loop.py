@@ -145,6 +145,7 @@ class Engine:
             clock=clock,
             lease_time=lease_time,
             daemon=name,
+            request_reload=self._request_reload,
             log=log,
         )
         self._leases = Leases(

@@ -9,7 +9,7 @@ import asyncio
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from functools import partial
 from typing import assert_never
@@ -51,8 +51,8 @@ BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it p
 
 
 class Moves:
-    """Advances enrollments. `definitions` belong to the catalog and change; `executors` have the
-    slots.
+    """Advances enrollments. `definitions` belong to the catalog and change; `request_reload`
+    requests to read those of sequences that have changed; `executors` have the slots.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Moves:
         clock: Clock,
         lease_time: timedelta,
         daemon: str,
+        request_reload: Callable[[Iterable[str]], None],
         log: FilteringBoundLogger,
     ) -> None:
         self._definitions = definitions
@@ -70,6 +71,7 @@ class Moves:
         self._clock = clock
         self._lease_time = lease_time
         self._daemon = daemon
+        self._request_reload = request_reload
         self._log = log
         self.invalid: dict[StepKey, model.Step | None] = {}
         """The steps at which enrollments have failed as invalid, as they were defined then."""
@@ -294,7 +296,9 @@ class Moves:
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
         """Write a batch, after deciding its effects on other sequences and enrollments."""
-        decided = await decide(connection, batch.jumps)
+        decided = await decide(connection, batch.jumps, self._definitions)
+        if decided.outdated:
+            self._request_reload(decided.outdated)
         for jumped, advanced in decided.advanced:
             self.add(batch, jumped, advanced, now)
             batch.entries += advanced.entries

@@ -170,18 +170,22 @@ class Rescheduling:
                     by_step[sequence, step].append(id_)
             of = {row["id"]: row["subject"] for row in rows}
             for step_key, ids in by_step.items():
-                if step_key[0] not in self._sequences or self._sequences[step_key[0]].paused:
+                sequence = self._sequences.get(step_key[0])
+                if sequence is None or sequence.paused:
                     continue
                 for first in range(0, len(ids), self._size):
-                    left = await self._evaluate_waiting(step_key, ids[first : first + self._size])
+                    part = ids[first : first + self._size]
+                    left = await self._evaluate_waiting(step_key, part, sequence.revision)
                     locked.update(of[id_] for id_ in left)
         return locked
 
-    async def _evaluate_waiting(self, step_key: StepKey, ids: list[int]) -> list[int]:
-        """Evaluate waiting enrollments. Return those that another session has locked."""
+    async def _evaluate_waiting(
+        self, step_key: StepKey, ids: list[int], revision: int
+    ) -> list[int]:
+        """Evaluate waiting enrollments. Return those that have to be evaluated later."""
 
         async def evaluate(part: Sequence[int]) -> list[int] | None:
-            return await self._evaluate(step_key, part)
+            return await self._evaluate(step_key, part, revision)
 
         return await self._in_parts(evaluate, ids, step_key) or []
 
@@ -276,7 +280,7 @@ class Rescheduling:
         async def evaluate(part: Sequence[int]) -> list[int] | None:
             nonlocal since
             until = ids[-1] + 1 if part == left else since
-            locked = await self._evaluate(step_key, part, (since, until, revision))
+            locked = await self._evaluate(step_key, part, revision, (since, until))
             if locked == []:
                 since = until
             return locked
@@ -320,21 +324,23 @@ class Rescheduling:
         self,
         step_key: StepKey,
         ids: Sequence[int],
-        progress: tuple[int, int, int] | None = None,
+        revision: int,
+        progress: tuple[int, int] | None = None,
     ) -> list[int] | None:
         """Evaluate enrollments in one transaction, and record the progress if none was locked and
-        none is left over by slow evaluations. Return the ids of these.
+        none is left over by slow evaluations. Return the ids of these; of all, if the definition
+        is not the known `revision`.
 
-        `progress` is the id recorded in the step, the id to record, and the revision.
+        `progress` is the id recorded in the step, and the id to record.
         """
         now = self._clock.now()
         batch = Batch()
         async with self._leases.writing(batch) as connection:
             if progress is not None:
-                since, until, revision = progress
+                since, until = progress
                 if not await evaluations.lock_rescheduling(connection, step_key, since, revision):
                     return None
-            waiting, locked = await locking.lock_waiting(connection, step_key, ids, now)
+            waiting, locked = await locking.lock_waiting(connection, step_key, ids, now, revision)
             slow = SlowEvaluations()
             for number, enrollment in enumerate(waiting, 1):
                 advanced = self._moves.advance(enrollment, now)

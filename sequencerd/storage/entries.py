@@ -15,12 +15,12 @@ from sequencerd.storage.statements import QUERIES
 
 async def refusals(
     connection: asyncpg.Connection, entered: Rows[tuple[int | None, str, str]]
-) -> list[tuple[str, str | None] | None]:
+) -> list[tuple[str, str | None, int] | None]:
     """Return, for each entry (id of the enrollment that jumps, subject, sequence), the reentry
-    policy and the code of a refusal. None if the sequence does not exist.
+    policy, the code of a refusal, and the revision. None if the sequence does not exist.
     """
     rows = await connection.fetch(QUERIES["refusals"], *map(list, zip(*entered, strict=True)))
-    return [row["reentry"] and (row["reentry"], row["refusal"]) for row in rows]
+    return [row["reentry"] and (row["reentry"], row["refusal"], row["revision"]) for row in rows]
 
 
 async def lock_cancelled(

@@ -311,12 +311,16 @@ async def existing(connection: asyncpg.Connection, ids: Rows[int]) -> set[int]:
 
 
 async def lock_waiting(
-    connection: asyncpg.Connection, step_key: StepKey, ids: Rows[int], now: datetime
+    connection: asyncpg.Connection,
+    step_key: StepKey,
+    ids: Rows[int],
+    now: datetime,
+    revision: int,
 ) -> tuple[list[Enrollment], list[int]]:
-    """Lock enrollments that wait at a step. Return them, and the ids that other sessions have
-    locked.
+    """Lock enrollments that wait at a step. Return them, and the ids of the others that wait: other
+    sessions have locked them, or the definition is not the known one.
     """
-    rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now)
+    rows = await connection.fetch(QUERIES["lock_waiting"], *step_key, ids, now, revision)
     waiting = list(map(Enrollment._make, await _with_data(connection, rows)))
     if len(waiting) == len(ids):
         return waiting, []

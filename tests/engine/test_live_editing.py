@@ -13,7 +13,7 @@ import pytest
 
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.errors import PlanError
-from sequencerd.storage import evaluations
+from sequencerd.storage import evaluations, locking
 from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, enroll, running_engine, until, way
 from tests.helpers.plans import Applying
@@ -281,6 +281,61 @@ async def test_another_time_zone_reschedules(
         await apply(text.replace("name: s\n", f"name: s\ntimezone: {zone}\n"))
         await until(connection, RETIMED)
         assert await connection.fetchval(wake_at, id_) == datetime(2090, 1, 1, hour, tzinfo=UTC)
+
+
+SHORT = """
+name: s
+steps:
+  - {name: start, type: GoTo}
+  - {name: pause, type: WaitForDuration, config: {amount: 3, unit: days}}
+"""
+
+
+async def test_nothing_jumps_to_a_removed_step_before_the_daemon_has_read_the_change(
+    apply: Applying, connection: asyncpg.Connection, database: str
+) -> None:
+    await apply(SHORT)
+    await apply("{name: t, steps: [{name: go, type: GoTo, config: {sequence: s, step: start}}]}")
+    async with running_engine(database) as engine:
+        async with engine.catalog._loading:
+            await apply(SHORT.replace("pause", "rest"))
+            id_ = await enroll(connection, "t", "ada")
+            begun = "SELECT entered_at IS NOT NULL FROM sequencer.enrollments"
+            await until(connection, begun)
+        await until(connection, "SELECT sequence = 's' FROM sequencer.enrollments")
+        assert await connection.fetchval(AT, id_, "rest")
+    assert await way(connection, id_) == ["go enrolled", "go jump", "start next"]
+
+
+async def test_a_request_moves_nothing_before_the_daemon_has_read_the_change(
+    apply: Applying,
+    connection: asyncpg.Connection,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluated = asyncio.Event()
+    lock_waiting = locking.lock_waiting
+
+    async def lock_and_tell(*arguments: Any) -> Any:
+        found = await lock_waiting(*arguments)
+        evaluated.set()
+        return found
+
+    monkeypatch.setattr(locking, "lock_waiting", lock_and_tell)
+    text = SHORT.replace("GoTo", "WaitForDuration, config: {amount: 2, unit: days}")
+    await apply(text)
+    async with running_engine(database) as engine:
+        id_ = await enroll(connection, "s", "ada")
+        await until(connection, AT, id_, "start")
+        async with engine.catalog._loading:
+            await apply(text.replace("pause", "rest"))
+            await connection.execute(
+                "UPDATE sequencer.enrollments SET entered_at = now() - interval '2 days'"
+            )
+            await connection.execute("""NOTIFY sequencer, '{"subject": "ada"}'""")
+            await evaluated.wait()
+        await until(connection, "SELECT step <> 'start' FROM sequencer.enrollments")
+        assert await connection.fetchval(AT, id_, "rest")
 
 
 # --- the status

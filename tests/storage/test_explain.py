@@ -52,7 +52,7 @@ HOT = {
     "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",
     "active_ids": f"{HERE}, 1, 10000",
-    "lock_waiting": f"{HERE}, {IDS}, now()",
+    "lock_waiting": f"{HERE}, {IDS}, now(), 1",
     "waiting": f"{HERE}, {IDS}, now()",
     "failed_steps": "'a', 'z'",
     "revive": "ARRAY['s'], ARRAY['a'], now()",

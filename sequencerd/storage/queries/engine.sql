@@ -250,9 +250,9 @@ SELECT now(), CASE WHEN $9::boolean THEN {ahead} END,
  ORDER BY e.wake_at LIMIT $7;
 
 -- name: refusals
--- Check whether sequences admit subjects as they would an insert, and return their reentry policies, in
--- the order asked. An enrollment that jumps into a sequence does not count as being there.
-SELECT q.reentry,
+-- Check whether sequences admit subjects as they would an insert, and return their reentry policies and
+-- revisions, in the order asked. An enrollment that jumps into a sequence does not count as being there.
+SELECT q.reentry, q.revision,
        CASE WHEN q.status = 'archived' THEN 'archived'
             WHEN q.reentry <> 'always' AND EXISTS (
                 SELECT FROM sequencer.enrollments AS e
@@ -676,10 +676,12 @@ UPDATE sequencer.steps SET reschedule_from = $3 WHERE sequence = $1 AND name = $
 
 -- name: lock_waiting
 -- Lock and read enrollments that wait at a changed step. Due ones are evaluated under the change anyway.
+-- None if the definition is not the known revision.
 SELECT {enrollment}
   FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
    AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+   AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $1 AND q.revision = $5)
  ORDER BY e.id
    FOR UPDATE OF e SKIP LOCKED;
 
