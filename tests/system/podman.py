@@ -56,7 +56,7 @@ def podman() -> Iterator[Podman]:
     """Podman with the base image: the registry's, or one that debootstrap makes."""
     need("podman")
     folder = Path(tempfile.mkdtemp(prefix="sequencerd-podman-", dir="/var/tmp"))
-    found: Podman | None = None
+    tried: Podman | None = None
     try:
         reasons: list[str] = []
         for runtime in filter(shutil.which, ("crun", "runc")):
@@ -65,16 +65,14 @@ def podman() -> Iterator[Podman]:
                 _make_base(tried, folder)
             done = tried.try_to("run", "--rm", *LIMITS, "--network=host", BASE, "true")
             if done.returncode == 0:
-                found = tried
-                break
+                yield tried
+                return
             reasons.append(done.stdout.strip())
-        if found is None:
-            pytest.skip(f"podman runs no container here: {'; '.join(reasons) or 'no runtime'}")
-        yield found
+        pytest.skip(f"podman runs no container here: {'; '.join(reasons) or 'no runtime'}")
     finally:
-        if found:
-            found.try_to("rm", "--all", "--force", "--time=0")
-            found.try_to("rmi", "--all", "--force")
+        if tried:  # it unmounts what is in the folder, also after a runtime that runs nothing
+            tried.try_to("rm", "--all", "--force", "--time=0")
+            tried.try_to("rmi", "--all", "--force")
         shutil.rmtree(folder)
 
 
