@@ -57,7 +57,7 @@ async def _mail(settings: Settings) -> Diagnosis:
     if isinstance(result, Failed):
         advice = "start it, or correct email.url"
         if result.cause != "unreachable":
-            advice = "correct email.url, or see the log of the server"
+            advice = "correct [email], or see the log of the server"
         return Diagnosis("mail server", result.message, "error", advice)
     seen = getattr(result, "message", None) or "ready"
     if settings.email.only_to is not None:

@@ -241,7 +241,7 @@ async def test_a_mail_server_that_refuses_the_login_is_not_to_be_started(databas
         url = f"smtp://ada:wrong@127.0.0.1:{server.port}"
         found = (await examine(database, email={"url": url}))["mail server"]
     assert "refuses the login: 535" in found.seen
-    assert found.advice == "correct email.url, or see the log of the server"
+    assert found.advice == "correct [email], or see the log of the server"
 
 
 async def test_a_notification_that_does_not_arrive(

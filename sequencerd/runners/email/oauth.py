@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from sequencerd.core.model import OutageCause
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import HttpClient, Unreachable, check_url
 
@@ -26,6 +27,10 @@ UNKNOWN_LIFE = 60.0  # seconds for which a token is used if its lifetime is unkn
 
 class TokenError(Exception):
     """No token is available. The message is the reason, and contains no secret."""
+
+    def __init__(self, message: str, cause: OutageCause = "failing") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class AccessToken(NamedTuple):
@@ -112,14 +117,15 @@ class TokenEndpoint:
         try:
             reply = await self._web.call("POST", self._url, headers={}, form=form)
         except Unreachable as error:
-            raise TokenError(f"the token endpoint: {error}") from None
+            raise TokenError(f"the token endpoint: {error}", error.cause) from None
         answer = _read(reply.body)
         if reply.status != 200 or not answer.access_token:
             # the body is not shown: even without a token, it may contain another secret
             said = reply.hide(answer.error_description or answer.error or "no token")
             for secret in (client.client_secret, self._refresh_token):
                 said = said.replace(secret, "***") if secret else said
-            raise TokenError(f"the token endpoint answered {reply.status}: {one_line(said)}")
+            text = f"the token endpoint answered {reply.status}: {one_line(said)}"
+            raise TokenError(text, "refused")
         self._refresh_token = answer.refresh_token or self._refresh_token  # some servers change it
         return AccessToken(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
 

@@ -173,7 +173,8 @@ class MailTransport:
             is_servers = not attempt.begun or is_exhausted(error)
             fault: Attribution = "server" if is_servers else "unclear"
             text = f"{self._place}: {_describe(error)}"
-            failed = Failed(text, fault=fault, cause="unreachable")
+            cause = error.cause if isinstance(error, TokenError) else "unreachable"
+            failed = Failed(text, fault=fault, cause=cause)
         finally:
             attempt.end()
         if failed is None:

@@ -524,7 +524,7 @@ async def test_an_endpoint_without_tokens_is_the_operators_fault() -> None:
         made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
         result = failed(await send(made))
         await made.close()
-    assert (result.fault, result.permanent) == ("server", False)
+    assert (result.fault, result.permanent, result.cause) == ("server", False, "refused")
     assert "the token endpoint answered 401: ***!" in result.message
     assert "the-secret" not in repr(made._source.__dict__)
 
