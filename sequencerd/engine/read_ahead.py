@@ -30,7 +30,7 @@ from sequencerd.storage.locking import DueEnrollments
 from sequencerd.storage.writes import NotWritten, Unchanged
 
 AHEAD = 1.0  # seconds before they are due
-TOO_LATE = 0.05  # seconds before they are due: reading would not end in time
+TOO_LATE = 0.05  # seconds before they are due, from which on reading would not end in time
 VALID_FOR = timedelta(seconds=1)  # after they are due; they are not late then
 MAX_BATCHES = 20
 WRITERS = 3  # one computes while the others wait for the database

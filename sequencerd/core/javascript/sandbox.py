@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 EVALUATION_SECONDS = 0.25  # CPU time of the process
-COMPILE_SECONDS = 4.0  # in which nothing else runs in the daemon's loop, at the first evaluation
+COMPILE_SECONDS = 4.0  # at the first evaluation, the daemon's loop waits for it
 SLOW_SECONDS = 0.02  # evaluations that take longer leave time to everything else in the loop
 MEMORY_LIMIT = 96 * 1024 * 1024  # bytes, of which lodash and handlebars take 3 million
 STACK_LIMIT = 2 * 1024 * 1024  # bytes; a thread has 8 MB
