@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from email import message_from_bytes
+from email import message_from_bytes, message_from_string
 from email.message import Message
 from typing import Literal, NamedTuple
 
-from sequencerd.runners.email.refusals import says_unknown
+from sequencerd.runners.email.plain import plain_text
+from sequencerd.runners.email.refusals import enhanced_code, says_unknown
 from sequencerd.runners.fields import one_line
 
 MAX_READ = 1_000_000  # bytes of a message; a returned message may be large, and is not needed
+MAX_DEPTH = 5  # messages within messages
 
 _MARK = re.compile(
     r"(?<![0-9.])(\d{1,18})\.(\d{1,9})\.([0-9a-f]{16})[0-9a-f]{16}(?![0-9a-f])", re.IGNORECASE
 )
-_ADDRESS = re.compile(r"[^\s<>\"(),:;\[\]]+@[^\s<>\"(),:;\[\]]+")
+_ADDRESS = re.compile(r"(?:\"(?:[^\"\\\n]|\\.)+\"|[^\s<>\"(),:;\[\]]+)@[^\s<>\"(),:;\[\]]+")
+_ESCAPED = re.compile(r"\\x\{([0-9A-Fa-f]{2,5})\}")
 _COMPLAINTS = frozenset({"abuse", "fraud", "opt-out"})
 
 
@@ -54,103 +58,161 @@ class BounceReport:
 
 def read_report(raw: bytes) -> BounceReport:
     """Read a message. If it is neither a bounce nor a complaint, `dead` is empty."""
-    message = message_from_bytes(raw[:MAX_READ])
-    parts = list(message.walk())
+    raw = raw[:MAX_READ]
+    parts = _parts(raw)
     marks = {
         MessageMark(int(enrollment), int(visit), tag.lower())
-        for text in (raw[:MAX_READ].decode("latin-1"), *map(_text, parts))
+        for text in (raw.decode("latin-1"), *map(_text, parts))
         for enrollment, visit, tag in _MARK.findall(text)
     }
     found = tuple(sorted(marks))
-    feedback = [part for part in parts if part.get_content_type() == "message/feedback-report"]
+    feedback = [part for part in parts if part.type == "message/feedback-report"]
     if feedback:
         return BounceReport("complaint", found, tuple(_complaints(feedback[0])))
-    statuses = [part for part in parts if part.get_content_type() == "message/delivery-status"]
-    dead = [*_statuses(statuses)] if statuses else [*_plain(message, parts)]
+    statuses = [part for part in parts if part.type in _STATUS_TYPES]
+    dead = [*_statuses(statuses)] if statuses else [*_plain(parts)]
     return BounceReport("bounce", found, tuple(dict.fromkeys(dead)))
 
 
-def _text(part: Message) -> str:
-    """Return the text of a part, decoded; empty for parts that contain other parts."""
+# --- the parts of a message
+
+_STATUS_TYPES = frozenset({"message/delivery-status", "message/global-delivery-status"})  # RFC 6533
+_REPORT_TYPES = _STATUS_TYPES | {"message/feedback-report"}
+
+
+class _Part(Message):
+    """A part of a message. The content of one of type message/... is not parsed with the rest, but
+    decoded first: some mail systems encode it, as RFC 6533 allows.
+    """
+
+    @property
+    def type(self) -> str:
+        """The content type."""
+        return super().get_content_type()
+
+    def get_content_type(self) -> str:
+        """Return the type as the parser of the standard library should see it."""
+        return self.type.replace("message/", "application/x-message-")
+
+
+def _parts(raw: bytes) -> list[_Part]:
+    """Return the parts of a message, and of the messages in it; none if it is nested too deeply."""
+    found: list[_Part] = []
+    level = [raw]
+    for _ in range(MAX_DEPTH):
+        parts: list[_Part] = []
+        for one in level:
+            with suppress(RecursionError):
+                parts += message_from_bytes(one, _Part).walk()
+        found += parts
+        level = [
+            _content(part)
+            for part in parts
+            if part.type.startswith("message/") and part.type not in _REPORT_TYPES
+        ]
+    return found
+
+
+def _content(part: _Part) -> bytes:
+    """Return the content of a part, decoded; empty for parts that contain other parts."""
     payload = part.get_payload(decode=True)
-    return payload.decode("utf-8", "replace") if isinstance(payload, bytes) else ""
+    return payload if isinstance(payload, bytes) else b""
 
 
-def _fields(part: Message) -> Iterator[Message]:
-    """Yield the groups of fields in a report, which the parser returns as messages."""
-    payload = part.get_payload()
-    groups = payload if isinstance(payload, list) else [payload]
-    for group in groups:
-        if isinstance(group, Message):
-            yield group
-        elif isinstance(group, str):
-            yield from (message_from_bytes(block.encode()) for block in group.split("\n\n"))
+def _text(part: _Part) -> str:
+    """Return the text of a part; empty for parts that contain other parts."""
+    try:
+        return _content(part).decode(part.get_content_charset("utf-8"), "replace")
+    except (LookupError, ValueError):
+        return _content(part).decode("utf-8", "replace")
+
+
+# --- reports
+
+
+def _fields(part: _Part) -> Iterator[Message]:
+    """Yield the groups of fields in a report."""
+    for group in re.split(r"\r?\n[ \t]*(?=\r?\n)", _text(part)):
+        yield message_from_string(group.lstrip())
 
 
 def _field(fields: Message, name: str) -> str:
     """Return a field as one line, without the type before it, as in `rfc822; a@example.com`."""
-    value = str(fields.get(name, ""))
-    return one_line(value.partition(";")[2] if ";" in value else value, 1000)
+    return one_line(re.sub(r"^\s*[\w-]+\s*;", "", str(fields.get(name, ""))), 1000)
 
 
-def _statuses(parts: list[Message]) -> Iterator[UnknownAddress]:
+def _addresses(text: str) -> list[str]:
+    """Return the addresses in a field, which may be escaped as in RFC 6533."""
+    text = _ESCAPED.sub(lambda escaped: chr(int(escaped[1], 16)), text)
+    return [_bare(address) for address in _ADDRESS.findall(text)]
+
+
+def _bare(address: str) -> str:
+    """Return an address without what mail systems write around it."""
+    return address.strip("'").rstrip(".")
+
+
+_INNER_REPLY = re.compile(r"\b5\d\d[ -]+[\"']?(5\.\d{1,3}\.\d{1,3}\b.*)")
+
+
+def _statuses(parts: list[_Part]) -> Iterator[UnknownAddress]:
     """Yield the recipients that a delivery status notification (RFC 3464) reports as unknown."""
     for fields in (group for part in parts for group in _fields(part)):
         if str(fields.get("Action", "")).strip().lower() != "failed":
             continue
         status, said = _field(fields, "Status"), _field(fields, "Diagnostic-Code")
         status = status.split(" ")[0]
-        reply = re.sub(r"^\d{3}[ -]+", "", said)
-        has_code = re.match(r"\d\.\d{1,3}\.\d{1,3}\b", reply) or re.search(r"\(#\d\.", reply)
-        if says_unknown(reply if has_code else f"{status} {reply}"):
+        inner = _INNER_REPLY.search(said)  # what the other server said, after words of this one
+        reply = inner[1] if inner else re.sub(r"^\d{3}[ -]+", "", said)
+        if says_unknown(reply if any(enhanced_code(reply)) else f"{status} {reply}"):
             for name in ("Original-Recipient", "Final-Recipient"):
-                if address := _ADDRESS.search(_field(fields, name)):
-                    yield UnknownAddress(address[0], said or status)
+                for address in _addresses(_field(fields, name))[:1]:
+                    yield UnknownAddress(address, said or status)
 
 
-def _complaints(part: Message) -> Iterator[UnknownAddress]:
+def _complaints(part: _Part) -> Iterator[UnknownAddress]:
     """Yield the recipients that complain (RFC 5965); an empty address if the report omits it."""
     for fields in _fields(part):
         kind = str(fields.get("Feedback-Type", "")).strip().lower()
         if kind not in _COMPLAINTS:
             continue
         recipients = [str(value) for value in fields.get_all("Original-Rcpt-To", [])]
-        found = [address for value in recipients for address in _ADDRESS.findall(value)]
+        found: list[str | None] = [a for value in recipients for a in _addresses(value)]
         yield from (UnknownAddress(address, f"abuse report: {kind}") for address in found or [None])
 
 
 _NEAR = 400  # characters after an address in which the reply is expected
-_REPLY = re.compile(r"(?:\b5\d\d[ -]+(?=5\.\d{1,3}\.\d))?(5\.\d{1,3}\.\d{1,3}\b[^\n]*)")
+_REPLY = re.compile(r"(?<![\d.])(?<!503[ -])5\.\d{1,3}\.\d{1,3}\b[^\n]*")  # 503 is about no address
+_REPLY_OF_QMAIL = re.compile(r"[^\n]*\(#5\.\d+\.\d+\b[^\n)]*\)")
 _RETURNED = re.compile(
     r"^[ >-]*(?:-+ .*(?:copy of|original|returned|message header).*|Return-Path:|Received:)",
     re.IGNORECASE | re.MULTILINE,
 )
 
 
-def _plain(message: Message, parts: list[Message]) -> Iterator[UnknownAddress]:
+def _plain(parts: list[_Part]) -> Iterator[UnknownAddress]:
     """Yield the recipients that a bounce without a report calls unknown: each address in its text,
     before the returned message, that is followed by a reply with such a code.
     """
-    if not _is_from_mail_system(message):
+    if not parts or not _is_from_mail_system(parts[0]):
         return
-    leaf = next((part for part in parts if part.get_content_type() == "text/plain"), None)
-    text = "" if leaf is None else _text(leaf)
+    texts = {part.type: _text(part) for part in reversed(list(parts[0].walk()))}
+    text = texts.get("text/plain") or plain_text(texts.get("text/html", "")) or ""
     if returned := _RETURNED.search(text):
         text = text[: returned.start()]
-    addresses = list(_ADDRESS.finditer(text))
-    for number, address in enumerate(addresses):
-        name = address[0].rstrip(".")
-        others = (a.start() for a in addresses[number + 1 :] if a[0].rstrip(".") != name)
-        end = min(next(others, len(text)), address.end() + _NEAR)
-        about = text[address.end() : end]
-        codes = [*_REPLY.findall(about), *re.findall(r"[^\n]*\(#5\.\d+\.\d+\)", about)]
+    addresses = [(*found.span(), _bare(found[0])) for found in _ADDRESS.finditer(text)]
+    for number, (_, begin, name) in enumerate(addresses):
+        others = (start for start, _, other in addresses[number + 1 :] if other != name)
+        end = min(next(others, len(text)), begin + _NEAR)
+        about = text[begin:end]
+        codes = [*_REPLY.findall(about), *_REPLY_OF_QMAIL.findall(about)]
         if codes and all(map(says_unknown, codes)):
             yield UnknownAddress(name, one_line(codes[0]))
 
 
 def _is_from_mail_system(message: Message) -> bool:
     """Return whether a message has the empty sender, as bounces do (RFC 5321, 4.5.5)."""
-    if str(message.get("Return-Path", "")).strip() == "<>":
+    path, sender = (str(message.get(name, "")).lower() for name in ("Return-Path", "From"))
+    if path.strip() == "<>" or "mailer-daemon" in path:  # Postfix passes it to a pipe by this name
         return True
-    sender = str(message.get("From", "")).lower()
     return "mailer-daemon" in sender or "postmaster" in sender or "mail delivery" in sender

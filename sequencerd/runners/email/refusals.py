@@ -74,8 +74,8 @@ def _near(one: str, other: str) -> str:
 
 MAX_READ = 1000  # characters
 
-_ENHANCED = re.compile(r"\s*([245])\.(\d{1,3}\.\d{1,3})\b(?!\.)")
-_ENHANCED_BEHIND = re.compile(r"\(#([245])\.(\d{1,3}\.\d{1,3})\)")  # as qmail writes it
+_ENHANCED = re.compile(r"[\s#(\[]*([245])\.(\d{1,3}\.\d{1,3})\b(?!\.)")
+_ENHANCED_BEHIND = re.compile(r"\(#([245])\.(\d{1,3}\.\d{1,3})\b")  # as qmail writes it
 _REPEATED_CODE = re.compile(r"\n\s*[245]\.\d{1,3}\.\d{1,3}\b")
 _QUOTED = re.compile(r"<[^<>\s]*>|https?://\S+|\S+@\S+")  # not the server's own words
 
@@ -235,7 +235,7 @@ _BUSY = _any(
 )
 
 
-def _enhanced(text: str) -> tuple[str, str]:
+def enhanced_code(text: str) -> tuple[str, str]:
     """Return the class and the rest of an enhanced code; empty if there is none."""
     enhanced = _ENHANCED.match(text) or _ENHANCED_BEHIND.search(text[:MAX_READ])
     return (enhanced[1], enhanced[2]) if enhanced else ("", "")
@@ -249,7 +249,7 @@ def _own_words(text: str) -> str:
 
 def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
     """Return the meaning of a reply; `text` may have several lines, without the code."""
-    level, about = _enhanced(text)
+    level, about = enhanced_code(text)
     level = level or str(code)[0]
     said = _own_words(text)
     by_code = RefusalMeaning.REFUSED if level == "5" else RefusalMeaning.PASSING
@@ -260,8 +260,15 @@ def read_refusal(code: int, text: str, stage: Stage) -> Refusal:
     return Refusal(meaning, _wait(said) if meaning is RefusalMeaning.QUOTA else None)
 
 
+_NOT_RELAYED = re.compile(
+    r"relay\w* (?:is |access )?(?:not|denied|prohibited|forbidden|refused|disallowed)"
+    r"|(?:not|n't|unable to|no) (?:\w+ )?relay"
+)
+"""A server's own rule, although some servers give it the code of an address."""
+
 _UNKNOWN = frozenset({"1.1", "1.2", "1.6", "1.10"})
 _POLICY = _any(
+    _NOT_RELAYED.pattern,
     r"\bspam\b|\bscore\b|virus|malware|phish|unsolicited|content|polic(?:y|ies)\b|reputation",
     r"\bblock|black ?list|\brbl\b|\bspf\b|\bdkim\b|\bdmarc\b|access denied",
     r"\bsender (?:address )?(?:rejected|refused|denied|unknown)",
@@ -274,7 +281,7 @@ def says_unknown(text: str) -> bool:
     Only an enhanced code counts: servers also answer a bare 550, with any text, to senders that
     they block. A code with a text about a policy does not count either.
     """
-    level, about = _enhanced(text)
+    level, about = enhanced_code(text)
     return level == "5" and about in _UNKNOWN and not _POLICY.search(_own_words(text))
 
 
@@ -294,7 +301,8 @@ def _of_message(
 ) -> RefusalMeaning:
     if about in _RATE_OF_RECIPIENT:
         return RefusalMeaning.PASSING
-    if about in _ADDRESS and stage != "sender" and "submission" not in said:
+    is_address = stage != "sender" and "submission" not in said and not _NOT_RELAYED.search(said)
+    if about in _ADDRESS and is_address:
         return by_code
     if about in _RULE_OF_RECIPIENT or _RULE_OF_GROUP.search(said):
         return by_code

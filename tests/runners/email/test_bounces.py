@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import quopri
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -227,6 +230,168 @@ def test_a_large_message_is_read_in_part() -> None:
     assert read_report(raw).dead
 
 
+def encoded(raw: bytes, encoding: str, content_type: str) -> bytes:
+    """The same message with one of its parts encoded."""
+    head = f"Content-Type: {content_type}\n\n".encode()
+    before, _, rest = raw.partition(head)
+    content, end, after = rest.partition(b"\n--b")
+    encode = {"base64": base64.encodebytes, "quoted-printable": quopri.encodestring}[encoding]
+    content = encode(content + b"\n")
+    head = head.replace(b"\n\n", f"\nContent-Transfer-Encoding: {encoding}\n\n".encode())
+    return before + head + content + end + after
+
+
+@pytest.mark.parametrize("encoding", ["base64", "quoted-printable"])
+@pytest.mark.parametrize("kind", ["message/delivery-status", "message/global-delivery-status"])
+def test_reports_with_an_encoding(encoding: str, kind: str) -> None:
+    raw = dsn(failed("5.1.1") + "X-Long: " + "x" * 100 + "\n")
+    raw = raw.replace(b"message/delivery-status", kind.encode())
+    assert read_report(encoded(raw, encoding, kind)) == read_report(raw)
+    assert [one.address for one in read_report(raw).dead] == ["ada@example.org"]
+
+
+def test_a_returned_message_with_an_encoding_identifies_itself() -> None:
+    raw = dsn(failed("5.1.1")).replace(b"text/rfc822-headers", b"message/rfc822")
+    report = read_report(encoded(raw, "base64", "message/rfc822"))
+    assert report.marks == (MARK,)
+
+
+@pytest.mark.parametrize(
+    ("recipient", "address"),
+    [
+        ("utf-8; josé@example.org", "josé@example.org"),
+        (r"utf-8; jos\x{E9}@example.org", "josé@example.org"),
+        ('rfc822; "a..b"@example.org', '"a..b"@example.org'),
+        ('rfc822; "a b"@example.org', '"a b"@example.org'),
+        ("rfc822; a..b@example.org", "a..b@example.org"),
+        ("rfc822; 'ada@example.org'", "ada@example.org"),
+        ("RFC822;<ada@example.org.>", "ada@example.org"),
+        ("rfc822; o'brien@example.org", "o'brien@example.org"),
+        ("ada@example.org", "ada@example.org"),
+    ],
+)
+def test_how_reports_write_addresses(recipient: str, address: str) -> None:
+    fields = f"Final-Recipient: {recipient}\nAction: failed\nStatus: 5.1.1\n"
+    assert [one.address for one in read_report(dsn(fields)).dead] == [address]
+
+
+@pytest.mark.parametrize(
+    ("status", "diagnostic"),
+    [
+        ("5.1.1", "550 5.1.1 unknown; rejecting"),  # without the type
+        (
+            "5.1.0",
+            "smtp; 5.1.0 - Unknown address error 550-'5.1.1 <ada@example.org>... User unknown'",
+        ),
+        ("5.0.0", "smtp; 511 sorry, no mailbox here by that name (#5.1.1 - chkuser)"),
+        ("5.0.0", "smtp;550 #5.1.1 RESOLVER.ADR.RecipNotFound; not found"),
+        ("5.1.2; Host unknown", ""),
+    ],
+)
+def test_what_other_servers_said_in_words_of_their_own(status: str, diagnostic: str) -> None:
+    report = read_report(dsn(failed(status, diagnostic)))
+    assert [one.address for one in report.dead] == ["ada@example.org"]
+
+
+def test_groups_of_fields_may_be_separated_by_blanks() -> None:
+    fields = failed("5.7.1", address="b@x.org") + " \t\n" + failed("5.1.1", address="c@x.org")
+    assert [one.address for one in read_report(dsn(fields)).dead] == ["c@x.org"]
+
+
+SENDMAIL = """\
+Return-Path: <MAILER-DAEMON>
+From: System Administrator <admin@mx.example.org>
+To: shop@example.com
+Subject: Returned mail: see transcript for details
+
+   ----- The following addresses had permanent fatal errors -----
+<ada@example.org>
+    (reason: 550 5.1.1 <ada@example.org>... User unknown)
+
+   ----- Transcript of session follows -----
+... while talking to mx.example.org.:
+>>> DATA
+<<< 550 5.1.1 <ada@example.org>... User unknown
+550 5.1.1 <ada@example.org>... User unknown
+<<< 503 5.0.0 Need RCPT (recipient)
+
+   ----- Original message follows -----
+
+Return-Path: <shop@example.com>
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+"""
+EXCHANGE = """\
+From: postmaster@example.org
+Subject: Unzustellbar: Angebot
+Content-Type: text/plain; charset="iso-8859-1"
+Content-Transfer-Encoding: quoted-printable
+
+Folgende(r) Empf=E4nger konnte(n) nicht erreicht werden:
+
+      'ada@example.org' am 28.11.2026 10:00
+            Der E-Mail-Empf=E4nger wurde nicht gefunden.
+            <mx.example.org #5.1.1 smtp;550 5.1.1 User unknown>
+
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+"""
+HTML = """\
+From: Mail Delivery Subsystem <mailer-daemon@mx.example.org>
+Subject: Undeliverable
+Content-Type: multipart/mixed; boundary="b"
+
+--b
+Content-Type: text/html; charset=utf-8
+
+<p><a href="mailto:ada@example.org">ada@example.org</a></p>
+<p>The response was: <br>550 <b>5.1.10</b> RESOLVER.ADR.RecipientNotFound</p>
+
+--b
+Content-Type: message/rfc822
+
+To: ada@example.org
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+
+Hello
+
+--b--
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SENDMAIL,
+        EXCHANGE,
+        HTML,
+        QMAIL.replace("(#5.1.1)", "(#5.1.1 - chkuser)"),
+        EXIM.replace("550 5.1.1", "550 #5.1.1"),
+    ],
+)
+def test_plain_bounces_of_other_systems(text: str) -> None:
+    report = read_report(text.encode())
+    assert {one.address for one in report.dead} == {"ada@example.org"}
+    assert report.marks == (MARK,)
+
+
+def test_a_server_that_does_not_relay_knows_no_addresses() -> None:
+    text = "550 5.1.2 Relay not allowed."
+    assert read_report(dsn(failed("5.1.2", f"smtp; {text}"))).dead == ()
+    assert read_report(EXIM.replace("550 5.1.1 User unknown", text).encode()).dead == ()
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        "Content-Type: multipart/mixed; boundary=b{n}\n\n--b{n}\n",
+        "Content-Type: message/rfc822\n\n",
+        "Content-Type: message/delivery-status\n\n",
+    ],
+)
+def test_a_message_that_is_nested_deeply_is_no_report(level: str) -> None:
+    nested = "".join(level.format(n=n) for n in range(15_000))
+    assert read_report((nested + DSN).encode()).dead == ()
+
+
 PIECES = [
     DSN,
     QMAIL,
@@ -238,6 +403,8 @@ PIECES = [
     "=?x?q?y?=",
     "\x00",
     "charset=nonsense",
+    "charset=idna",
+    "Content-Type: message/rfc822\n",
     TOKEN,
     "Action: failed\n",
     "Status: 5.1.1\n",

@@ -53,6 +53,9 @@ def test_refusals_are_classified(
         "5.1.6 The mailbox has moved",
         "5.1.1 The account does not exist.\n5.1.1 See https://example.com/spam-policy",
         "sorry, no mailbox here by that name (#5.1.1)",
+        "sorry, no mailbox here by that name (#5.1.1 - chkuser)",
+        "#5.1.1 User unknown",
+        "[5.1.1] no such user",
     ],
 )
 def test_an_address_that_does_not_exist(text: str) -> None:
@@ -78,6 +81,10 @@ def test_an_address_that_does_not_exist(text: str) -> None:
         "5.1.1 Your network is on a blocklist",
         "5.1.1 Rejected by the recipient's policy",
         "5.1.1 Sender address rejected",
+        "5.1.2 Relay not allowed.",
+        "5.1.1 We do not relay",
+        "5.1.2 Relaying denied",
+        "#5.1.0 Address rejected.",
     ],
 )
 def test_replies_that_do_not_concern_the_address(text: str) -> None:
