@@ -17,9 +17,9 @@ compared with classes of phrases. The first class that fits decides, in this ord
 The phrases come from what providers publish: Gmail (support.google.com/a/answer/3726730),
 Microsoft 365 (learn.microsoft.com: "Email non-delivery reports in Exchange Online"), Amazon SES
 (docs.aws.amazon.com: "SMTP response codes"), Yahoo (postmaster.yahooinc.com/error-codes), IONOS
-(postmaster.1and1.com), Zoho, SendGrid, Mailgun, GoDaddy, Orange, QQ, Apple; from Exim with cPanel,
-Plesk, Postfix, Sendmail and policyd; and from their users' reports. They name a class ("too many"
-of something, a limit within a period), not the sentence of one server.
+(postmaster.1and1.com), Zoho, SendGrid, Mailgun, Postmark, GoDaddy, Orange, NetEase, QQ, Apple; from
+Exim with cPanel, Plesk, Postfix, Sendmail and policyd; and from their users' reports. They name a
+class ("too many" of something, a limit within a period), not the sentence of one server.
 """
 
 from __future__ import annotations
@@ -91,24 +91,29 @@ _RECIPIENTS = "5.3"
 _SIZE_CODES = frozenset({"2.3", "3.4"})
 _QUOTA_CODES = frozenset({"1.90", "1.91", "7.28", "7.508", "7.650", "7.651"})  # Microsoft, Gmail
 _OPERATOR_CODES = frozenset({"7.8", "7.57", "7.139", "7.606", "7.708"})  # RFC 4954, Microsoft
-_SENDER_CODES = frozenset({"1.7", "1.8", "7.60", "7.501", "7.502", "7.503"})  # RFC 3463, Microsoft
-_FULL_SERVER = frozenset({"3.1", "3.2"})
+_SENDER_CODES = frozenset(  # RFC 3463, Gmail, Microsoft
+    {"1.7", "1.8", "7.26", "7.60", "7.501", "7.502", "7.503", "7.750"}
+)
+_SYSTEM_CODES = frozenset({"3.1", "3.2", "3.5"})  # full, not accepting, misconfigured (RFC 3463)
 
 _LOGIN_REPLIES = frozenset({525, 530, 534, 535, 538})  # RFC 4954 and RFC 5248
 _PASSING_LOGIN = 454
 
 # --- 2. to 4.
 
-_GREYLISTED = re.compile(r"gr[ea]y.?list")
+_GREYLISTED = re.compile(r"gr[ea]y.?list|\btriplet\b|will be (?:allowed|accepted)")
 
 _TOO_MANY_RECIPIENTS = _any(
     r"too many (?:\w+ )?(?:recipients|rcpts?\b|destinations)",
     _near(r"\b(?:recipients?|rcpts?|destination domains)\b", r"\blimit\b|maximum|\bmax\b"),
     r"(?:separate|same|per) transaction",
+    r"one at a time",
+    _near(r"\b(?:one|single|multiple) (?:recipients?|rcpts?)\b", r"at a time|\bonly\b|not allowed"),
 )
 
 _SIZE = _any(
-    r"\bsizes?\b|\btaille\b|too (?:large|big|long)\b",
+    r"\bsizes?\b|\btaille\b|\btama[nñ]h?o\b|\bdimension[ei]\b",
+    r"too (?:large|big|long)\b|zu gro(?:ß|ss)",
     _near(
         r"\b(?:length|lines?|bytes|[km]i?b|attachments?|headers?|hops?|hop count)\b",
         r"exceed|limit|maximum",
@@ -125,6 +130,10 @@ _FULL_MAILBOX = _any(
     r"quota (?:exceeded )?for (?:user|recipient|mailbox)",
     r"too many messages (?:on|in)\b|mail data",
     r"\b(?:user|recipient|customer)\b.{0,40}(?:receiv|message rate)",
+    r"邮箱.{0,10}(?:满|容量|空间)",
+)
+_MAILBOX_OF_RECIPIENT = re.compile(
+    r"\b(?:recipient|user)(?:'s)? (?:mail ?box|inbox)|(?:mail ?box|inbox) of (?:the )?recipient"
 )
 
 # --- 5. rates and quotas
@@ -132,27 +141,33 @@ _FULL_MAILBOX = _any(
 _WITHIN = r"(?:\b(?:per|an?|each|every|this|last|past|within|in|for)|/) ?(?:the )?(?:\d+ ?)?"
 _ADVERBS = (
     r"hourly|daily|weekly|monthly|\b24.?h"
-    r"|\bpar (?:heure|jour)|\bpro (?:stunde|tag)|\bpor (?:hora|d[ií]a)"
+    r"|\bpar (?:heure|jour)|\bpro (?:stunde|tag)|\bpor (?:hora|d[ií]a)|\ba day\b"
+    r"|\b(?:tages|di[aá]ri[oa]|giornalier[oi]|journali[eè]re?|quotidien|mensual|mensal|mensile)"
 )
 _LONG = rf"{_WITHIN}(?:hour|day|24|week|month)|{_ADVERBS}"
 _PERIOD = rf"{_WITHIN}(?:second|sec\b|minute|min\b)|{_LONG}"
-_BOUND = r"\blimits?\b|\blimited\b|\bquotas?\b|\bcredits?\b|threshold|allowance|\bmax(?:imum)?\b"
+_BOUND = (
+    r"\blimits?\b|\blimited\b|\bquotas?\b|\bcredits?\b|threshold|allowance|\bmax(?:imum)?\b"
+    r"|\bl[ií]mite\b|\bcuota\b|\bcota\b|kontingent|лимит|限制|上限"
+)
 _REACHED = (
     r"exceed|reach|\bover\b|overlimit|beyond|\bhit\b|exhaust|deplet|used up|\bfull\b|no more|out of"
-    r"|insufficient|atteint|d[eé]pass|erreicht|[uü]berschritten"
+    r"|insufficient|atteint|d[eé]pass|erreicht|[uü]berschritten|ersch[oö]pft|superad|superat"
+    r"|excedid|alcanzad|raggiunt|atingid|ultrapassad|consumed|превышен|超过|超出"
 )
 _COUNTED = (
     r"\b(?:send(?:ing|er)?s?|sent|out(?:going|bound)|submissions?|relay|deliver(?:y|ies)|smtp"
     r"|messages?|e?-?mails?|connections?|concurrent|sessions?|threads?|requests?|traffic|volume"
-    r"|tenant|organi[sz]ation|credits?|plan|subscription|permitted|your)\b"
+    r"|tenant|organi[sz]ation|credits?|plan|subscription|permitted|your|nachrichten|envoi|env[ií]os?"
+    r"|mensajes|mensagens|invio|messaggi|отправки|пис[еь]м\w*)\b|发信|发送|邮件|连接"
 )
 _RATE = _any(
-    r"throttl|submissionquota|submission quota",
+    r"throttl|submissionquota|submission quota|refusequota",
     r"\brate[- ]?limit|\bratelimit",
     _near(r"\brate\b", r"exceed|over ?limit|too high|unusual|excessive|\bhigh\b|\blimit"),
     r"too (?:fast|quick|frequent|often)|slow(?:er| down)\b|frequency (?:is )?limit",
     r"too (?:many|much) (?:[\w-]+ ){0,2}?(?:connections?|sessions?|messages?|e?-?mails?|requests?"
-    r"|log-?ins?|attempts?|submissions?|concurrent|volume|traffic)\b",
+    r"|log-?ins?|attempts?|submissions?|transactions?|concurrent|volume|traffic)\b",
     rf"too many .{{0,40}}(?:{_PERIOD})",
     r"trop de (?:connexions?|messages?|requ[eê]tes?|e?-?mails?|courriels?)",
     r"numerous attempts",
@@ -169,20 +184,23 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _OUTGOING = _any(
     r"\b(?:send|sending|sender|sent|outgoing|outbound|submission|relay|e-?mails)\b", _PERIOD
 )
-_CONTENT = re.compile(r"\b(?:spam|score|virus\w*|malware|phish\w*|content|keywords?|hops?)\b")
+_CONTENT = re.compile(
+    r"\b(?:spam|score|virus\w*|malware|phish\w*|content|keywords?|hops?|attachments?|archives?)\b"
+)
 
 # --- 6. what an operator has to correct
 
 _NOT = (
     r"\b(?:reject\w*|not|no|\w+n't|denied|deny|block\w*|invalid\w*|un\w+ed|forbidden|fail\w*|refus\w*"
     r"|disallow\w*|prohibit\w*|black ?list\w*|suspend\w*|banned|disabled|must|need\w*|requir\w*"
-    r"|expired|incorrect|wrong|bad|listed|unable|cannot|unknown|mismatch\w*|first)\b"
+    r"|expired|incorrect|wrong|bad|listed|unable|cannot|unknown|mismatch\w*|first"
+    r"|erforderlich|requ?is\w*|requiere\w*|richiest\w*)\b"
 )
 _OPERATOR = _any(
     # login
     _near(
-        r"\b(?:smtp ?)?auth(?:enticat\w+|entification)?\b|\blog(?:ged)? ?in\b|credentials"
-        r"|\bpassword\b|user ?name|api.?key",
+        r"\b(?:smtp ?)?aut(?:h|henti[cf]\w+|entica\w+)\b|credentials"
+        r"|\blog(?:ged)? ?in\b(?! (?:for|since|in|within)\b)|\bpassword\b|user ?name|api.?key",
         _NOT,
     ),
     r"unauthenticated sender",
@@ -193,13 +211,29 @@ _OPERATOR = _any(
     # the network from which the daemon connects
     _near(
         r"\bclient (?:host|ip|\[)|\b(?:your|sending|source|sender) (?:\w+ )?(?:ip|host|server)"
-        r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b",
+        r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b(?! messages)",
         rf"{_NOT}|reputation",
     ),
     r"reverse (?:dns|host|lookup)|\brdns\b|\bptr\b",
+    _near(r"\byour access\b", _NOT),
 )
 
-_RECORDS = re.compile(r"\bdmarc\b|\bspf\b|\bdkim\b|unauthenticated (?:e-?mail|message)")  # in DNS
+_RECORDS = re.compile(  # in DNS
+    r"\bdmarc\b|\bspf\b|\bdkim\b|unauthenticated (?:e-?mail|message)"
+    r"|authentication (?:information|checks)"
+)
+
+_ACCOUNT = _any(
+    _near(
+        r"\b(?:your|sending|sender|smtp) (?:\w+ )?(?:account|mailbox)\b",
+        r"suspend|disabled|block|review|banned|activ|locked|expired|closed|paused|pending",
+    ),
+    r"\b(?:free|trial) accounts?\b",
+    r"(?:outgoing|sending) (?:is |has been )?(?:\w+ )?(?:blocked|disabled|paused|suspended)",
+    _near(r"\boutgoing (?:e-?)?mails?\b", r"suspend|disabled|block"),
+    r"activate your|licen[sc]e expired|not subscribed to|outboundspam",
+)
+"""Whatever the reason is, even if it is spam."""
 
 _SENDER = _any(
     _near(
@@ -207,16 +241,10 @@ _SENDER = _any(
         r"|\bmailfrom\b|\bemetteur\b|\bsending (?:address|domain|account)|\bidentit(?:y|ies)",
         _NOT,
     ),
-    r"(?:permissions?|allowed|permitted|authori[sz]ed|right) to (?:send|submit)",
+    r"(?:permissions?|allowed|permitted|authori[sz]ed|right) to (?:send|submit|perform)",
     r"send ?as ?denied|send.on.behalf|not owned by",
-    _near(r"\b(?:e-?mail )?(?:address|domain)\b", r"\b(?:not|un) ?verified|unregistered"),
+    _near(r"\b(?:e-?mail )?(?:address|domains?)\b", r"\b(?:not|un) ?verified|unregistered"),
     r"domain of (?:the )?sender|sandbox|verified sender",
-    _near(
-        r"\b(?:your|sending|sender|smtp) (?:\w+ )?account\b",
-        r"suspend|disabled|block|review|banned|activ|locked|expired|closed|paused",
-    ),
-    r"(?:outgoing|sending) (?:is |has been )?(?:\w+ )?(?:blocked|disabled|paused|suspended)",
-    r"activate your|licen[sc]e expired|not subscribed to",
     # relaying
     _near(r"\brelay\w*|rcpthosts", _NOT),
     r"open relay|as a relay",
@@ -231,7 +259,7 @@ _BUSY = _any(
         r"\bbusy\b|overload|shutting down|maintenance|(?:un|not )available",
     ),
     r"not accepting (?:\w+ )?(?:messages|connections|mail)",
-    r"insufficient (?:system )?(?:resources|storage|disk)",
+    r"(?:insufficient|out of) (?:system )?(?:resources|storage|disk)|space shortage",
 )
 
 
@@ -292,7 +320,9 @@ def _of_connection(code: int, about: str, said: str) -> RefusalMeaning:
         return RefusalMeaning.UNAVAILABLE
     operators = code in _LOGIN_REPLIES or about in _OPERATOR_CODES or _OPERATOR.search(said)
     return (
-        RefusalMeaning.OPERATOR if operators or _SENDER.search(said) else RefusalMeaning.UNAVAILABLE
+        RefusalMeaning.OPERATOR
+        if operators or _SENDER.search(said) or _ACCOUNT.search(said)
+        else RefusalMeaning.UNAVAILABLE
     )
 
 
@@ -316,21 +346,24 @@ def _of_message(
         return RefusalMeaning.QUOTA
     if code in _LOGIN_REPLIES or about in _OPERATOR_CODES:
         return RefusalMeaning.OPERATOR
-    if about in _SENDER_CODES or _RECORDS.search(said):
+    if about in _SENDER_CODES or _RECORDS.search(said) or _ACCOUNT.search(said):
         return RefusalMeaning.SENDER
     if not _CONTENT.search(said):
         if _OPERATOR.search(said):
             return RefusalMeaning.OPERATOR
         if _SENDER.search(said):
             return RefusalMeaning.SENDER
-    if stage == "sender" and by_code is RefusalMeaning.REFUSED:
-        return RefusalMeaning.SENDER
-    if by_code is RefusalMeaning.PASSING and (about in _FULL_SERVER or _BUSY.search(said)):
+    is_passing = by_code is RefusalMeaning.PASSING
+    if is_passing and (about in _SYSTEM_CODES or _BUSY.search(said)):
         return RefusalMeaning.UNAVAILABLE
-    return RefusalMeaning.UNAVAILABLE if code == 421 and stage != "message" else by_code
+    if code == 421 and stage != "message":
+        return RefusalMeaning.UNAVAILABLE
+    return RefusalMeaning.SENDER if stage == "sender" else by_code
 
 
 def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:
+    if _MAILBOX_OF_RECIPIENT.search(said):
+        return False
     if _FULL_MAILBOX.search(said) and not _OUTGOING.search(said):
         return False
     if _RATE.search(said):

@@ -319,7 +319,7 @@ async def test_a_temporarily_refused_copy_does_not_delay_the_message() -> None:
         ("RCPT", "421 4.3.2 shutting down", False, "server"),
         ("MAIL", "550 5.7.1 sender not allowed", False, "unclear"),
         ("MAIL", "530 5.7.0 authentication required", False, "server"),
-        ("MAIL", "451 4.3.0 try later", False, "enrollment"),
+        ("MAIL", "451 4.3.0 try later", False, "unclear"),
         ("MAIL", "421 4.3.2 shutting down", False, "server"),
         ("DATA", "554 5.6.0 message refused", True, "enrollment"),
         ("DATA", "552 5.3.4 message size exceeds fixed limit", True, "enrollment"),
