@@ -13,6 +13,7 @@ from sequencerd.cli.output import say
 from sequencerd.core.model import Undeliverable
 from sequencerd.errors import ShardsError
 from sequencerd.runners.email.bounces import MAX_READ, BounceReport, UnknownAddress, read_report
+from sequencerd.runners.email.mime import as_written
 from sequencerd.runners.email.smtp import read_sent
 from sequencerd.runners.suppression_check import spellings
 from sequencerd.settings import Settings
@@ -79,7 +80,7 @@ async def _find(connection: asyncpg.Connection, report: BounceReport) -> list[Un
         for dead in report.dead:
             for address in _matching(dead, sent):
                 reason = f"{dead.reason} (enrollment {mark.enrollment})"
-                found[address] = Undeliverable("email", address, reason, report.kind)
+                found[address] = Undeliverable("email", as_written(address), reason, report.kind)
     return [*found.values()]
 
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 
 import idna
 
+from sequencerd.runners.email.mime import quoted, unquoted
 from sequencerd.runners.sms.numbers import normalise
 
 EVERYTHING = "*"
@@ -79,18 +80,19 @@ def forms(channel: str, address: str) -> set[str]:
 
 
 def spellings(address: str) -> set[str]:
-    """Return an e-mail address in lower case, with its domain both in ASCII and as users write it;
-    a number without separators.
+    """Return an e-mail address in lower case, with its domain both in ASCII and as users write it,
+    and its local part with and without the quotation marks that dots may require; a number without
+    separators.
     """
     plain = address.strip().lower()
     local, at, domain = plain.rpartition("@")
-    known = {plain}
     if not at:
-        known.add(normalise(address))
-    else:
-        with suppress(ValueError):
-            known.add(f"{local}@{idna.decode(domain)}")
-    return known
+        return {plain, normalise(address)}
+    domains = {domain}
+    with suppress(ValueError):
+        domains.add(idna.decode(domain))
+    local_parts = {local, unquoted(local), quoted(unquoted(local))}
+    return {f"{part}@{one}" for part in local_parts for one in domains}
 
 
 def hashed(address: str) -> str:

@@ -25,6 +25,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core.languages import choose, normalised
 from sequencerd.core.model import Undeliverable
 from sequencerd.errors import DatabaseError
+from sequencerd.runners.email.mime import as_written
 from sequencerd.runners.registry import make_links
 from sequencerd.runners.sms.runner import undeliverable
 from sequencerd.runners.suppression_check import EVERYTHING, SuppressionKey, forms
@@ -154,7 +155,8 @@ class PublicPages:
             is_all = any(key[2] == EVERYTHING for key in others)
             return _page(texts, [filled.ended_everything if is_all else filled.ended_this])
         topic = EVERYTHING if choice == "all" else topic
-        entry = Undeliverable(channel, address, "unsubscribed", "unsubscribe")
+        given = as_written(address) if channel == "email" else address
+        entry = Undeliverable(channel, given, "unsubscribed", "unsubscribe")
         await self._everywhere(lambda connection: suppressions.add(connection, [entry], topic))
         self._log.info("a recipient unsubscribed", channel=channel, topic=topic)
         ended = filled.ended_everything if topic == EVERYTHING else filled.ended_this

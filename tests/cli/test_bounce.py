@@ -56,6 +56,15 @@ async def test_a_bounce_suppresses_the_recipient(
     assert await entries(connection) == [("ada@example.org", "*", "bounce")]
 
 
+async def test_an_address_may_be_quoted_in_the_history(
+    sequencerd: Command, connection: asyncpg.Connection, token: str
+) -> None:
+    await sent(connection, 1, 3, '"a..b"@docomo.ne.jp')
+    third = token.replace(".1.", ".3.", 1)
+    sequencerd("bounce", stdin=dsn(failed("5.1.1", address="A..b@docomo.ne.jp"), token=third))
+    assert await entries(connection) == [("a..b@docomo.ne.jp", "*", "bounce")]
+
+
 async def test_the_bounce_address_identifies_the_message_as_well(
     sequencerd: Command, connection: asyncpg.Connection, token: str
 ) -> None:

@@ -138,7 +138,9 @@ async def test_a_token_is_for_its_channel_and_topic_alone(
     assert 'value="this"' not in (await web.get(path(ADA._replace(topic="*")))).text
     await web.post(path(Subscription("sms", "+49 151 123456", "news")))
     await web.post(path(ADA._replace(topic="*")))
+    await web.post(path(ADA._replace(address='"a..b"@x.org')))
     assert await entries(connection) == [
+        ("email", "a..b@x.org", "news", "unsubscribe"),
         ("email", "ada@x.org", "*", "unsubscribe"),
         ("sms", "+49151123456", "news", "unsubscribe"),
     ]

@@ -99,10 +99,9 @@ def parse_address(field: str, text: str) -> str:
     """
     local, at, domain = text.rpartition("@")
     bad = RenderError(f"{field}: {one_line(text, 100)!r} is not an address such as ada@example.com")
-    if quoted := _QUOTED_LOCAL.fullmatch(local):
-        local = re.sub(r"\\(.)", r"\1", quoted[1])
-    elif not _DOTS_ANYWHERE.fullmatch(local):
+    if not _QUOTED_LOCAL.fullmatch(local) and not _DOTS_ANYWHERE.fullmatch(local):
         raise bad
+    local = unquoted(local)
     try:
         domain = domain if domain.isascii() else idna.encode(domain, uts46=True).decode("ascii")
         long = len(local.encode()) > 64 or len(domain) > 253
@@ -110,9 +109,27 @@ def parse_address(field: str, text: str) -> str:
         raise bad from None
     if not at or long or not all(_LABEL.fullmatch(label) for label in domain.split(".")):
         raise bad
-    if not _DOT_ATOM.fullmatch(local):
-        local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
-    return f"{local}@{domain}"
+    return f"{quoted(local)}@{domain}"
+
+
+def unquoted(local: str) -> str:
+    """Return a local part without quotation marks."""
+    found = _QUOTED_LOCAL.fullmatch(local)
+    return re.sub(r"\\(.)", r"\1", found[1]) if found else local
+
+
+def quoted(local: str) -> str:
+    """Return a local part with quotation marks if RFC 5321 requires them."""
+    if _DOT_ATOM.fullmatch(local):
+        return local
+    return '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
+
+
+def as_written(address: str) -> str:
+    """Return an address as users write it: without quotation marks if only dots require them."""
+    local, _, domain = address.rpartition("@")
+    plain = unquoted(local)
+    return f"{plain}@{domain}" if _DOTS_ANYWHERE.fullmatch(plain) else address
 
 
 def check_header(field: str, text: str) -> str:

@@ -283,8 +283,10 @@ class EmailRunner:
         delivery = await self._transport.deliver(mail)
         result = pending.follow_up(task, left, delivery, self.retry, now)
         if isinstance(result, Answer | Failed) and self._suppress_bounces:
-            unknown = delivery.unknown.items()
-            gone = tuple(Undeliverable("email", address, said) for address, said in unknown)
+            gone = tuple(
+                Undeliverable("email", mime.as_written(address), said)
+                for address, said in delivery.unknown.items()
+            )
             result = replace(result, undeliverable=gone) if gone else result
         if isinstance(result, Answer) and left_out:
             message = result.message or ""

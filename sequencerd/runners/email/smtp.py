@@ -431,10 +431,13 @@ def _listed(addresses: list[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
+_SENT = r"(?:\"(?:[^\"\\]|\\.)+\"|[^\s\",:]+)@[^\s,:]+"
+
+
 def read_sent(message: str) -> list[str]:
     """Return the recipients that the message of a delivery names."""
-    found = re.search(r"\bsent to (\S+@.+?)(?: and \d+ more)?: \d{3}\b", message)
-    return found[1].split(", ") if found else []
+    found = re.search(rf"\bsent to ({_SENT}(?:, {_SENT})*)(?: and \d+ more)?: \d{{3}}\b", message)
+    return re.findall(_SENT, found[1]) if found else []
 
 
 def _describe(error: Exception) -> str:

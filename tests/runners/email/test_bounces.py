@@ -428,6 +428,8 @@ def test_no_incoming_message_raises(pieces: list[bytes]) -> None:
         ("attempt 1 came too late to move it: next: sent to a@x.org: 250 ok", ["a@x.org"]),
         ("not sent to a@x.org", []),
         ("sent to +49151123456: SM1 queued", []),
+        ('sent to "a..b"@x.org, "a, b: c"@x.org: 250 ok', ['"a..b"@x.org', '"a, b: c"@x.org']),
+        ('sent to "a \\" b"@x.org and 2 more: 250 ok', ['"a \\" b"@x.org']),
     ],
 )
 def test_recipients_in_the_history(message: str, addresses: list[str]) -> None:

@@ -538,6 +538,22 @@ async def test_a_suppressed_recipient_gets_nothing() -> None:
         assert len(server.messages) == 1
 
 
+@pytest.mark.parametrize("entry", ["a..b@docomo.ne.jp", '"a..b"@docomo.ne.jp'])
+@pytest.mark.parametrize("email", ["A..b@docomo.ne.jp", '"a..b"@DOCOMO.ne.jp'])
+async def test_a_suppressed_address_may_be_quoted(entry: str, email: str) -> None:
+    async with smtp_server() as server, runner(server, suppressions=suppressing(entry)) as made:
+        (result,) = await made.run(made.compile(BASIC), [task(email=email, name="Ada")])
+    assert isinstance(result, Suppressed), result
+    assert server.messages == []
+
+
+async def test_an_address_that_does_not_exist_is_suppressed_as_users_write_it() -> None:
+    async with smtp_server() as server:
+        server.answers["RCPT"] = ["550 5.1.1 User unknown"]
+        result = failed(await send(server, email="a..b@docomo.ne.jp"))
+    assert [one.address for one in result.undeliverable] == ["a..b@docomo.ne.jp"]
+
+
 async def test_a_subject_can_be_suppressed() -> None:
     async with smtp_server() as server, runner(server, suppressions=suppressing("user-7")) as made:
         (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
