@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import asyncpg
 import pytest
 
-from sequencerd.settings import Settings
+from sequencerd.settings import Section, Settings
 from tests.helpers.command_line import Command
 from tests.helpers.engines import define, enroll
 from tests.test_readme import REPOSITORY, blocks, environment, home, run
@@ -146,6 +148,22 @@ async def test_installing_can_be_followed(
         "install --yes python3-venv\ninstall ./dist/sequencerd_*.deb\n"
     )
     assert len((home / "docker").read_text().splitlines()) == 3
+
+
+def keys_of(section: type[Section]) -> Iterator[str]:
+    """The keys of a section of the settings, and of the sections in it."""
+    for name, field in section.model_fields.items():
+        types = (field.annotation, *get_args(field.annotation))
+        inner = [one for one in types if isinstance(one, type) and issubclass(one, Section)]
+        yield from (key for one in inner for key in keys_of(one))
+        if not inner:
+            yield field.alias or name
+
+
+def test_every_setting_is_shown_with_a_value() -> None:
+    pages = "\n".join(page.read_text() for page in (REPOSITORY / "docs").glob("*.md"))
+    missing = [key for key in keys_of(Settings) if not re.search(rf"\b{key} = ", pages)]
+    assert missing == []
 
 
 def test_every_failure_is_explained() -> None:
