@@ -58,12 +58,12 @@ PAID = """{
     "compareTo": {"type": "raw", "value": true}
 }"""
 DAYS = '{"amount": 3, "unit": "days"}'
-BELL = f"""FROM pg_locks
+NOTIFY_LOCK = f"""FROM pg_locks
     WHERE locktype = 'advisory' AND (classid, objid) = ({AdvisoryLock.NOTIFY})
       AND mode = 'ExclusiveLock' AND granted
       AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-BELL_IS_ON = f"SELECT EXISTS (SELECT {BELL})"
+LOCK_IS_HELD = f"SELECT EXISTS (SELECT {NOTIFY_LOCK})"
 SHORT = '{"amount": 30, "unit": "milliseconds"}'
 
 
@@ -438,17 +438,28 @@ async def test_without_notifications_the_sweep_finds_everything(
 
 
 async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locked by a session that changes nothing, and so sends no notification."""
-    await define(connection, "s", ("pause", "WaitForDuration", '{"amount": 1, "unit": "s"}', None))
+    left_at_step, is_left = wakes.left_at_step, asyncio.Event()
+
+    async def noticed(*arguments: Any, **options: Any) -> wakes.LeftAtStep:
+        left = await left_at_step(*arguments, **options)
+        if left.again_at is not None:
+            is_left.set()
+        return left
+
+    monkeypatch.setattr(wakes, "left_at_step", noticed)
+    await define(connection, "s", ("pause", "WaitForDuration", DAYS, None))
     other = await asyncpg.connect(database)
-    async with running_engine(database, sweep=3600):
+    async with running_engine(database, sweep=3600) as one:
         id_ = await enroll(connection, "s", "ada")
-        await until(connection, "SELECT wake_at > now() FROM sequencer.enrollments")
+        await until(connection, ASLEEP)
         async with other.transaction():
             await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", id_)
-            await asyncio.sleep(1.5)
+            one._clock._offset += timedelta(days=3).total_seconds()
+            one._wake.set()
+            await asyncio.wait_for(is_left.wait(), PATIENCE)
         await until(connection, ENDED, id_)
     await other.close()
 
@@ -651,11 +662,11 @@ async def test_many_concurrent_inserts_are_found_without_notifications(
     monkeypatch.setattr("sequencerd.storage.listener.WITHIN", 10.0)  # however slow the machine
     await define(connection, "s", ("a", "Note", "{}", None))
     others = [await asyncpg.connect(database) for _ in range(8)]
-    rings = 0
+    received = 0
 
-    def ring(*_: object) -> None:
-        nonlocal rings
-        rings += 1
+    def receive(*_: object) -> None:
+        nonlocal received
+        received += 1
 
     async def enroll_some(number: int) -> None:
         for n in range(300):
@@ -665,17 +676,17 @@ async def test_many_concurrent_inserts_are_found_without_notifications(
             )
 
     async with running_engine(database, {"Note": Recorder(batch_size=100)}, sweep=3600):
-        await connection.add_listener(SCHEMA, ring)
-        await until(connection, BELL_IS_ON)
+        await connection.add_listener(SCHEMA, receive)
+        await until(connection, LOCK_IS_HELD)
         await asyncio.gather(*map(enroll_some, range(8)))
         await until(connection, ALL_ENDED)
-        assert rings < 8 * 300 / 2
-        await until(connection, BELL_IS_ON)
-        rings = 0
+        assert received < 8 * 300 / 2
+        await until(connection, LOCK_IS_HELD)
+        received = 0
         id_ = await enroll(connection, "s", "ada")
         await until(connection, ENDED, id_)
-        assert rings == 1
-        await connection.remove_listener(SCHEMA, ring)
+        assert received == 1
+        await connection.remove_listener(SCHEMA, receive)
     for other in others:
         await other.close()
 
@@ -693,7 +704,7 @@ async def test_a_skipped_notification_is_found_when_its_transaction_ends(
         await until(connection, ENDED, ada)
         await transaction.commit()
         await until(connection, ENDED, bob)
-        await until(connection, BELL_IS_ON)
+        await until(connection, LOCK_IS_HELD)
     await other.close()
 
 
@@ -703,15 +714,15 @@ async def test_the_notify_lock_goes_to_another_daemon(
     await define(connection, "s", ("a", "Note", "{}", None))
     async with AsyncExitStack() as first:
         await first.enter_async_context(running_engine(database, {"Note": Recorder()}, sweep=3600))
-        await until(connection, BELL_IS_ON)
+        await until(connection, LOCK_IS_HELD)
         async with running_engine(database, {"Note": Recorder()}, sweep=3600):
             await asyncio.sleep(0.5)  # it has seen by now that the other one has it
             await first.aclose()
             for number in range(4):
                 id_ = await enroll(connection, "s", f"u{number}")
                 await until(connection, ENDED, id_)
-                await until(connection, BELL_IS_ON)
-                await connection.execute(f"SELECT pg_terminate_backend(pid) {BELL}")
+                await until(connection, LOCK_IS_HELD)
+                await connection.execute(f"SELECT pg_terminate_backend(pid) {NOTIFY_LOCK}")
 
 
 async def test_a_cancelled_transaction_ends_though_its_connection_is_dead(database: str) -> None:
@@ -867,20 +878,6 @@ async def test_a_problem_is_reported_and_cleared_when_it_is_fixed(
         await until(connection, ENDED, id_)
     assert await connection.fetchval("SELECT count(problem) FROM sequencer.steps") == 0
     assert "work resumed" in await way(connection, id_)
-
-
-async def test_a_paused_sequence_executes_nothing_until_it_is_resumed(
-    database: str, connection: asyncpg.Connection
-) -> None:
-    recorder = Recorder()
-    async with running_engine(database, {"Note": recorder}, sweep=0.1):
-        await define(connection, "s", ("work", "Note", "{}", None))
-        await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
-        id_ = await enroll(connection, "s", "ada")
-        await asyncio.sleep(0.5)
-        assert recorder.keys == []
-        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
-        await until(connection, ENDED, id_)
 
 
 async def test_answers_may_contain_data_and_a_time_for_the_next_execution(
@@ -1412,7 +1409,7 @@ async def test_an_enrollment_in_a_new_sequence_is_claimed_though_a_sweep_reads_t
         return await read(*arguments)
 
     async with running_engine(database, sweep=3600) as engine:
-        await until(connection, BELL_IS_ON)
+        await until(connection, LOCK_IS_HELD)
         check = engine._check_soon
 
         def checking(step_key: StepKey) -> None:

@@ -10,14 +10,18 @@ from typing import Any
 import asyncpg
 import pytest
 
+from sequencerd.core.model import Enrollment
 from sequencerd.engine import loop, read_ahead
 from sequencerd.engine.loop import Engine
+from sequencerd.service.metrics import Metrics
 from sequencerd.storage import locking
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
 
 HOUR = timedelta(hours=1)
 STEP = ("s", "a")
+LEASED = "SELECT count(*) = $1 FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
+UNTOUCHED = "SELECT count(*) FROM sequencer.enrollments WHERE entered_at IS NULL"
 INSERT = (
     "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
     " SELECT 's', 'u' || n || now(), jsonb_build_object('odd', n % 2 = 1), $2"
@@ -92,12 +96,14 @@ async def waking(
 async def test_what_was_read_ahead_is_written_without_a_claim(
     database: str, connection: asyncpg.Connection, claimed: list[int], count: int
 ) -> None:
-    recorder = Recorder(batch_size=100, concurrency=10)
-    async with waking(database, connection, recorder, count, batch=100) as one:
+    recorder, metrics = Recorder(batch_size=100, concurrency=10), Metrics()
+    async with waking(database, connection, recorder, count, batch=100, metrics=metrics) as one:
         assert not recorder.keys
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
         assert not one._read_ahead._read
+    labels = {"sequence": "s", "step": "a"}
+    assert metrics.registry.get_sample_value("sequencerd_claims_total", labels) == count
     assert len(recorder.visits) == len(set(recorder.visits)) == count
     assert sum(claimed) == 0
 
@@ -218,12 +224,37 @@ async def test_two_daemons_that_have_read_the_same_execute_each_once(
     assert len(recorder.visits) == len(set(recorder.visits)) == 500
 
 
-async def test_few_slots_are_filled_again_and_again(
+async def test_the_number_of_enrollments_that_are_read_ahead_is_bounded(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_ahead, "MAX_BATCHES", 2)
+    recorder = Recorder()
+    await define(connection, "s", ("a", "Note", "{}", None))
+    async with running_engine(database, {"Note": recorder}, sweep=3600, batch=10) as one:
+        at = one._clock.now() + HOUR
+        await connection.execute(INSERT, 50, at)
+        await one._read_ahead.read(STEP, at)
+        assert len(one._read_ahead._read) == 20
+        one._report_wake(STEP, at, False)
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 50
+
+
+async def test_what_was_read_is_written_only_as_slots_are_free(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    recorder = Recorder(batch_size=1, concurrency=1)
+    """What has no slot yet is still as it was, so a change would be respected."""
+    held = Held()
+    recorder = Recorder(held, batch_size=1, concurrency=1)
     async with waking(database, connection, recorder, 30) as one:
+        slots = one._executors.by_key["Note"].free_slots
         let_an_hour_pass(one)
+        await held.begun.wait()
+        await until(connection, LEASED, slots)
+        assert len(one._read_ahead._read) == 30 - slots
+        assert await connection.fetchval(UNTOUCHED) == 30 - slots
+        held.released.set()
         await until(connection, ALL_ENDED)
     assert len(recorder.visits) == len(set(recorder.visits)) == 30
 
@@ -261,16 +292,17 @@ async def test_what_cannot_be_read_ahead_is_claimed(
     claimed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(*_: object) -> None:
+    async def broken(*_: object) -> AsyncIterator[list[tuple[Enrollment, int]]]:
         raise asyncpg.DataError("unreadable")
+        yield []
 
     monkeypatch.setattr(locking, "read_ahead", broken)
     await define(connection, "s", ("a", "Note", "{}", None))
     async with running_engine(database, {"Note": Recorder()}, sweep=3600) as one:
         at = one._clock.now() + HOUR
         await connection.execute(INSERT, 5, at)
+        await one._read_ahead.read(STEP, at)  # raises nothing
         one._report_wake(STEP, at, False)
-        await eventually(lambda: one._read_ahead.is_of(STEP, at))
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
     assert sum(claimed) == 5

@@ -119,7 +119,6 @@ async def test_a_removed_type_is_a_problem_until_it_returns(
 ) -> None:
     async with running_engine(database, {"Work": Strict()}) as engine:
         await define(connection, "s", ("w", "Work", "{}", None))
-        await until(connection, "SELECT true")
         await (await engine.use({}, engine._executors.lookups))
         id_ = await enroll(connection, "s", "u")
         await until(
