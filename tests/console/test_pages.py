@@ -773,3 +773,21 @@ def test_times_within_texts_are_shown_as_in_tables() -> None:
         ' Fri 2026-11-27 21:20:41 Asia/Tokyo">Fri 2026-11-27 12:20:41 UTC</time>,'
         " not 2026-99-27 12:20:41Z"
     )
+
+
+async def test_nothing_is_due_in_a_paused_sequence(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    await define(connection, "p", ("wait", "WaitForDuration", DAY, None))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET status = 'paused';"
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) SELECT name, n,"
+        " now() + (n * 30 - 45) * interval '1 minute'"
+        " FROM sequencer.sequences, generate_series(0, 2) AS n;"
+    )
+    async with console(database) as client:
+        for name in ("p", "s"):
+            (row,) = await counted(client, "steps", sequence=name)
+            assert (row["active"], row["soon"], row["overdue"]) == (3, 0, 0)
+        assert await connection.fetchval("SELECT count(*) FROM sequencer.overdue") == 0

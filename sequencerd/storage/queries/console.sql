@@ -14,16 +14,17 @@ SET LOCAL max_parallel_workers_per_gather = 0;
 SELECT name, description, status, timezone, first_step, revision FROM sequencer.sequences ORDER BY name;
 
 -- name: console_steps
--- Count the enrollments of each step that are due within the hour, and those overdue. It reads only this
--- part of the index of due enrollments, and of each step at most the limit.
+-- Count the enrollments of each step that are due within the hour, and those overdue; in a paused sequence
+-- none is due. It reads only this part of the index of due enrollments, and of each step at most the limit.
 SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.config, s.problem,
        a.soon, a.overdue
-  FROM sequencer.steps AS s CROSS JOIN LATERAL (
+  FROM sequencer.steps AS s JOIN sequencer.sequences AS q ON q.name = s.sequence
+ CROSS JOIN LATERAL (
     SELECT count(*) FILTER (WHERE wake_at >= $1::timestamptz - interval '1 minute') AS soon,
            count(*) FILTER (WHERE wake_at < $1 - interval '1 minute') AS overdue
       FROM (SELECT e.wake_at FROM sequencer.enrollments AS e
-             WHERE e.sequence = s.sequence AND e.step = s.name AND e.status = 'active'
-               AND e.wake_at <= $1::timestamptz + interval '1 hour'
+             WHERE q.status <> 'paused' AND e.sequence = s.sequence AND e.step = s.name
+               AND e.status = 'active' AND e.wake_at <= $1::timestamptz + interval '1 hour'
              ORDER BY e.wake_at LIMIT $2) AS first) AS a
  ORDER BY s.sequence, s.position;
 
