@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -25,6 +25,7 @@ from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
 MAX_OFFSET = 5000  # rows that a page may begin after
+TOO_FAR = f"a page cannot start after more than {MAX_OFFSET:,} rows"
 NOT_ALL_SEARCHED = (
     f"Addresses were searched in the latest {EMAILS_SEARCHED:,} enrollments only, so others may"
     " have this one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
@@ -236,7 +237,7 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
     """Return the enrollments at a step, by wake time."""
     since, skip = query.time("from", FIRST_TIME), query.number("skip", 0)
     if skip > MAX_OFFSET:
-        raise WrongQueryError(f"a page cannot start after more than {MAX_OFFSET:,} rows")
+        raise WrongQueryError(TOO_FAR)
     found = await connections.read(
         pool,
         "console_waiting",
@@ -249,11 +250,8 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
     rows = [_linked(mask(row)) for row in found[: query.rows]]
     more = None
     if len(found) > query.rows:
-        last = rows[-1]["wake_at"]
-        same = sum(row["wake_at"] == last for row in rows)
-        skip = same + skip if last == since else same
-        if skip <= MAX_OFFSET:
-            more = {**query.given, "from": str(plain(last)), "skip": str(skip)}
+        place = _next(rows, "wake_at", since, skip)
+        more = place and {**query.given, "from": place[0], "skip": place[1]}
     columns = (
         Column("id", "Enrollment", link="url"),
         Column("subject", "Subject"),
@@ -264,6 +262,17 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
         Column("last_error", "Last error", optional=True),
     )
     return Table("enrollments", columns, rows, query.given, more)
+
+
+def _next(
+    rows: Sequence[Mapping[str, Any]], key: str, first: datetime, skip: int
+) -> tuple[str, str] | None:
+    """Return where the next page begins: at the time of the last row, after those with it. None if
+    these are too many. This page begins at `first`, after so many.
+    """
+    last = rows[-1][key]
+    skip = sum(row[key] == last for row in rows) + (skip if last == first else 0)
+    return (str(plain(last)), str(skip)) if skip <= MAX_OFFSET else None
 
 
 async def schedule(pool: asyncpg.Pool, sequence: str, mask: MaskRow) -> MaskedRow | None:
@@ -401,10 +410,14 @@ class EnrollmentHistory:
 
 async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: MaskRow) -> EnrollmentHistory:
     """Return the state of an enrollment, and its latest events. Raises NotFoundError."""
-    before = query.time("before", NEVER)
+    before, skip = query.time("before", NEVER), query.number("skip", 0)
+    if skip > MAX_OFFSET:
+        raise WrongQueryError(TOO_FAR)
     async with connections.reading(pool, isolation="repeatable_read") as connection:
         row = await connection.fetchrow(QUERIES["show"], id_)
-        found = await connection.fetch(QUERIES["console_history"], id_, before, query.rows + 1)
+        found = await connection.fetch(
+            QUERIES["console_history"], id_, before, skip, query.rows + 1
+        )
         versions = await connection.fetch(QUERIES["console_versions"], [id_])
     if row is None:
         raise NotFoundError(f"Enrollment {id_} does not exist.")
@@ -412,7 +425,8 @@ async def journey(pool: asyncpg.Pool, id_: int, query: Query, mask: MaskRow) -> 
     events = [mask({**event, **known}) for event in found[: query.rows]]
     more = None
     if len(found) > query.rows:
-        more = {**query.given, "id": str(id_), "before": events[-1]["at"].isoformat()}
+        place = _next(events, "at", before, skip)
+        more = place and {**query.given, "id": str(id_), "before": place[0], "skip": place[1]}
     columns = (
         Column("at", "When", "time"),
         Column("sequence", "Sequence"),

@@ -791,3 +791,33 @@ async def test_nothing_is_due_in_a_paused_sequence(
             (row,) = await counted(client, "steps", sequence=name)
             assert (row["active"], row["soon"], row["overdue"]) == (3, 0, 0)
         assert await connection.fetchval("SELECT count(*) FROM sequencer.overdue") == 0
+
+
+async def test_a_timeline_is_complete_over_its_pages(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Many events can have the same time."""
+    waiting, _ = await people(connection)
+    async with console(database, {"Note": Mended()}) as client:
+        await until(connection, BEGUN)
+        await connection.execute(
+            "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action,"
+            " message) SELECT $1, now() - n / 9 * interval '1 hour', 's', 'wait', n / 2, 'next',"
+            " n::text FROM generate_series(1, 100) AS n",
+            waiting,
+        )
+        for limit in (7, 50):
+            rows: list[dict[str, str]] = []
+            url = f"/tables/events.json?id={waiting}&limit={limit}"
+            while url:
+                page = (await client.get(url)).json()
+                rows += page["rows"]
+                url = (page["next"] or "").removeprefix("/console")
+            found = [row["message"] for row in rows if row["action"] == "next"]
+            assert sorted(map(int, found)) == list(range(1, 101))
+            assert [row["at"] for row in rows] == sorted((row["at"] for row in rows), reverse=True)
+            visits = [(row["at"], row["visit"]) for row in rows]
+            assert visits == sorted(visits, reverse=True)
+        page = await client.get(f"/enrollments/{waiting}")
+        assert "skip=" in page.text
+        assert (await client.get(f"/enrollments/{waiting}?skip=9999")).status_code == 422

@@ -151,9 +151,11 @@ SELECT first.id FROM (
 ) AS first ORDER BY rank LIMIT 1;
 
 -- name: console_history
--- Read the latest events of an enrollment before a time.
+-- Read the latest events of an enrollment up to a time. Several may have the same time, so a page begins at
+-- an offset within it.
 SELECT at, sequence, step, visit, action, message, revision
-  FROM sequencer.events WHERE enrollment_id = $1 AND at < $2 ORDER BY at DESC, visit DESC LIMIT $3;
+  FROM sequencer.events WHERE enrollment_id = $1 AND at <= $2
+ ORDER BY at DESC, visit DESC, action = 'enrolled', action, message LIMIT $4 OFFSET $3;
 
 -- name: console_versions
 -- Build a version for each enrollment that differs after any change to it.
