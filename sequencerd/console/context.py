@@ -160,10 +160,10 @@ def query_of(request: Request, rows: int = ROWS_PER_PAGE) -> Query:
     """Return the query parameters."""
     given: dict[str, str] = {}
     for key, value in request.query_params.multi_items():
-        if value:  # forms also send empty fields
-            given[key] = (
-                f"{given[key]},{value}" if key in LIST_PARAMETERS and key in given else value
-            )
+        # a pasted search text may have blanks around it
+        text = value.strip() if key == "q" else value
+        if text:  # forms also send empty fields
+            given[key] = f"{given[key]},{text}" if key in LIST_PARAMETERS and key in given else text
     return Query(given, rows)
 
 

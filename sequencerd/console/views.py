@@ -13,7 +13,7 @@ import asyncpg
 from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
 from sequencerd.console.mask import MaskedRow, MaskRow, read_data
-from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import MAX_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
@@ -331,21 +331,31 @@ async def search(
     pool: asyncpg.Pool, query: Query, mask: MaskRow, masked: tuple[str, ...]
 ) -> EnrollmentPage:
     """Find enrollments by id, by the beginning of the subject, or by e-mail address."""
-    wanted = query.must("q")
+    wanted, skip = query.must("q"), query.number("skip", 0)
+    found, remark, advice = await by_text(pool, wanted, masked, MAX_ROWS)
+    first = {row["id"]: row for row in found}  # on the first pages; then those with the subject
+    is_later = query.get("after") is not None
+    rows = [] if is_later else [*first.values()][skip : skip + query.rows]
     more: dict[str, str] | None = None
-    rows, remark, advice = await by_text(pool, wanted, masked, query.rows)
-    if query.get("after") is not None:
-        rows, remark, advice = [], None, None
-    if "subject" in masked:
+    if not is_later and skip + len(rows) < len(first):
+        more = {**query.given, "skip": str(skip + len(rows))}
+    elif "subject" in masked:
         remark = "Subjects are masked, so they are not searched."
     else:
-        following = await _by_subject(pool, wanted, query)
-        if len(following) > query.rows:
-            last = following[query.rows - 1]
-            more = {**query.given, "after": str(last["id"])}
-        rows += following
-    unique = {row["id"]: row for row in rows}
-    shown = [_linked(mask(row)) for row in list(unique.values())[: query.rows]]
+        free = query.rows - len(rows)
+        following = await _by_subject(pool, wanted, query, free + 1)
+        if len(following) > free:
+            given = {key: value for key, value in query.given.items() if key != "skip"}
+            place = {"after": str(following[free - 1]["id"])} if free else {"skip": str(len(first))}
+            more = {**given, **place}
+        rows += [row for row in following[:free] if row["id"] not in first]
+    if skip or is_later:
+        remark, advice = None, None
+    if len(first) >= MAX_ROWS:
+        remark = (
+            f"Only the latest {MAX_ROWS:,} with this address are listed. Add filters to find all."
+        )
+    shown = [_linked(mask(row)) for row in rows]
     columns = [COLUMNS[name] for name in DEFAULT_COLUMNS]
     return EnrollmentPage(Table("search", columns, shown, query.given, more, remark=remark), advice)
 
@@ -367,7 +377,9 @@ async def by_text(
     return rows + found, *((None, None) if is_whole else (NOT_ALL_SEARCHED, EMAIL_INDEX))
 
 
-async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asyncpg.Record]:
+async def _by_subject(
+    pool: asyncpg.Pool, wanted: str, query: Query, limit: int
+) -> list[asyncpg.Record]:
     after: Any = [wanted, "", -1]  # where the scan of the index begins
     if query.get("after"):
         found = await connections.read(pool, "console_by_id", query.number("after", 0))
@@ -375,7 +387,7 @@ async def _by_subject(pool: asyncpg.Pool, wanted: str, query: Query) -> list[asy
             raise WrongQueryError("the enrollment at which the last page ended no longer exists")
         after = [found[0]["subject"], found[0]["sequence"], found[0]["entry"]]
     rows: list[asyncpg.Record] = await connections.read(
-        pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, query.rows + 1
+        pool, "console_by_subject", wanted, wanted + LAST_CHARACTER, *after, limit
     )
     return rows
 

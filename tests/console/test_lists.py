@@ -396,3 +396,31 @@ async def test_a_list_without_a_database(database: str, connection: asyncpg.Conn
             page = await client.get(path)
             assert page.status_code == 503
             assert "The database cannot be reached" in page.text
+
+
+async def test_a_search_finds_each_enrollment_once_over_all_pages(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Those with the address come first, then those whose subject begins with it."""
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET reentry = 'always';"
+        "INSERT INTO sequencer.enrollments (sequence, subject, data)"
+        " SELECT 's', CASE WHEN n % 2 = 0 THEN 'ada@example.com-' || n ELSE 'u' || n END,"
+        " CASE WHEN n <= 14 THEN '{\"email\": \"Ada@example.com\"}'::jsonb ELSE '{}' END"
+        " FROM generate_series(1, 30) AS n"
+    )
+    async with console(database) as client:
+        for limit in (1, 5, 7, 14, 50):
+            found: list[str] = []
+            url = f"/tables/search.json?q=+ada@example.com+&limit={limit}"
+            while url:
+                page = (await client.get(url)).json()
+                assert len(page["rows"]) <= limit
+                found += [row["subject"] for row in page["rows"]]
+                url = (page["next"] or "").removeprefix("/console")
+            assert len(found) == len({*found}) == 22, limit
+            assert {*found[:14]} == {
+                f"u{n}" if n % 2 else f"ada@example.com-{n}" for n in range(1, 15)
+            }
+        assert "u3" in check(await client.get("/search?q=%20u3%0A"))

@@ -188,17 +188,17 @@ SELECT EXISTS (SELECT FROM pg_index
                 WHERE indexrelid = to_regclass('sequencer.enrollments_email') AND indisvalid);
 
 -- name: console_by_email
--- Find enrollments by e-mail address, by an index.
+-- Find enrollments by e-mail address, by an index, the latest first.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
        CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
-  FROM sequencer.enrollments WHERE lower(data->>'email') = lower($1) LIMIT $2;
+  FROM sequencer.enrollments WHERE lower(data->>'email') = lower($1) ORDER BY id DESC LIMIT $2;
 
 -- name: console_by_email_of_latest
--- Find enrollments by e-mail address among the latest, where there is no index.
+-- Find enrollments by e-mail address among the latest, where there is no index, the latest first.
 SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, entry,
        CASE WHEN leased_by IS NULL THEN coalesce(waits_until, wake_at) END AS waits_until
   FROM (SELECT * FROM sequencer.enrollments ORDER BY id DESC LIMIT $3) AS latest
- WHERE lower(data->>'email') = lower($1) LIMIT $2;
+ WHERE lower(data->>'email') = lower($1) ORDER BY id DESC LIMIT $2;
 
 -- name: console_revisions
 -- Read a page of the revisions of a sequence, the latest first, each with the document before it.
