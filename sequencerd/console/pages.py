@@ -35,6 +35,7 @@ from sequencerd.console.context import (
     render,
     to_its_shard,
 )
+from sequencerd.console.editing import read_stored
 from sequencerd.console.lists import (
     COLUMNS,
     DEFAULT_COLUMNS,
@@ -186,7 +187,7 @@ async def sequence(request: Request) -> Response:
         since=_since(counts),
         name=name,
         description=row.get("description"),
-        status=row.get("status") or ("paused" if definition.paused else "active"),
+        status=(await read_stored(context, name)).status,  # also just after it was changed
         definition=definition,
         schedules=grouped(schedules),
         brakes=grouped(brakes),

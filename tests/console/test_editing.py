@@ -10,10 +10,12 @@ import asyncpg
 import httpx
 import pytest
 
+from sequencerd.console import summary
 from sequencerd.console.editing import side_by_side
-from tests.console.conftest import BEGUN, DAY, Mended, console, people, token
+from tests.console.conftest import BEGUN, DAY, Mended, console, page_with, people, token
 from tests.console.test_users import USERS, log_in
 from tests.helpers.engines import define, until
+from tests.helpers.waiting import PATIENCE
 
 REVISION = "SELECT revision FROM sequencer.sequences WHERE name = 's'"
 
@@ -31,11 +33,14 @@ def form_of(page: httpx.Response, **changes: str) -> dict[str, str]:
 
 
 async def test_a_sequence_is_paused_with_a_reason(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await people(connection)
     async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
         await log_in(client, "otto")
+        await page_with(client, "/", ">s</a>")  # the status is counted, and not again
+        monkeypatch.setattr(summary, "MIN_PAUSE", PATIENCE)
+        await page_with(client, "/", ">s</a>")
         assert "Pause…" not in (await client.get("/sequence?sequence=s")).text
         refused = await client.get("/status?sequence=s&action=pause")
         assert refused.status_code == 403
@@ -53,6 +58,10 @@ async def test_a_sequence_is_paused_with_a_reason(
         assert (await client.post("/status", data=nowhere)).status_code == 422
         done = await client.post("/status", data={**form, "reason": "a holiday"})
         assert done.status_code == 303
+        page = await client.get(done.headers["location"].removeprefix("/console"))
+        assert 'data-tag="paused"' in page.text
+        assert "Resume…" in page.text
+        assert "Pause…" not in page.text
         row = await connection.fetchrow(
             "SELECT s.status, r.reason FROM sequencer.sequences AS s"
             " JOIN sequencer.revisions AS r USING (revision) WHERE s.name = 's'"
