@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, SideEffect, StepKey
+from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
@@ -161,18 +161,13 @@ class Claims:
         sequence = self._catalog.sequences.get(step_key[0])
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return False
-        limit = self._batch
         step = sequence.steps.get(step_key[1])
         if step and isinstance(step.behaviour, ServedElsewhere):
             return False
-        if step and isinstance(step.behaviour, SideEffect):
-            executor = self._executors.by_key[step.type]
-            free = executor.free_slots
-            # a single slot is not divided: with nothing in flight, nothing would wake the step
-            limit = 0 if self._backlog.is_full else min(limit, free // claimers or min(free, 1))
-            if limit <= 0:
-                executor.waiting.add(step_key)
-                return False
+        limit = self._executors.claimable(step, self._batch, claimers)
+        if step and not limit:
+            self._executors.by_key[step.type].waiting.add(step_key)
+            return False
         try:
             count = await self._claim_batch(step_key, sequence.revision, limit, claimed_many)
         except Exception as error:

@@ -25,6 +25,7 @@ from sequencerd.core.model import (
     OutageCause,
     Reservation,
     Result,
+    SideEffect,
     Step,
     StepKey,
     Task,
@@ -330,6 +331,17 @@ class Executors:
             return executor
         executor.waiting.add(step_key)
         return None
+
+    def claimable(self, step: Step | None, most: int, claimers: int = 1) -> int:
+        """Return how many enrollments of a step can be claimed at a time, at `most`. If it has a
+        side effect, its free slots are divided among its `claimers`; there are none if too many
+        results wait.
+        """
+        if step is None or not isinstance(step.behaviour, SideEffect):
+            return most
+        free = 0 if self._is_full() else max(self.by_key[step.type].free_slots, 0)
+        # a single slot is not divided: with nothing in flight, nothing would wake the step
+        return min(most, free // claimers or min(free, 1))
 
     def is_waited_for(self, step_key: StepKey) -> bool:
         """Return whether a step waits for a free slot."""

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment, SideEffect, StepKey
+from sequencerd.core.model import Enrollment, StepKey
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.catalog import Catalog
@@ -133,16 +133,10 @@ class ReadAhead:
                     self._read.clear()
 
     def _batch_size(self, step_key: StepKey) -> int:
-        """Return how many enrollments of a step can be written at a time: none without a free slot,
-        or if other claims wait for one.
-        """
+        """Return how many enrollments of a step can be written at a time."""
         if self._executors.is_waited_for(step_key):
             return 0
-        step = self._catalog.step(step_key)
-        if step is None or not isinstance(step.behaviour, SideEffect):
-            return self._batch
-        free = self._executors.by_key[step.type].free_slots
-        return 0 if self._backlog.is_full else max(0, min(self._batch, free))
+        return self._executors.claimable(self._catalog.step(step_key), self._batch)
 
     async def _write_batch(
         self, step_key: StepKey, at: datetime, read: list[tuple[Enrollment, int]]
