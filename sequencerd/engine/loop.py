@@ -38,7 +38,7 @@ from sequencerd.engine.heap import Heap
 from sequencerd.engine.heartbeat import Heartbeat
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
-from sequencerd.engine.outages import MAX_DUE, Outages
+from sequencerd.engine.outages import Outages
 from sequencerd.engine.problems import Problems
 from sequencerd.engine.quarantine import Quarantine
 from sequencerd.engine.read_ahead import AHEAD, TOO_LATE, ReadAhead
@@ -439,7 +439,7 @@ class Engine:
         counts = []
         if due:
             async with connections.borrow(self._pool) as connection:
-                counts = await count_due(connection, due, now, MAX_DUE)
+                counts = await count_due(connection, due, now)
         await self._claims.claim_orphans(due, now)
         self._executors.resume()
         self._expiries.forget()

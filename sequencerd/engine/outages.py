@@ -16,8 +16,7 @@ from sequencerd.engine.problems import Problems
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, wakes
 
-PROBLEM_KIND = "runner"  # the kind of problem
-MAX_DUE = 10_000  # enrollments that are counted at each due step
+PROBLEM_KIND = "runner"
 
 
 class Outages:
@@ -69,7 +68,7 @@ class Outages:
             return
         async with connections.borrow(self._pool) as connection:
             since = {step_key: self._since(step_key) for step_key in types}
-            counts = await wakes.count_due(connection, since, self._clock.now(), MAX_DUE)
+            counts = await wakes.count_due(connection, since, self._clock.now())
         waiting = dict.fromkeys(down, 0)
         for sequence, step, due, _ in counts:
             waiting[types[sequence, step]] += due

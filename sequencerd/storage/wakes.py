@@ -14,6 +14,7 @@ from sequencerd.core.model import NEVER, StepKey
 from sequencerd.storage.statements import QUERIES, columns
 
 STEPS_PER_SEARCH = 20_000
+MAX_DUE = 10_000  # enrollments that are counted at each step
 LAST_NAME = chr(0x10FFFF) * 51
 FIRST_KEY, LAST_KEY = ("", ""), (LAST_NAME, "")
 """Keys before and after all step keys: names have 1 to 200 bytes."""
@@ -87,11 +88,11 @@ def _with_keys(rows: Iterable[asyncpg.Record]) -> list[tuple[StepKey, datetime]]
 
 
 async def count_due(
-    connection: asyncpg.Connection, since: Mapping[StepKey, datetime], now: datetime, limit: int
+    connection: asyncpg.Connection, since: Mapping[StepKey, datetime], now: datetime
 ) -> list[tuple[str, str, int, int]]:
-    """Count due and overdue enrollments of steps, from a time on and up to a limit each."""
+    """Count due and overdue enrollments of steps, from a time on and at most MAX_DUE of each."""
     rows = await connection.fetch(
-        QUERIES["count_due"], *columns(since), list(since.values()), now, limit
+        QUERIES["count_due"], *columns(since), list(since.values()), now, MAX_DUE
     )
     return [tuple(row) for row in rows]
 
