@@ -12,6 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 ERROR_PAUSE = 1.0  # seconds after a transient error
+LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 MAX_SHARE_OF_TIME = 0.2  # of the time, for work that is requested again and again
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, StepKey
 from sequencerd.core.retry import doubled
+from sequencerd.engine.background import LOCKED_PAUSE
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.catalog import Catalog
@@ -38,7 +39,6 @@ EMPTY_CLAIMS_PAUSE = 0.5  # seconds, the longest such delay
 SEVERAL = 4  # enrollments found by a claim, after which more gather before the next one
 GATHER_TIME = timedelta(seconds=0.01)
 PREPARE_TIME = 1.0  # seconds
-LOCKED_PAUSE = timedelta(seconds=0.2)  # until a row that another session has locked is tried again
 
 
 class Claims:
@@ -222,7 +222,8 @@ class Claims:
                 next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
                 # the remaining due rows are locked; that may end without a notification
                 is_locked = next_at <= now and len(claimed) == count
-                self._push(step_key, now + LOCKED_PAUSE if is_locked else next_at)
+                soon = now + timedelta(seconds=LOCKED_PAUSE)
+                self._push(step_key, soon if is_locked else next_at)
         return count
 
     async def _move_few(

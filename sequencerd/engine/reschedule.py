@@ -20,7 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
 from sequencerd.core.model import StepKey
-from sequencerd.engine.background import ERROR_PAUSE, Background, Repeating
+from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.jumps import PendingJump
@@ -35,7 +35,6 @@ from sequencerd.storage.listener import Reevaluate
 IDS_PER_READ = 100_000  # ids read at a time, as each read scans all enrollments at the step
 ENROLLMENTS_PER_TURN = 50  # enrollments that are evaluated without yielding to the loop
 OTHERS_PAUSE = 1.0  # seconds between checks of another daemon's progress
-LOCKED_PAUSE = 0.2  # seconds until rows that another session has locked are tried again
 TRANSACTIONS_TIMEOUT = 5.0  # seconds for older transactions, which may use the old definition
 TRANSACTIONS_TURN = 0.05
 MAX_REQUESTS = 1000  # different requests that may wait; beyond them, one for all enrollments

@@ -25,7 +25,7 @@ from sequencerd.core.model import (
     Undeliverable,
     may_have_taken_place,
 )
-from sequencerd.engine.background import ERROR_PAUSE
+from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.clock import Clock
@@ -39,7 +39,6 @@ from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import NotWritten, Unchanged
 
-LOCKED_PAUSE = 0.2  # seconds until a row that another session has locked is tried again
 SLOW_PAUSE = 0.25  # seconds until a batch with slow evaluations is continued
 DIFFERING_FOR = timedelta(seconds=5)
 """For how long many equal results of a step are locked first, after some had different outcomes."""
