@@ -5,14 +5,13 @@ This module makes no decisions and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from sequencerd.core.model import (
-    Advanced,
     Decision,
     End,
     Enrollment,
@@ -24,7 +23,7 @@ from sequencerd.core.model import (
     Wait,
 )
 from sequencerd.engine.executors import Leased
-from sequencerd.engine.jumps import PendingJump
+from sequencerd.engine.jumps import PendingMove
 from sequencerd.engine.shared_outcome import SharedOutcomes
 from sequencerd.storage.reservations import Reserved
 from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
@@ -32,23 +31,6 @@ from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_ar
 MAX_UNLOCKED = 100  # enrollments that are read without a lock, and then written by one statement
 MAX_NUMBER = 1_000_000_000  # the limit of the column
 _NUMBERS = count()
-
-
-class Limited(NamedTuple):
-    """An enrollment whose side effect must be reserved first, and the function that advances it
-    again if a limit is `full`.
-    """
-
-    before: Enrollment
-    advanced: Advanced
-    again: Callable[..., Advanced]
-
-    @property
-    def reserved(self) -> Reserved:
-        """Return the reservations that it needs."""
-        at, decision = self.advanced.enrollment, self.advanced.decision
-        assert isinstance(decision, Execute)
-        return Reserved(at.id, at.visit, decision.reservations)
 
 
 @dataclass(slots=True)
@@ -63,8 +45,8 @@ class Batch(EnrollmentWrites):
     """
     transaction: int | None = None  # the number of the transaction, if it is known
     leased: list[Leased] = field(default_factory=list)  # executed after the commit
-    jumps: list[PendingJump] = field(default_factory=list)  # into other sequences, to be decided
-    limited: list[Limited] = field(default_factory=list)  # side effects with limits, to be reserved
+    jumps: list[PendingMove] = field(default_factory=list)  # into other sequences, to be decided
+    limited: list[PendingMove] = field(default_factory=list)  # side effects to be reserved
     given_back: list[Reserved] = field(default_factory=list)
     outcomes: SharedOutcomes = field(default_factory=SharedOutcomes)
     elsewhere: set[StepKey] = field(default_factory=set)  # steps that other daemons execute

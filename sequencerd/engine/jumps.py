@@ -22,7 +22,6 @@ from sequencerd.core.model import (
     Enrollment,
     Fail,
     RefusalKey,
-    Refusals,
 )
 from sequencerd.storage.entries import lock_cancelled, refusals
 
@@ -33,12 +32,14 @@ _Policy = tuple[str, str | None, int | None]
 """The reentry policy of a sequence, the code of a refusal, and the revision."""
 
 
-class PendingJump(NamedTuple):
-    """An enrollment that affects others, and the function that advances it again after refusals."""
+class PendingMove(NamedTuple):
+    """An enrollment that affects others or needs reservations, and the function that advances it
+    again, given what refuses that: `refused`, or which limit is `full`.
+    """
 
     before: Enrollment
     advanced: Advanced
-    again: Callable[[Refusals], Advanced]
+    again: Callable[..., Advanced]
 
 
 class JumpDecisions(NamedTuple):
@@ -50,7 +51,7 @@ class JumpDecisions(NamedTuple):
 
 
 async def decide(
-    connection: asyncpg.Connection, jumps: Iterable[PendingJump], definitions: Definitions
+    connection: asyncpg.Connection, jumps: Iterable[PendingMove], definitions: Definitions
 ) -> JumpDecisions:
     """Decide where enrollments go, according to the sequences that they enter."""
     decided = JumpDecisions([], {}, set())
@@ -84,9 +85,9 @@ async def decide(
                 ids |= {id_: cancellation.message for id_ in found if id_ is not None}
             if news:
                 refused[before.id] |= news
-                other = again(refused[before.id])
+                other = again(refused=refused[before.id])
                 if other.is_tentative:
-                    open_.append(PendingJump(before, other, again))
+                    open_.append(PendingMove(before, other, again))
                 else:
                     decided.advanced.append((before, other))
                 continue
@@ -111,7 +112,7 @@ def _entered(before: Enrollment, advanced: Advanced) -> list[tuple[RefusalKey, s
 
 
 async def _policies(
-    connection: asyncpg.Connection, jumps: Iterable[PendingJump]
+    connection: asyncpg.Connection, jumps: Iterable[PendingMove]
 ) -> defaultdict[int, dict[RefusalKey, _Policy]]:
     """Read the reentry policies and refusals of the sequences that are entered."""
     asked = [
@@ -130,7 +131,7 @@ async def _policies(
 
 
 async def _lock_cancelled(
-    connection: asyncpg.Connection, jumps: Iterable[PendingJump]
+    connection: asyncpg.Connection, jumps: Iterable[PendingMove]
 ) -> dict[tuple[int, RefusalKey], list[int | None]]:
     """Lock the enrollments to be cancelled: ids, or None if another session has locked one."""
     asked: list[tuple[int, Cancellation]] = [

@@ -36,14 +36,15 @@ from sequencerd.core.model import (
     Task,
     Wait,
 )
-from sequencerd.engine.batch import Batch, Limited
+from sequencerd.engine.batch import Batch
 from sequencerd.engine.breaker import TIMER_TOLERANCE
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
-from sequencerd.engine.jumps import PendingJump, decide
+from sequencerd.engine.jumps import PendingMove, decide
 from sequencerd.engine.shared_outcome import SharedOutcome, Start
 from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import brakes, entries, reservations, wakes, writes
+from sequencerd.storage.reservations import Reserved
 
 MAX_INVALID = 10_000  # steps that are remembered
 START_TOLERANCE = timedelta(seconds=1)  # after its wake time, an enrollment starts on time
@@ -103,27 +104,20 @@ class Moves:
         before = enrollment
         if begins_at is not None:
             enrollment = enrollment._replace(wake_at=begins_at)
-        advanced = self.advance(
+        again = partial(
+            self.advance,
             enrollment,
             now,
             result,
             started_revision,
             expired_leases=expired_leases,
-            result_only=result_only,
         )
-        if advanced.is_tentative or self._needs_reservation(advanced, now):
-            again = partial(
-                self.advance,
-                enrollment,
-                now,
-                result,
-                started_revision,
-                expired_leases=expired_leases,
-            )
-            if advanced.is_tentative:
-                batch.jumps.append(PendingJump(enrollment, advanced, again))
-            else:
-                batch.limited.append(Limited(enrollment, advanced, again))
+        advanced = again(result_only=result_only)
+        if advanced.is_tentative:
+            batch.jumps.append(PendingMove(enrollment, advanced, again))
+            return True
+        if self._needs_reservation(advanced, now):
+            batch.limited.append(PendingMove(enrollment, advanced, again))
             return True
         outcome = self.add(batch, before, advanced, now)
         if outcome is not None and key is not None:
@@ -319,7 +313,7 @@ class Moves:
         """Reserve side effects with a limit or a brake, and add their enrollments, with a lease or
         as the limit says.
         """
-        wanted = [one.reserved for one in batch.limited]
+        wanted = [_reserved(one.advanced) for one in batch.limited]
         full: dict[int, model.LimitReached] = {}
         if batch.given_back or any(one.places for one in wanted):
             full = await reservations.reserve(connection, wanted, batch.given_back, now)
@@ -350,6 +344,13 @@ class Moves:
         counted = {name: (begun[name], name in over) for name in remaining}
         if any(count or is_over for count, is_over in counted.values()):
             await brakes.count(connection, counted, now)
+
+
+def _reserved(advanced: Advanced) -> Reserved:
+    """Return the reservations that an enrollment needs."""
+    at, decision = advanced.enrollment, advanced.decision
+    assert isinstance(decision, Execute)
+    return Reserved(at.id, at.visit, decision.reservations)
 
 
 def _lease(batch: Batch, leased: Enrollment, start: Start) -> None:

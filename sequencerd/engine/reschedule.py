@@ -23,7 +23,7 @@ from sequencerd.core.model import StepKey
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.clock import Clock
-from sequencerd.engine.jumps import PendingJump
+from sequencerd.engine.jumps import PendingMove
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import isolate
@@ -344,8 +344,8 @@ class Rescheduling:
             for number, enrollment in enumerate(waiting, 1):
                 advanced = self._moves.advance(enrollment, now)
                 if advanced.is_tentative:
-                    again = partial(self._moves.advance, enrollment, now, None, None)
-                    batch.jumps.append(PendingJump(enrollment, advanced, again))
+                    again = partial(self._moves.advance, enrollment, now)
+                    batch.jumps.append(PendingMove(enrollment, advanced, again))
                 elif not is_unchanged(enrollment, advanced):
                     self._moves.add(batch, enrollment, advanced, now)
                 if slow.end_batch():
