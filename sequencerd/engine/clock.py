@@ -12,8 +12,6 @@ from datetime import UTC, datetime, timedelta
 
 SMALL_CHANGE = timedelta(seconds=1)
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
 
 class Clock:
     """A clock whose `now()` is the database's time: at most a round trip behind, and never ahead of
@@ -22,8 +20,8 @@ class Clock:
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._last = _EPOCH
-        self._offset = (datetime.now(UTC) - _EPOCH).total_seconds() - monotonic()
+        self._offset = time.time() - monotonic()
+        self._last = datetime.min.replace(tzinfo=UTC)  # that was returned
 
     def now(self) -> datetime:
         """Return the time, aware, in UTC. A small correction stops the clock, and never sets it
@@ -54,4 +52,4 @@ class Clock:
         return off
 
     def _corrected(self) -> datetime:
-        return _EPOCH + timedelta(seconds=self._monotonic() + self._offset)
+        return datetime.fromtimestamp(self._monotonic() + self._offset, UTC)

@@ -108,14 +108,14 @@ async def read_all_times(connection: asyncpg.Connection) -> None:
     )
 
 
-_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_POSTGRES_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _FIRST = datetime.min.replace(tzinfo=UTC)
 _INFINITY, _MINUS_INFINITY = 2**63 - 1, -(2**63)
 
 
 def _read_time(microseconds: tuple[int]) -> datetime:
     try:
-        return _EPOCH + timedelta(microseconds=microseconds[0])
+        return _POSTGRES_EPOCH + timedelta(microseconds=microseconds[0])
     except OverflowError:
         return NEVER if microseconds[0] > 0 else _FIRST
 
@@ -125,7 +125,7 @@ def _write_time(at: datetime) -> tuple[int]:
         return (_INFINITY,)
     if at == _FIRST:
         return (_MINUS_INFINITY,)
-    return ((at - _EPOCH) // timedelta(microseconds=1),)
+    return ((at - _POSTGRES_EPOCH) // timedelta(microseconds=1),)
 
 
 def explain(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from sequencerd.core.calendar.next_match import (
     next_start,
 )
 from sequencerd.core.calendar.parsing import format_iso, is_bare_number, parse, parse_unix
-from sequencerd.core.calendar.zones import OUT_OF_RANGE, to_wall, zone
+from sequencerd.core.calendar.zones import EPOCH, OUT_OF_RANGE, to_wall, zone
 from sequencerd.core.model import DefinitionError, EvaluationError
 
 __all__ = [
@@ -60,7 +60,6 @@ UNITS = frozenset(
 )
 """The names of the units that `add` takes, as moment's manual spells them."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
 
@@ -124,7 +123,7 @@ def _elapsed(wall: datetime, amount: float, unit: str) -> timedelta:
     """
     for factor in _MILLISECONDS[unit]:
         amount *= factor
-    shown = (wall.replace(tzinfo=UTC) - _EPOCH) // _MILLISECOND
+    shown = (wall.replace(tzinfo=UTC) - EPOCH) // _MILLISECOND
     return timedelta(milliseconds=trunc(shown + amount) - shown)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
-from sequencerd.core.calendar.zones import to_wall
+from sequencerd.core.calendar.zones import EPOCH, to_wall
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LENGTHS = {
     "hour": timedelta(hours=1),
     "minute": timedelta(minutes=1),
@@ -40,4 +39,4 @@ def period(instant: datetime, unit: str, tz: ZoneInfo) -> int:
         case "day":
             return wall.toordinal()
     shown = wall.replace(tzinfo=None) - datetime(1, 1, 1)  # noqa: DTZ001 - what a clock shows
-    return (instant - shown % _LENGTHS[unit] - _EPOCH) // _LENGTHS["millisecond"]
+    return (instant - shown % _LENGTHS[unit] - EPOCH) // _LENGTHS["millisecond"]

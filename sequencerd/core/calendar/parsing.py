@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from re import Match, Pattern
 from zoneinfo import ZoneInfo
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+from sequencerd.core.calendar.zones import EPOCH
 
 # JavaScript's \s: without the control characters that Python's takes as well, with the BOM.
 _SPACE = r"[\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff]"
@@ -79,7 +79,7 @@ def parse(text: str, tz: ZoneInfo) -> datetime | None:
     """
     try:
         if match := _ASP_NET.match(text):
-            return _EPOCH + timedelta(milliseconds=int(match[1]))
+            return EPOCH + timedelta(milliseconds=int(match[1]))
         if spaced := _SPACED_OFFSET.fullmatch(text):
             text = spaced["wall"] + spaced["offset"].replace("UTC", "Z").replace("GMT", "Z")
         for style in _ISO_STYLES:
@@ -97,7 +97,7 @@ def parse_unix(text: str, unit: timedelta) -> datetime | None:
     if not _NUMBER.fullmatch(text):
         return None
     try:
-        return _EPOCH + float(text) * unit
+        return EPOCH + float(text) * unit
     except OverflowError:
         return None
 

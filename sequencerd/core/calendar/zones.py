@@ -20,6 +20,7 @@ from zoneinfo import ZoneInfo
 from sequencerd.core.model import DefinitionError, EvaluationError
 
 OUT_OF_RANGE = "the date is outside of the years 1 to 9999"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _SECOND = timedelta(seconds=1)
 _DAY = timedelta(days=1)
