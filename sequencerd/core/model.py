@@ -19,6 +19,8 @@ NEVER = datetime.max.replace(tzinfo=UTC)
 """The wake time of enrollments that only wake by a change; PostgreSQL's 'infinity'."""
 
 MAX_MESSAGE = 2000  # characters
+MAX_NAME = 200  # bytes of a name of a sequence, step or calendar, as in the schema
+MAX_SUBJECT = 1000  # bytes, as in the schema
 
 
 KeyPath = tuple[str | int, ...]

@@ -26,6 +26,7 @@ from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.javascript.templates import check_partial
 from sequencerd.core.languages import FILE, TEXT_SCHEMA, check_locale_path
 from sequencerd.core.model import (
+    MAX_NAME,
     DefinitionError,
     Fault,
     InvalidStep,
@@ -58,7 +59,6 @@ from sequencerd.definitions.compiler import (
 from sequencerd.definitions.yaml_reader import Document, DocumentError, read_documents
 from sequencerd.errors import FileError
 
-MAX_NAME = 200  # bytes
 MAX_DESCRIPTION = 10_000  # bytes
 MAX_HINTS = 50
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sequencerd.core.model import MAX_NAME
 from sequencerd.core.step_types import BUILT_IN, is_message
 from sequencerd.core.step_types.effects import EffectConfig
-from sequencerd.definitions.files import MAX_NAME, FileSequence
+from sequencerd.definitions.files import FileSequence
 from sequencerd.runners.addressed import RecipientConfig
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core.describe import counted
+from sequencerd.core.model import MAX_SUBJECT
 from sequencerd.errors import UsageError
 from sequencerd.storage.connections import counting
 from sequencerd.storage.database_errors import with_hint
@@ -28,7 +29,6 @@ from sequencerd.storage.statements import QUERIES
 BATCH_SIZE = 1000  # enrollments in a transaction
 FETCH_SIZE = 10_000
 LAST_BATCH_TIMEOUT = 10.0  # seconds in which an interrupted batch may end
-MAX_SUBJECT = 1000  # bytes, as in the schema
 GROUP_COLUMNS = ("sequence", "step", "status", "failure")
 
 STATUSES = {

@@ -14,6 +14,7 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, Faults
 from sequencerd.core.model import (
     ALT_NEXT,
+    MAX_SUBJECT,
     NEVER,
     NEXT,
     REMOVED,
@@ -32,9 +33,6 @@ from sequencerd.core.step_types.data import compile_item, data_paths
 from sequencerd.core.step_types.durations import Duration, in_words, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
-
-MAX_SUBJECT = 1000  # bytes
-
 
 # --- other enrollments
 

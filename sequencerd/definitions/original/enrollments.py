@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import asyncpg
 
 from sequencerd.core.describe import visible
+from sequencerd.core.model import MAX_SUBJECT
 from sequencerd.core.routing import ShardNumber, shard_of
 from sequencerd.core.step_types import is_goal, is_instant
 from sequencerd.definitions import plan
@@ -22,7 +23,6 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 
 BATCH_SIZE = 5000  # enrollments in memory
-MAX_SUBJECT = 1000  # bytes
 
 _NOT_A_ROWS = (
     asyncpg.PostgresConnectionError,
