@@ -33,6 +33,11 @@ MAX_RUNNING = 4  # changes at the same time
 MAX_KEPT = 50  # changes whose reports are kept
 
 
+def recorded(user: str, reason: str) -> str:
+    """Return what the history records about a change."""
+    return f"{user} in the console: {reason}"
+
+
 @dataclass(eq=False)
 class BulkChange:
     """A change of the enrollments that a user selected, with its progress."""
@@ -48,11 +53,6 @@ class BulkChange:
     done: BulkResult = field(default_factory=BulkResult)
     errors: list[str] = field(default_factory=list)
     ended: float | None = None  # by the monotonic clock
-
-    @property
-    def why(self) -> str:
-        """Return the reason that events record."""
-        return f"{self.user} in the console: {self.reason}"
 
     @property
     def selected(self) -> int:
@@ -171,7 +171,7 @@ class BulkChanges:
                 connection,
                 change.action,
                 ids,
-                reason=change.why,
+                reason=recorded(change.user, change.reason),
                 to=change.to,
                 progress=progress,
             )

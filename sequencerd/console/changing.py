@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console import views
-from sequencerd.console.actions import ACTIONS
+from sequencerd.console.actions import ACTIONS, recorded
 from sequencerd.console.auth import Visitor
 from sequencerd.console.causes import NO_ERROR, causes
 from sequencerd.console.context import (
@@ -43,8 +43,8 @@ def reason_of(query: Query) -> str | None:
 
 
 def why(request: Request, reason: str) -> str:
-    """Return what the history records about a change."""
-    return f"{request.state.visitor.user} in the console: {reason}"
+    """Return what the history records about a change by the user of a request."""
+    return recorded(request.state.visitor.user, reason)
 
 
 async def select(context: PageContext, query: Query) -> Selection:
