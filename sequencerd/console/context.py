@@ -19,11 +19,12 @@ from sequencerd.console.actions import BulkChanges
 from sequencerd.console.auth import Auth, Visitor
 from sequencerd.console.live import LiveTopics
 from sequencerd.console.mask import make_mask
-from sequencerd.console.query import ROWS_PER_PAGE, Query, WrongQueryError
+from sequencerd.console.query import ROWS_PER_PAGE, NotFoundError, Query, WrongQueryError
 from sequencerd.console.sent_forms import SentForms
 from sequencerd.console.summary import Summary
 from sequencerd.console.tables import at, at_shard
 from sequencerd.console.views import EnrollmentHistory
+from sequencerd.core import model
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.settings import ConsoleSettings, Role
@@ -87,6 +88,16 @@ def context_of(request: Request) -> PageContext:
         return context
     unmasked: PageContext = request.app.state.unmasked
     return unmasked
+
+
+def definition_of(context: PageContext, name: str, step: str | None = None) -> model.Sequence:
+    """Return a sequence; if a step is named, one that has it. Raises NotFoundError."""
+    definition = context.simulator().definitions.get(name)
+    if definition is None:
+        raise NotFoundError(f"There is no sequence {name}.")
+    if step is not None and step not in definition.steps:
+        raise NotFoundError(f"The sequence {name} has no step {step}.")
+    return definition
 
 
 def unmasked(context: PageContext) -> PageContext:

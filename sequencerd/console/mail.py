@@ -20,12 +20,13 @@ from sequencerd.console.context import (
     PageContext,
     SentTest,
     context_of,
+    definition_of,
     query_of,
     render,
 )
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import at
-from sequencerd.core.model import Enrollment, Sequence, SideEffect, parse_data
+from sequencerd.core.model import Enrollment, SideEffect, parse_data
 from sequencerd.definitions import step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
@@ -68,7 +69,7 @@ async def mail(request: Request) -> Response:
 
 async def _page(request: Request, query: Query, wrong: str | None, status: int = 200) -> Response:
     context = context_of(request)
-    sequence = _sequence(context, query)
+    sequence = definition_of(context, query.must("sequence"), query.must("step"))
     shown, enrollment = None, query.get("enrollment")
     if enrollment is None and query.get("data") is None:
         enrollment = await example(context, query)
@@ -149,17 +150,6 @@ def sends(context: PageContext, step: Any) -> bool:
     return isinstance(step.behaviour, SideEffect) and isinstance(runner, MessageRunner)
 
 
-def _sequence(context: PageContext, query: Query) -> Sequence:
-    name = query.must("sequence")
-    try:
-        sequence = context.simulator().definitions[name]
-    except KeyError:
-        raise NotFoundError(f"There is no sequence {name}.") from None
-    if query.must("step") not in sequence.steps:
-        raise NotFoundError(f"The sequence {name} has no step {query.must('step')}.")
-    return sequence
-
-
 async def example(context: PageContext, query: Query) -> str | None:
     """Return the id of an enrollment at the step, or else of the latest one in the sequence."""
     sequence, step = query.must("sequence"), query.must("step")
@@ -171,7 +161,7 @@ async def _message(
     context: PageContext, query: Query, id_: str | None
 ) -> tuple[step_message.StepMessage, HideText]:
     """Return the message, and the function that masks its texts."""
-    sequence = _sequence(context, query)
+    sequence = definition_of(context, query.must("sequence"), query.must("step"))
     external = read_object(query.get("external") or "{}", "external data")
     known: dict[str, Any] = {}
     if id_ is None:

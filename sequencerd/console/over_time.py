@@ -14,7 +14,7 @@ import asyncpg
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd.console.context import PageContext, context_of, query_of, render
+from sequencerd.console.context import PageContext, context_of, definition_of, query_of, render
 from sequencerd.console.merging import in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError, as_sentence
 from sequencerd.console.summary import Counts
@@ -383,13 +383,10 @@ async def tables(context: PageContext, name: str, query: Query) -> Table:
 
 
 async def _read(context: PageContext, query: Query) -> tuple[TimeRange, Activity]:
-    definitions = context.simulator().definitions
     sequence, step = query.get("sequence"), query.get("step")
-    if sequence is not None and sequence not in definitions:
-        raise NotFoundError(f"There is no sequence {sequence}.")
-    if step is not None and sequence is None:
+    if sequence is None and step is not None:
         raise WrongQueryError("choose a sequence for the step")
-    if step is not None and sequence is not None and step not in definitions[sequence].steps:
-        raise NotFoundError(f"The sequence {sequence} has no step {step}.")
+    if sequence is not None:
+        definition_of(context, sequence, step)
     chosen = range_of(query, context.now())
-    return chosen, await read(context, definitions, chosen)
+    return chosen, await read(context, context.simulator().definitions, chosen)

@@ -30,6 +30,7 @@ from sequencerd.console.context import (
     CONTENT_SECURITY_POLICY,
     PageContext,
     context_of,
+    definition_of,
     missing,
     query_of,
     render,
@@ -159,10 +160,8 @@ async def sequence(request: Request) -> Response:
     """Show a sequence: its graph and steps, and the enrollments at the chosen step."""
     context, query = context_of(request), query_of(request)
     name, step = query.must("sequence"), query.get("step")
-    definition = _definition(context, name)
-    node = definition.steps.get(step) if step else None
-    if step and node is None:
-        raise NotFoundError(f"The sequence {name} has no step {step}.")
+    definition = definition_of(context, name, step)
+    node = definition.steps[step] if step else None
     counts = await context.summary.get()
     chosen_range = panel.range_of(query)
     flow = await panel.flow(context, name, chosen_range)
@@ -240,13 +239,6 @@ def _signature(definition: Sequence) -> str:
     ]
     shown = definition.first_step, definition.timezone, steps
     return json.dumps(shown, default=str, sort_keys=True)
-
-
-def _definition(context: PageContext, name: str) -> Sequence:
-    try:
-        return context.simulator().definitions[name]
-    except KeyError:
-        raise NotFoundError(f"There is no sequence {name}.") from None
 
 
 def _graph(
