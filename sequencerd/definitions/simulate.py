@@ -51,8 +51,6 @@ from sequencerd.core.step_types.condition_config import ConditionConfig, explain
 MAX_ENTRIES = 10_000
 """The number of entries after which a simulation ends, because a sequence may loop for ever."""
 
-MAX_SHOWN = 100  # characters of a value that is shown
-
 DAEMON = "simulation"
 
 ROUNDS_OF_CYCLE = 3

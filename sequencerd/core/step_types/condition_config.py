@@ -22,10 +22,9 @@ from sequencerd.core.javascript.conditions import (
     known_command,
 )
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fault, KeyPath
-from sequencerd.core.step_types.template_config import no_date
+from sequencerd.core.step_types.template_config import no_date, shown
 
 MAX_DEPTH = 50
-MAX_SHOWN = 100  # characters of a value
 
 _COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
     "isBefore": operator.lt,
@@ -289,9 +288,9 @@ def _with_values(config: ConditionConfig, context: Context) -> str:
         [kind] = {str(path[0]) for path, _ in config.parts()}
         parts = ", ".join(_with_values(part, context) for _, part in config.parts())
         return f"{kind}({parts})"
-    shown = [_operand_with_value(operand, context) for _, operand in config.operands()]
-    shown += [config.granularity] if config.granularity else []
-    return f"{name}({', '.join(shown)})"
+    texts = [_operand_with_value(operand, context) for _, operand in config.operands()]
+    texts += [config.granularity] if config.granularity else []
+    return f"{name}({', '.join(texts)})"
 
 
 def _operand_with_value(operand: Operand, context: Context) -> str:
@@ -299,8 +298,7 @@ def _operand_with_value(operand: Operand, context: Context) -> str:
         return f"now = {context.now:%Y-%m-%dT%H:%M:%SZ}"
     predicate = compile_predicate("isNil", operand, None)
     text, _ = predicate.operands(context.json(predicate.roots))
-    text = "missing" if text is None else text
-    text = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    text = "missing" if text is None else shown(text)
     return f"{operand.value} = {text}" if operand.type == "get" else text
 
 
@@ -319,9 +317,9 @@ def describe_condition(config: Any) -> str:
         }:
             others = config.get("compareTo", [])
             operands = [value, *(others if isinstance(others, list) else [others])]
-            shown = [_describe_operand(operand) for operand in operands]
-            shown += [config["granularity"]] if config.get("granularity") else []
-            return f"{command}({', '.join(map(str, shown))})"
+            texts = [_describe_operand(operand) for operand in operands]
+            texts += [config["granularity"]] if config.get("granularity") else []
+            return f"{command}({', '.join(map(str, texts))})"
         case {"all": list(parts)} | {"any": list(parts)}:
             kind = "all" if "all" in config else "any"
             return f"{kind}({', '.join(map(describe_condition, parts))})"
