@@ -18,7 +18,7 @@ from sequencerd.core import exact_json
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
 from sequencerd.storage import connections
-from sequencerd.storage.statements import QUERIES
+from sequencerd.storage.statements import QUERIES, affected
 
 NAME = "the text"
 CHANGED = "The data has changed meanwhile: nothing was written. This is the difference."
@@ -108,7 +108,7 @@ async def change(request: Request) -> Response:
         done = await connection.execute(
             QUERIES["console_set_data"], id_, exact_json.dumps(data), row["version"], cause[:2000]
         )
-    if done == "INSERT 0 0":
+    if not affected(done):
         return await _page(request, id_, text, 409, lines=lines, wrong=CHANGED)
     context.enrollments_read.clear()
     return RedirectResponse(at(f"/enrollments/{id_}"), 303)

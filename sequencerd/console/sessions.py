@@ -15,7 +15,7 @@ import asyncpg
 from sequencerd.core.model import printable
 from sequencerd.storage import connections
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
-from sequencerd.storage.statements import QUERIES
+from sequencerd.storage.statements import QUERIES, affected
 
 _T = TypeVar("_T")
 
@@ -86,12 +86,12 @@ class Sessions:
         """
         try:
             async with connections.borrow(self._pool) as connection:
-                done: str = await connection.execute(QUERIES["console_end_session"], key, user)
+                done = await connection.execute(QUERIES["console_end_session"], key, user)
         except asyncpg.ReadOnlySQLTransactionError:
             self._begun_here.pop(key, None)
             self._ended_here.add(key)
             return True
-        return done != "DELETE 0"
+        return affected(done) > 0
 
 
 class SessionsOfShards(Sessions):

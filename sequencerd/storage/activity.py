@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import asyncpg
 
 from sequencerd.core.model import StepKey
-from sequencerd.storage.statements import QUERIES
+from sequencerd.storage.statements import QUERIES, affected
 
 COUNTING_DELAYS = (timedelta(minutes=10), timedelta(hours=25))
 """How long after its end an hour is counted. A daemon records only events of the last day, so the
@@ -65,8 +65,8 @@ async def note_lateness(
 
 async def sum_lateness(connection: asyncpg.Connection, now: datetime) -> bool:
     """Sum up some of the lateness of past hours. Return whether there was any."""
-    done: str = await connection.execute(QUERIES["sum_lateness"], _hour(now), MAX_LATENESS_ROWS)
-    return done != "INSERT 0 0"
+    done = await connection.execute(QUERIES["sum_lateness"], _hour(now), MAX_LATENESS_ROWS)
+    return affected(done) > 0
 
 
 async def prune(connection: asyncpg.Connection, before: datetime) -> None:

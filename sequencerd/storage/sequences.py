@@ -11,7 +11,7 @@ import asyncpg
 
 from sequencerd.core.model import StepKey
 from sequencerd.storage.connections import transaction
-from sequencerd.storage.statements import QUERIES, columns
+from sequencerd.storage.statements import QUERIES, affected, columns
 
 
 async def read_revisions(
@@ -69,9 +69,4 @@ async def failed_steps(connection: asyncpg.Connection, names: Iterable[str]) -> 
 async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:
     """Resume enrollments that failed at steps that are valid now. Return how many."""
     sequences, steps = columns(step_keys)
-    return _count(await connection.execute(QUERIES["revive"], sequences, steps, now))
-
-
-def _count(tag: str) -> int:
-    """Return the number in a command tag such as "INSERT 0 5"."""
-    return int(tag.rsplit(" ", 1)[-1])
+    return affected(await connection.execute(QUERIES["revive"], sequences, steps, now))

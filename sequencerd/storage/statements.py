@@ -80,3 +80,8 @@ def columns(step_keys: Iterable[StepKey]) -> tuple[list[str], list[str]]:
     """Split step keys into an array of sequences and one of steps."""
     wanted = list(step_keys)
     return [sequence for sequence, _ in wanted], [step for _, step in wanted]
+
+
+def affected(tag: str) -> int:
+    """Return how many rows a statement has written, given its command tag such as "INSERT 0 5"."""
+    return int(tag.rpartition(" ")[2])

@@ -9,7 +9,7 @@ import asyncpg
 
 from sequencerd.core.model import Undeliverable, printable
 from sequencerd.storage import bulk
-from sequencerd.storage.statements import QUERIES
+from sequencerd.storage.statements import QUERIES, affected
 
 
 async def read_suppressed(
@@ -57,7 +57,7 @@ async def add(
     """Suppress addresses, for all topics or one. Return how many were not suppressed before."""
     if not addresses:
         return 0
-    done: str = await connection.execute(
+    done = await connection.execute(
         QUERIES["suppress"],
         [one.channel for one in addresses],
         [one.address for one in addresses],
@@ -65,4 +65,4 @@ async def add(
         [one.source for one in addresses],
         topic,
     )
-    return int(done.rpartition(" ")[2])
+    return affected(done)
