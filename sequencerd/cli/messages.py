@@ -15,17 +15,15 @@ import asyncpg
 
 from sequencerd.cli.commands import connected, explain, on_shards, read_settings, report_missing
 from sequencerd.cli.ids import shard_of_id
-from sequencerd.cli.output import is_terminal, say, say_lines, say_raw, warn
-from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions
+from sequencerd.cli.output import is_terminal, say, say_lines, say_raw
+from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions, warn_of_paths
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     Enrollment,
     Sequence,
-    Step,
     parse_data,
 )
 from sequencerd.definitions import files, step_message
-from sequencerd.definitions.check import known_paths, unknown_paths
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import check_lookup, choose
 from sequencerd.definitions.step_message import StepMessage
@@ -141,7 +139,8 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
         enrollment, external = _in_language(enrollment, external, place, arguments.locale)
     message = step_message.make_message(sequence, arguments.step, runners, enrollment, external)
     if arguments.data is not None:
-        _warn_of_paths(sequence, message.step, read_object(arguments.data, "--data"), external)
+        example = read_object(arguments.data, "--data")
+        warn_of_paths(sequence, [example], external or None, message.step.name)
     return message
 
 
@@ -169,12 +168,3 @@ def _enrollment(arguments: argparse.Namespace) -> Enrollment:
         return step_message.sample(data, arguments.subject, arguments.timezone)
     except UsageError as error:
         raise UsageError(f"--{error}") from error
-
-
-def _warn_of_paths(
-    sequence: Sequence, step: Step, data: Mapping[str, Any], external: Mapping[str, Any]
-) -> None:
-    for remark in unknown_paths(sequence, known_paths([data], external or None)):
-        if remark.step == step.name:
-            path = ".".join(map(str, remark.keys[1:]))
-            warn(f"warning: {step_message.place(step)}: {path}: {remark.message}")

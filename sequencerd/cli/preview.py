@@ -108,9 +108,20 @@ def _warn_of_paths(
     examples = [read_object(arguments.data, "--data"), *_changes(arguments).values()]
     examples += [answer for answer in answers if isinstance(answer, dict)]
     sequence = simulator.definitions[choose(simulator.definitions, arguments.sequence)]
-    for remark in unknown_paths(sequence, known_paths(examples, _external(arguments))):
-        path = ".".join(map(str, remark.keys[1:]))
-        warn(f"warning: {sequence.name}/{remark.step}: {path}: {remark.message}")
+    warn_of_paths(sequence, examples, _external(arguments))
+
+
+def warn_of_paths(
+    sequence: model.Sequence,
+    examples: Iterable[Mapping[str, Any]],
+    external: Mapping[str, Any] | None,
+    step: str | None = None,
+) -> None:
+    """Warn of paths in a sequence, or in one step, that no example of data has."""
+    for remark in unknown_paths(sequence, known_paths(examples, external)):
+        if step in (None, remark.step):
+            path = ".".join(map(str, remark.keys[1:]))
+            warn(f"warning: {sequence.name}/{remark.step}: {path}: {remark.message}")
 
 
 async def _simulate_enrollment(
