@@ -493,22 +493,22 @@ def refusals(
             yield f"--move {old}={new}: these files do not remove a step {old!r}{hint}"
 
 
-def _refusals(step: SequencePlan, planned: Collection[str]) -> Iterator[str]:
-    names = [kept["name"] for kept in step.after["steps"]]
-    for old, count in step.at_step.items():
-        if old not in step.moves:
+def _refusals(one: SequencePlan, planned: Collection[str]) -> Iterator[str]:
+    names = [kept["name"] for kept in one.after["steps"]]
+    for old, count in one.at_step.items():
+        if old not in one.moves:
             yield (
-                f"{step.sequence}: {counted(count, 'enrollment')} at {old}, which is removed; "
+                f"{one.sequence}: {counted(count, 'enrollment')} at {old}, which is removed; "
                 f"specify where to continue: --move {old}=STEP"
             )
-    for old, new in step.moves.items():
+    for old, new in one.moves.items():
         if new not in names:
             hint = nearest(new, names)
-            yield f"{step.sequence}: --move {old}={new}: step {new!r} does not exist; {hint}"
-    for naming in step.named:
+            yield f"{one.sequence}: --move {old}={new}: step {new!r} does not exist; {hint}"
+    for naming in one.named:
         if naming.sequence not in planned:
             yield (
-                f"{step.sequence}: step {naming.target} is removed, but {naming.sequence}/"
+                f"{one.sequence}: step {naming.target} is removed, but {naming.sequence}/"
                 f"{naming.step} leads to it: change that sequence before, or in the same plan"
             )
 
@@ -574,17 +574,17 @@ async def _everything(
 
 
 async def _count(
-    connection: asyncpg.Connection, step: SequencePlan, name: str, definitions: Definitions
+    connection: asyncpg.Connection, one: SequencePlan, name: str, definitions: Definitions
 ) -> WaitingCounts:
     """Evaluate all enrollments at a step, with one batch in memory at a time, and count the
     outcomes.
     """
-    old_names = {new: old for old, new in step.changes.renamed.items()}
+    old_names = {new: old for old, new in one.changes.renamed.items()}
     old_name = old_names.get(name, name)
     count = WaitingCounts(name)
     now = await server.server_time(connection)
     async with connection.transaction():  # a cursor needs one
-        cursor = await connection.cursor(QUERIES["enrollments_at"], step.sequence, old_name)
+        cursor = await connection.cursor(QUERIES["enrollments_at"], one.sequence, old_name)
         while rows := await cursor.fetch(BATCH_SIZE):
             for row in rows:
                 enrollment = Enrollment(*row)
@@ -671,14 +671,14 @@ async def write(
     """Apply a plan of `make`, in the same transaction, which has locked the definitions."""
     written = zip(plan.sequences, definitions, strict=True)
     # by name, like the brakes that daemons lock
-    for step, definition in sorted(written, key=lambda pair: pair[0].sequence):
-        if step.changes:
+    for one, definition in sorted(written, key=lambda pair: pair[0].sequence):
+        if one.changes:
             try:
-                await _write(connection, step, definition)
+                await _write(connection, one, definition)
             except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
                 raise FileError(f"{definition.where}: {error}") from error
     if brake is not None:
-        changed = [step.sequence for step in plan.sequences if step.changes]
+        changed = [one.sequence for one in plan.sequences if one.changes]
         await connection.execute(QUERIES["set_apply_brake"], changed, brake)
     if plan.archived:
         await connection.execute(QUERIES["archive"], plan.archived)
@@ -686,67 +686,65 @@ async def write(
         await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
 
 
-async def _write(
-    connection: asyncpg.Connection, step: SequencePlan, definition: Definition
-) -> None:
-    steps = step.after["steps"]
+async def _write(connection: asyncpg.Connection, one: SequencePlan, definition: Definition) -> None:
+    steps = one.after["steps"]
     names = [kept["name"] for kept in steps]
-    reentry, brake = step.after["reentry"], step.after["brake"]
+    reentry, brake = one.after["reentry"], one.after["brake"]
     await connection.execute(
         QUERIES["apply_sequence"],
-        step.sequence,
+        one.sequence,
         names[0],
-        step.after["timezone"],
-        step.after["status"],
+        one.after["timezone"],
+        one.after["status"],
         "after" if isinstance(reentry, dict) else reentry,
-        step.after["lookup"],
+        one.after["lookup"],
         definition.recheck,
-        step.after["description"],
+        one.after["description"],
         "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
-        None if step.after["window"] is None else json.dumps(step.after["window"]),
-        json.dumps(step.after["enroll"]) if step.after["enroll"] else None,
-        step.after["topic"],
-        step.after["locale"],
-        json.dumps(step.after["partials"]) if step.after["partials"] else None,
+        None if one.after["window"] is None else json.dumps(one.after["window"]),
+        json.dumps(one.after["enroll"]) if one.after["enroll"] else None,
+        one.after["topic"],
+        one.after["locale"],
+        json.dumps(one.after["partials"]) if one.after["partials"] else None,
         brake and brake["at_most"],
         brake and brake["per"]["amount"] * (3600.0 if brake["per"]["unit"] == "hours" else 1.0),
     )
-    for old, new in step.changes.renamed.items():
-        await connection.execute(QUERIES["rename_step"], step.sequence, old, new)
+    for old, new in one.changes.renamed.items():
+        await connection.execute(QUERIES["rename_step"], one.sequence, old, new)
     await connection.execute(
         QUERIES["apply_steps"],
-        step.sequence,
+        one.sequence,
         names,
         list(range(len(steps))),
         [kept["type"] for kept in steps],
         [json.dumps(kept["config"]) for kept in steps],
         [kept["next"] for kept in steps],
         [kept["altNext"] for kept in steps],
-        [seeds(step.after).get(name) for name in names],
+        [seeds(one.after).get(name) for name in names],
     )
-    await _remove_steps(connection, step, names)
+    await _remove_steps(connection, one, names)
 
 
 async def _remove_steps(
-    connection: asyncpg.Connection, step: SequencePlan, names: Sequence[str]
+    connection: asyncpg.Connection, one: SequencePlan, names: Sequence[str]
 ) -> None:
     """Delete the steps that are not in `names`, and move their enrollments as planned. Daemons may
     move more enrollments there at any time. Raises PlanError if one that has arrived since the plan
     cannot be moved.
     """
     for attempt in range(1, MAX_REMOVALS + 1):
-        for old, new in step.moves.items():
-            while await connection.fetchval(QUERIES["move_enrollments"], step.sequence, old, new):
+        for old, new in one.moves.items():
+            while await connection.fetchval(QUERIES["move_enrollments"], one.sequence, old, new):
                 pass
         try:
             async with connection.transaction():
-                await connection.execute(QUERIES["remove_steps"], step.sequence, names)
+                await connection.execute(QUERIES["remove_steps"], one.sequence, names)
         except asyncpg.ForeignKeyViolationError as error:
             if (error.table_name, error.column_name) != ("steps", "name"):
                 raise  # not of guard_step
-            if not step.moves or attempt == MAX_REMOVALS:
+            if not one.moves or attempt == MAX_REMOVALS:
                 raise PlanError(
-                    f"{step.sequence}: {error.args[0]}; they arrived after the plan was made: "
+                    f"{one.sequence}: {error.args[0]}; they arrived after the plan was made: "
                     "specify where to continue (--move OLD=STEP), or apply it again"
                 ) from error
         else:
