@@ -152,7 +152,7 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
 
 
 def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Return rows as aligned columns, below the keys of the first row."""
+    """Yield rows as aligned columns, below the keys of the first row."""
     cells = [list(rows[0]), *([visible(text(value)) for value in row.values()] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -177,7 +177,7 @@ _OPTIONAL_COLUMNS = ("type", "attempt", "revision", "daemon")
 
 
 def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
-    """Return rows as lines for a terminal: a section for each sequence, without columns that are
+    """Yield rows as lines for a terminal: a section for each sequence, without columns that are
     empty or have the same status in all rows, with relative times, and sentences below. Names are
     not wrapped; if the width does not suffice, the longest are truncated.
     """

@@ -127,7 +127,7 @@ def _forms(text: str) -> set[str]:
 
 
 def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> MaskedRow:
-    """Return a copy of data with HIDDEN where the paths lead."""
+    """Return a copy of data with MASKED_VALUE where the paths lead."""
     shown = copy.deepcopy(dict(data))
     for path in paths:
         if path != "subject":
@@ -139,8 +139,8 @@ def hide_data(data: Mapping[str, Any], paths: Sequence[str]) -> MaskedRow:
 def restore_data(
     edited: Mapping[str, Any], original: Mapping[str, Any], paths: Sequence[str]
 ) -> MaskedRow:
-    """Return edited data with the original values where HIDDEN is still in their place. Raises
-    UsageError where it is elsewhere, or a list with such values has been changed.
+    """Return edited data with the original values where MASKED_VALUE is still in their place.
+    Raises UsageError where it is elsewhere, or a list with such values has been changed.
     """
 
     def restore(value: Any, hidden: Any, known: Any) -> Any:

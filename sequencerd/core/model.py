@@ -430,9 +430,7 @@ class Sequence:
     shared: MessageContext = NOTHING_SHARED  # by its messages
     holidays: Holidays | None = None  # None if no database was read: no day is a holiday
     collects: str | None = None  # its first step that collects items
-    braked_until: datetime | None = (
-        None  # until then a brake counts its side effects; None: none does
-    )
+    braked_until: datetime | None = None  # until then a brake counts its side effects
     is_stopped: bool = False  # paused by its brake
     resumed_at: datetime | None = None  # nothing in it was due before
 

@@ -124,7 +124,7 @@ def _loop_message(
 
 
 def _immediate_exits(step: Step, sequence: Sequence) -> Iterator[UnwaitedExit]:
-    """Return the exits of a step that may be taken on arrival."""
+    """Yield the exits of a step that may be taken on arrival."""
     if isinstance(step.behaviour, InvalidStep):
         return
     for exit_ in step.exits:

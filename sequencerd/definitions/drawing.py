@@ -27,7 +27,7 @@ class Edge(NamedTuple):
 
 
 def edges(sequence: Sequence) -> Iterator[Edge]:
-    """Return the edges in the order of the definition."""
+    """Yield the edges in the order of the definition."""
     for step in sequence.steps.values():
         for exit_ in step.exits:
             label = "" if exit_.label == NEXT.label else exit_.label

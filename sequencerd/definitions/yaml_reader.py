@@ -44,7 +44,7 @@ class Document:
     lines: dict[KeyPath, int] = field(repr=False)
     columns: dict[KeyPath, int] = field(repr=False)
     blocks: dict[KeyPath, int] = field(repr=False)  # the line before the text of each `|`
-    folder: Path | None = None  # lines of the file
+    folder: Path | None = None  # of the file, if it is one
 
     def line(self, keys: KeyPath, within: int = 0) -> int:
         """Return the line of a value, or of the nearest one that contains it; in a text of several

@@ -27,7 +27,6 @@ from sequencerd.storage.entries import lock_cancelled, refusals
 
 UNKNOWN_SEQUENCE = ("always", None, None)  # what `refusals` returns if there is no such sequence
 
-
 _Policy = tuple[str, str | None, int | None]
 """The reentry policy of a sequence, the code of a refusal, and the revision."""
 

@@ -174,7 +174,9 @@ class Quarantine:
             self._log.info("enrollment is no longer quarantined", enrollment=one.id)
 
     def due(self, now: float) -> dict[StepKey, list[Quarantined]]:
-        """Return the enrollments due for a retry, by step. None is due again before FIRST."""
+        """Return the enrollments due for a retry, by step. None is due again within
+        FIRST_PAUSE.
+        """
         found: dict[StepKey, list[Quarantined]] = {}
         for one in self.all:
             if one.due_at <= now:

@@ -40,7 +40,7 @@ def _without_login(found: re.Match[str]) -> str:
 
 
 def _parts(secrets: Iterable[str]) -> Iterator[str]:
-    """Return secrets and secret parts of URLs, in each form in which a text may have them."""
+    """Yield secrets and secret parts of URLs, in each form in which a text may have them."""
     for secret in secrets:
         parts = {secret, *secret.split(), *_passwords(secret)}
         for part in parts:

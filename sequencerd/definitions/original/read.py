@@ -64,7 +64,7 @@ class ImportSource:
     choices: ImportChoices = field(default_factory=ImportChoices)
 
     def query(self, name: str, columns: Mapping[str, str] | None = None) -> str:
-        """Run a statement on the tables. `columns` are those that not every version has."""
+        """Return a statement on the tables. `columns` are those that not every version has."""
         schema = '"' + self.schema.replace('"', '""') + '"'
         return QUERIES[name].format(schema=schema, **columns or {})
 
