@@ -74,11 +74,6 @@ class Heap(Generic[K]):
         self._prune()
         return due
 
-    def clear(self) -> None:
-        """Remove all keys."""
-        self._due.clear()
-        self._heap.clear()
-
     def _drop_stale(self) -> None:
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
             heappop(self._heap)

@@ -34,9 +34,6 @@ class Problems:
         self.changed = asyncio.Event()
         self._present: dict[tuple[str, str], Problem] = {}
 
-    def __len__(self) -> int:
-        return len(self._present)
-
     def report(
         self,
         kind: str,
