@@ -34,7 +34,10 @@ async def test_each_enrollment_gets_its_own_state_and_events(
         "INSERT INTO sequencer.enrollments (sequence, subject)"
         f" SELECT 's', 'u' || n FROM generate_series(1, {count}) AS n"
     )
-    ids = [row["id"] for row in await connection.fetch("SELECT id FROM sequencer.enrollments")]
+    ids = [
+        row["id"]
+        for row in await connection.fetch("SELECT id FROM sequencer.enrollments ORDER BY id")
+    ]
     written = writes.EnrollmentWrites()
     for number, id_ in enumerate(ids):
         kind = number % different
