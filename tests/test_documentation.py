@@ -113,6 +113,21 @@ async def test_each_column_of_an_enrollment_is_described(connection: asyncpg.Con
     assert [name for name, description in columns if description is None] == []
 
 
+def test_pages_use_standard_terms() -> None:
+    pages = [
+        *REPOSITORY.glob("*.md"),
+        *(
+            page
+            for suffix in ("md", "yaml", "json")
+            for page in REPOSITORY.glob(f"docs/*.{suffix}")
+        ),
+    ]
+    unusual = re.compile(r"\b(mend\w*|(some|any|every)body|people|bell|anew)\b", re.IGNORECASE)
+    found = {page.name: unusual.search(page.read_text()) for page in pages}
+    assert {name: match[0] for name, match in found.items() if match} == {}
+    assert len(pages) > 30
+
+
 def test_every_promise_is_shown() -> None:
     page = (REPOSITORY / "docs/reliability.md").read_text()
     promised = set(re.findall(r"`(test_\w+)`", page))

@@ -329,7 +329,7 @@ async def test_commands_explain_a_pause_by_the_brake(
         assert engine.catalog.sequences["s"].is_stopped
     told = sequencerd("status")
     assert "the sequence is paused by its brake: more than 1 in 1 hour" in told
-    assert "sequencerd resume s continues it, and counts anew" in told
+    assert "sequencerd resume s continues it, and starts counting again" in told
     left = await connection.fetchval("SELECT id FROM sequencer.enrollments WHERE status = 'active'")
     assert "paused by its brake: more than 1 in 1 hour" in sequencerd("show", str(left))
     assert "brake: more than 1 in 1 hour" in sequencerd("history", "s")

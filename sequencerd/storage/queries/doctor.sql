@@ -4,7 +4,7 @@
 -- Read which sequences a brake has paused, and what living daemons report; once where several report
 -- the same.
 SELECT 'brake' AS kind, sequence AS about, sequence, NULL AS step, paused_at AS since, NULL::bigint AS waiting,
-       format('the sequence is paused by its %s; sequencerd resume %s continues it, and counts anew',
+       format('the sequence is paused by its %s; sequencerd resume %s continues it, and starts counting again',
               reason, sequence) AS message, NULL AS daemon
   FROM sequencer.brakes WHERE reason IS NOT NULL AND ($1::text IS NULL OR sequence = $1)
 UNION ALL (
