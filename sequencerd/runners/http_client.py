@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -39,6 +39,7 @@ if find_spec("sniffio") is None:
 
 MAX_ANSWER = 1024 * 1024  # bytes
 MAX_WAIT = timedelta(days=366)
+MAX_SECONDS = 1e9  # of a wait; more are a time
 MAX_CALLS = 500  # over an HTTP/2 connection
 IDLE_TIMEOUT = 4.0  # seconds; Node closes HTTP/2 after 5, which httpx does not notice
 MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
@@ -180,9 +181,13 @@ class HttpClient:
         auth: tuple[str, str] | None = None,
         max_answer: int = MAX_ANSWER,
     ) -> HttpReply:
-        """Send a body, a form or nothing. Raises Unreachable."""
+        """Send a body, a form or nothing. Raises Unreachable.
+
+        The status of a refusal counts even if its body is incomplete, encoded or too large.
+        """
         named = httpx.URL(url)
         sent = False
+        refusals: list[_Incoming] = []
 
         async def trace(event: str, _details: object) -> None:
             nonlocal sent
@@ -202,35 +207,50 @@ class HttpClient:
                 *others, last = await self._targets(named)
                 for target in others:
                     try:
-                        return await self._send(target, request, secrets, max_answer)
+                        answer = await self._send(target, request, max_answer, refusals)
+                        break
                     except httpx.ConnectError:
                         continue  # the address of the host has changed
-                return await self._send(last, request, secrets, max_answer)
+                else:
+                    answer = await self._send(last, request, max_answer, refusals)
+                return answer.reply(secrets)
         except TimeoutError:
             message = f"no answer from {_place(named)} within {self._timeout:g} s"
-            raise Unreachable(message, sent=sent) from None
+            failed = Unreachable(message, sent=sent)
+        except Unreachable as error:
+            failed = error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
-            raise Unreachable(
+            failed = Unreachable(
                 f"{_place(named)}: {_reason(error)}",
                 sent=sent,
                 exhausted=is_exhausted(error),
                 retired=_is_retired(error) and self._retired <= MAX_RETIRED,
-            ) from error
+            )
+        if refusals:
+            return refusals[-1].reply(secrets)
+        raise failed
 
     async def _send(
-        self, url: httpx.URL, request: Mapping[str, Any], secrets: frozenset[str], max_answer: int
-    ) -> HttpReply:
+        self,
+        url: httpx.URL,
+        request: Mapping[str, Any],
+        max_answer: int,
+        refusals: list[_Incoming],
+    ) -> _Incoming:
         async with self._client() as client:
             try:
                 async with client.stream(url=url, **request) as response:
-                    body = await _read(response, max_answer)
+                    incoming = _Incoming(response)
+                    if not response.is_success:
+                        refusals.append(incoming)
+                    await incoming.read(max_answer)
             except httpx.ProtocolError as error:
                 if _is_retired(error) and client is self._newest:
                     self._newest = None  # no further call begins on this client
                     self._retired += 1
                 raise
             self._retired = 0
-            return HttpReply(response.status_code, response.headers, body, secrets)
+            return incoming
 
     async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
         """Return the URL, or URLs with its host's addresses once these are known to be public."""
@@ -328,18 +348,37 @@ def _reason(error: BaseException) -> str:
     return one_line(str(cause)) or type(cause).__name__
 
 
-async def _read(response: httpx.Response, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > limit:
-            raise AnswerTooLarge(f"the answer has more than {limit} bytes", sent=True)
-    try:
-        return decode(bytes(body), response.headers.get("Content-Encoding", ""), limit)
-    except EncodingError as error:
-        raise Unreachable(str(error), sent=True) from None
-    except zlib.error as error:
-        raise Unreachable(f"the compressed answer can't be read: {error}", sent=True) from None
+@dataclass(slots=True)
+class _Incoming:
+    """An answer of which the head has arrived, and the body as far as it was read."""
+
+    response: httpx.Response
+    raw: bytearray = field(default_factory=bytearray)
+    decoded: bytes | None = None
+
+    @property
+    def _encodings(self) -> str:
+        return str(self.response.headers.get("Content-Encoding", ""))
+
+    async def read(self, limit: int) -> None:
+        """Read and decode the body. Raises Unreachable, and the errors of httpx."""
+        async for chunk in self.response.aiter_raw():
+            self.raw += chunk
+            if len(self.raw) > limit:
+                raise AnswerTooLarge(f"the answer has more than {limit} bytes", sent=True)
+        try:
+            self.decoded = decode(bytes(self.raw), self._encodings, limit)
+        except EncodingError as error:
+            raise Unreachable(str(error), sent=True) from None
+        except zlib.error as error:
+            raise Unreachable(f"the compressed answer can't be read: {error}", sent=True) from None
+
+    def reply(self, secrets: frozenset[str]) -> HttpReply:
+        """Return the answer, which may repeat these secrets."""
+        body = self.decoded
+        if body is None:
+            body = b"" if self._encodings else bytes(self.raw)
+        return HttpReply(self.response.status_code, self.response.headers, body, secrets)
 
 
 def check_url(url: str) -> str:
@@ -365,24 +404,31 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return dict(headers)
 
 
+PAYMENT_REQUIRED = 402
+_OPERATORS = frozenset({401, PAYMENT_REQUIRED, 403, 405, 407, 421, 426})
+_PASSING = frozenset({408, 409, 423, 425, 429})
+
+
 def judge(reply: HttpReply, message: str) -> Failed | None:
     """Return the failure that a status means; None for 2xx.
 
-    4xx is permanent except for 408, 409, 425 and 429. 429, and 503 with Retry-After, are the
-    server's fault. So are 401, 403 and 407, which need another login, and redirects, which are not
-    followed: if an endpoint moves, its settings change. Other 5xx and 408 may be the fault of the
-    server or of one enrollment. 409 means that the same request is still in progress. After 502 and
-    504 from a gateway, the side effect may have taken place.
+    4xx is permanent except for 408, 409, 423, 425 and 429. 429, and 503 with Retry-After, are the
+    server's fault. So is what all requests get until an operator corrects it: 401, 403 and 407,
+    which need another login; 402, which needs a payment; 405, 421 and 426, which are no answers of
+    the endpoint; and redirects, which are not followed: if an endpoint moves, its settings change.
+    Other 5xx and 408 may be the fault of the server or of one enrollment. 409 means that the same
+    request is still in progress, 423 that what it changes is locked. After 502 and 504 from a
+    gateway, the side effect may have taken place.
     """
     if 200 <= reply.status < 300:
         return None
     wait = retry_after(reply.headers)
     throttled = reply.status == 429 or (reply.status == 503 and wait is not None)
-    is_operators = reply.status < 400 or reply.status in (401, 403, 407)
-    permanent = reply.status < 500 and not is_operators and reply.status not in (408, 409, 425, 429)
+    is_operators = reply.status < 400 or reply.status in _OPERATORS
+    permanent = reply.status < 500 and not is_operators and reply.status not in _PASSING
     fault: Attribution = "enrollment"
     cause: OutageCause = "failing"
-    if throttled:
+    if throttled or reply.status == PAYMENT_REQUIRED:
         fault, cause = "server", "over quota"
     elif is_operators:
         fault, cause = "server", "refused"
@@ -400,9 +446,13 @@ def judge(reply: HttpReply, message: str) -> Failed | None:
 
 def retry_after(headers: httpx.Headers) -> timedelta | None:
     """Return the wait that Retry-After asks for, in seconds or as a date; None if it cannot be
-    parsed.
+    parsed. Some servers write the seconds of Unix's clock.
     """
-    text = headers.get("Retry-After", "").strip()
+    waits = [_wait(text.strip()) for text in headers.get_list("Retry-After")]
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def _wait(text: str) -> timedelta | None:
     try:
         seconds = float(text)
     except ValueError:
@@ -414,7 +464,9 @@ def retry_after(headers: httpx.Headers) -> timedelta | None:
         seconds = at.timestamp() - time.time()
     if not math.isfinite(seconds):
         return None
-    return min(timedelta(seconds=max(0.0, min(seconds, 1e9))), MAX_WAIT)
+    if seconds > MAX_SECONDS:
+        seconds -= time.time()
+    return min(timedelta(seconds=max(0.0, min(seconds, MAX_SECONDS))), MAX_WAIT)
 
 
 def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozenset[str]:

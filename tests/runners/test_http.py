@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import hmac
 import json
@@ -239,13 +240,18 @@ async def test_a_body_that_cannot_be_used(body: bytes, says: str) -> None:
         (307, False, "server"),
         (400, True, "enrollment"),
         (401, False, "server"),
+        (402, False, "server"),
         (403, False, "server"),
         (404, True, "enrollment"),
+        (405, False, "server"),
         (407, False, "server"),
         (408, False, "unclear"),
         (409, False, "enrollment"),
         (413, True, "enrollment"),
+        (421, False, "server"),
+        (423, False, "enrollment"),
         (425, False, "enrollment"),
+        (426, False, "server"),
         (429, False, "server"),
         (500, False, "unclear"),
         (503, False, "unclear"),
@@ -260,8 +266,48 @@ async def test_statuses(status: int, permanent: bool, fault: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("head", "body", "says"),
+    [
+        (b"429 X\r\nContent-Length: 500", b"slow down", "Crm answered 429 slow down"),
+        (b"429 X\r\nTransfer-Encoding: chunked", b"5\r\nsl", "Crm answered 429 sl"),
+        (
+            b"429 X\r\nContent-Encoding: br\r\nContent-Length: 3",
+            b"\x0b\x02\x80",
+            "Crm answered 429",
+        ),
+        (b"429 X\r\nContent-Encoding: gzip", gzip.compress(b"slow")[:9], "Crm answered 429"),
+        (
+            b"429 X\r\nConnection: close",
+            b"x" * (MAX_ANSWER + 1),
+            f"Crm answered 429 {'x' * 200}...",
+        ),
+    ],
+)
+async def test_a_refusal_counts_although_its_body_cannot_be_read(
+    head: bytes, body: bytes, says: str
+) -> None:
+    raw = b"HTTP/1.1 " + head + b"\r\nRetry-After: 30\r\n\r\n" + body
+    bad = failed((await run(servers.Answer(raw=raw)))[0])
+    assert (bad.fault, bad.retry_after, bad.unknown) == ("server", timedelta(seconds=30), False)
+    assert bad.message == says
+
+
+async def test_a_refusal_counts_although_its_body_does_not_end() -> None:
+    chunk = servers.Answer(400, b"a\r\nthe reason\r\n", {"Transfer-Encoding": "chunked"})
+    bad = failed((await run(chunk, timeout=0.5))[0])
+    assert (bad.permanent, bad.message) == (True, "Crm answered 400 the reason")
+
+
+async def test_of_several_retry_after_the_longest_counts() -> None:
+    raw = b"HTTP/1.1 429 X\r\nRetry-After: 30\r\nRetry-After: 120\r\nContent-Length: 0\r\n\r\n"
+    bad = failed((await run(servers.Answer(raw=raw)))[0])
+    assert bad.retry_after == timedelta(seconds=120)
+
+
+@pytest.mark.parametrize(
     ("value", "least", "most"),
     [
+        ("{in two hours, by the clock of Unix}", 7100, 7201),
         ("120", 120, 120),
         ("0", 0, 0),
         ("-5", 0, 0),
@@ -273,6 +319,8 @@ async def test_statuses(status: int, permanent: bool, fault: str) -> None:
 async def test_retry_after(value: str, least: float, most: float) -> None:
     if value == "{in two hours}":
         value = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
+    elif value.startswith("{"):
+        value = str(int(datetime.now(UTC).timestamp()) + 7200)
     for status in (429, 503):
         (result,) = await run(servers.Answer(status, b"", {"Retry-After": value}))
         bad = failed(result)
