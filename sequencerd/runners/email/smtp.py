@@ -20,7 +20,13 @@ from sequencerd.runners.email.refusals import (
     read_refusal,
     says_unknown,
 )
-from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused, SmtpReply
+from sequencerd.runners.email.smtp_dialogue import (
+    SHUTTING_DOWN,
+    Dialogue,
+    SmtpError,
+    SmtpRefused,
+    SmtpReply,
+)
 from sequencerd.runners.email.smtp_url import parse_url
 from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import one_line
@@ -217,6 +223,10 @@ class MailTransport:
                 if mail.utf8 and "smtputf8" not in dialogue.extensions:
                     text = f"{self._place} accepts only ASCII addresses (no SMTPUTF8)"
                     return Failed(text, permanent=True)
+                limit, size = dialogue.max_size, len(mail.content)
+                if limit is not None and size > limit:
+                    text = f"{self._place} accepts messages of at most {limit} bytes, not {size}"
+                    return Failed(text, permanent=True)
                 replies = await _begin(mail, attempt, within)
                 taken = attempt.sort(mail, replies)
                 if not taken:
@@ -230,6 +240,8 @@ class MailTransport:
             attempt.handed_over = False
         elif not reply.is_refusal:
             raise SmtpError(f"answers DATA with {reply.code}")
+        elif reply.code == SHUTTING_DOWN:  # of the message, it knows nothing yet
+            raise SmtpRefused(reply, "recipient")
         if reply.is_refusal:
             raise SmtpRefused(reply, "message")
         attempt.begun = False
@@ -329,7 +341,7 @@ class _DeliveryAttempt:
         taken = []
         left = []
         for address, reply in zip(self.rest, replies, strict=True):
-            if reply.code == 421:
+            if reply.code == SHUTTING_DOWN:
                 raise SmtpRefused(reply, "recipient")
             self.note_unknown(address, reply)
             if not reply.is_refusal:
@@ -405,7 +417,7 @@ def _ends_connection(error: Exception) -> bool:
     if not isinstance(error, SmtpRefused):
         return True
     code = error.reply.code
-    return code == 421 or (error.stage == "sender" and 400 <= code < 500)
+    return code == SHUTTING_DOWN or (error.stage == "sender" and 400 <= code < 500)
 
 
 async def _say_goodbye(dialogue: Dialogue) -> None:

@@ -22,7 +22,14 @@ from aiosmtplib import (
 from aiosmtplib.protocol import SMTPProtocol
 
 from sequencerd.runners.email.oauth import AccessTokens
-from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused, SmtpReply
+from sequencerd.runners.email.smtp_dialogue import (
+    CLOSED,
+    Dialogue,
+    SmtpError,
+    SmtpRefused,
+    SmtpReply,
+    decode_reply,
+)
 from sequencerd.runners.email.smtp_url import SmtpServer
 
 CONNECT_TIMEOUT = 30.0  # seconds, for each of: resolving the name, connecting, TLS
@@ -193,12 +200,12 @@ def _explained(error: SMTPException, client: _Client) -> SmtpError:
     """Return the same error in SMTP's terms."""
     if isinstance(error, SMTPServerDisconnected):
         if client.said is None or client.said.code < 400:
-            return SmtpError("the server has closed the connection")
+            return SmtpError(CLOSED)
         # it closed the connection before another login was tried
         error = SMTPAuthenticationError(*client.said)
     if not isinstance(error, SMTPResponseException):
         return SmtpError(error.message)
-    text = error.message.encode(errors="surrogateescape").decode(errors="replace")
+    text = decode_reply(error.message.encode(errors="surrogateescape"))
     if error.code < 400:
         return SmtpError(f"{error.code} {text}" if error.code > 0 else text)
     match error:

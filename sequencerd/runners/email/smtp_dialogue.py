@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import suppress
 from typing import NamedTuple, cast
 
 from aiosmtplib import SMTP
@@ -20,6 +21,9 @@ PIPELINE_DEPTH = 100
 """Commands that are sent before their replies are read. More could fill both directions, so that
 each side waits for the other to read.
 """
+
+SHUTTING_DOWN = 421
+CLOSED = "the server has closed the connection"
 
 _REPLY = re.compile(rb"([2-5]\d\d)([ -]|$)(.*)", re.DOTALL)
 _LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -52,6 +56,25 @@ class SmtpReply(NamedTuple):
         return not 200 <= self.code < 300
 
 
+def decode_reply(raw: bytes) -> str:
+    """Return the text of a reply, which some servers write in Latin-1."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+class _Reader(asyncio.StreamReader):
+    """Reads what has arrived before the connection was lost: it may be the reason."""
+
+    lost: Exception | None = None
+
+    def set_exception(self, exc: Exception) -> None:
+        """Keep the error for later."""
+        self.lost = exc
+        self.feed_eof()
+
+
 class Dialogue:
     """A connection that is ready for mail, taken over from aiosmtplib. Raises SmtpError or OSError
     when it breaks.
@@ -62,12 +85,12 @@ class Dialogue:
 
     def __init__(self, client: SMTP, *, timeout: float) -> None:
         if client.transport is None:
-            raise SmtpError("the server has closed the connection")
+            raise SmtpError(CLOSED)
         loop = asyncio.get_running_loop()
         transport = cast(asyncio.Transport, client.transport)  # uvloop's is another class
         self.extensions = client.esmtp_extensions
         self._timeout = timeout
-        self._reader = asyncio.StreamReader(limit=MAX_LINE_LENGTH, loop=loop)
+        self._reader = _Reader(limit=MAX_LINE_LENGTH, loop=loop)
         protocol = asyncio.StreamReaderProtocol(self._reader, loop=loop)
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
@@ -77,6 +100,12 @@ class Dialogue:
     def is_open(self) -> bool:
         """Return whether the connection is open, as far as is known."""
         return not (self._writer.is_closing() or self._reader.at_eof())
+
+    @property
+    def max_size(self) -> int | None:
+        """Return how many bytes a message may have (RFC 1870); None if the server does not say."""
+        size = self.extensions.get("size", "")
+        return int(size) or None if re.fullmatch(r"[0-9]{1,18}", size) else None
 
     async def ask(self, *commands: str, first_within: float | None = None) -> list[SmtpReply]:
         """Send commands, all at once if the server allows it, and read a reply to each.
@@ -93,7 +122,7 @@ class Dialogue:
             for command in group:
                 replies.append(await self._read(command.partition(" ")[0], within))
                 within = self._timeout
-                if replies[-1].code == 421:
+                if replies[-1].code == SHUTTING_DOWN:
                     self.close()
                     return replies + replies[-1:] * (len(commands) - len(replies))
         return replies
@@ -105,10 +134,19 @@ class Dialogue:
 
     async def transfer(self, content: bytes, *, within: float) -> SmtpReply:
         """Send a message after the reply 354 to DATA; `within` is the number of seconds for the
-        reply.
+        reply. A server that refuses the message may close the connection before its end.
         """
         lines = _LINE_END.sub(b"\r\n", content).removesuffix(b"\r\n")
-        await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
+        try:
+            await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
+        except (SmtpError, OSError):
+            self.close()
+            self._reader.feed_eof()
+            with suppress(SmtpError, OSError):
+                reply = await self._read_reply()
+                if reply.is_refusal:
+                    return reply
+            raise
         return await self._read("the message", within)
 
     async def quit(self) -> None:
@@ -124,7 +162,7 @@ class Dialogue:
 
     async def _write(self, data: bytes, within: float) -> None:
         if not self.is_open:
-            raise SmtpError("the server has closed the connection")
+            raise SmtpError(CLOSED)
         self._writer.write(data)
         try:
             async with asyncio.timeout(within):
@@ -145,7 +183,7 @@ class Dialogue:
             try:
                 line = (await self._reader.readuntil(b"\n")).rstrip()
             except asyncio.IncompleteReadError as error:
-                raise SmtpError("the server has closed the connection") from error
+                raise self._reader.lost or SmtpError(CLOSED) from error
             except asyncio.LimitOverrunError as error:
                 raise SmtpError("the answer of the server is too long") from error
             if not line and not texts:
@@ -153,7 +191,7 @@ class Dialogue:
             match = _REPLY.fullmatch(line)
             if match is None:
                 raise SmtpError(f"the answer of the server is not SMTP: {line[:80]!r}")
-            texts.append(match[3].decode("utf-8", "replace"))
+            texts.append(decode_reply(match[3]))
             if match[2] != b"-":
                 return SmtpReply(int(match[1]), "\n".join(texts))
         raise SmtpError("the answer of the server is too long")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -170,6 +171,45 @@ async def test_data_that_is_answered_out_of_order_is_no_delivery() -> None:
         result = await deliver(port)
     assert isinstance(result, Failed)
     assert "answers DATA with 250" in result.message
+    assert (result.permanent, result.unknown) == (False, False)
+
+
+@pytest.mark.parametrize("reply", [b"552 5.3.4 the message is too big\r\n", b""])
+async def test_a_server_that_refuses_a_message_before_its_end(reply: bytes) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in (b"250 ok", b"250 ok", b"354 go on"):
+            await reader.readline()
+            writer.write(answer + b"\r\n")
+        await reader.readexactly(10_000)
+        writer.write(reply)
+        await writer.drain()
+        await asyncio.sleep(0)  # it closes with much unread, which resets the connection
+
+    mail = replace(MAIL, to=("a@x.org",), content=b"x" * 50_000_000)
+    async with listening(talk, b"250 here\r\n") as port:
+        transport = MailTransport(f"smtp://{HOST}:{port}?starttls=never", connections=1)
+        result = (await transport.deliver(mail)).result
+        await transport.close()
+    assert isinstance(result, Failed)
+    if reply:
+        assert "552 5.3.4 the message is too big" in result.message
+        assert (result.permanent, result.unknown) == (True, False)
+    else:
+        assert (result.permanent, result.fault, result.unknown) == (False, "unclear", True)
+
+
+async def test_a_server_that_refuses_before_the_end_and_reads_on() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in (b"250 ok", b"250 ok", b"250 ok", b"354 go on\r\n451 4.3.0 no more"):
+            await reader.readline()
+            writer.write(answer + b"\r\n")
+        await reader.readuntil(b"\r\n.\r\n")
+        await reader.readline()
+
+    async with listening(talk, b"250 here\r\n") as port:
+        result = await deliver(port)
+    assert isinstance(result, Failed)
+    assert "451 4.3.0 no more" in result.message
     assert (result.permanent, result.unknown) == (False, False)
 
 

@@ -221,6 +221,46 @@ async def test_a_login_that_is_not_answered_shows_no_password() -> None:
     assert base64.b64encode(b"secret").decode() not in result.message
 
 
+# --- replies
+
+
+async def test_a_message_larger_than_the_server_takes_is_not_offered() -> None:
+    async with scripted(extensions=["SIZE 300", "PIPELINING"]) as server, runner(server) as made:
+        result = failed(await send(made, {"text": "x" * 300}))
+    assert result.permanent
+    assert "accepts messages of at most 300 bytes" in result.message
+    assert [command for command in server.commands if command.startswith("MAIL")] == []
+
+
+@pytest.mark.parametrize("size", ["SIZE", "SIZE 0", "SIZE many"])
+async def test_a_server_may_hide_the_size_that_it_takes(size: str) -> None:
+    async with scripted(extensions=[size]) as server, runner(server) as made:
+        assert isinstance(await send(made), Answer)
+
+
+async def test_a_server_that_shuts_down_instead_of_taking_the_message() -> None:
+    answers: dict[str, list[str | bytes | None]] = {"DATA": ["421 mail.example.org closing"]}
+    async with scripted(answers=answers) as server, runner(server) as made:
+        result = failed(await send(made))
+    assert (result.fault, result.permanent, result.unknown) == ("server", False, False)
+
+
+async def test_replies_in_an_old_encoding_are_read() -> None:
+    said = "550 Kontingent für ausgehende Nachrichten überschritten"
+    answers: dict[str, list[str | bytes | None]] = {".": [f"{said}\r\n".encode("latin-1")]}
+    async with scripted(answers=answers) as server, runner(server) as made:
+        result = failed(await send(made))
+    assert said in result.message
+    assert result.cause == "over quota"
+
+
+async def test_a_greeting_in_an_old_encoding_is_read() -> None:
+    said = "554 gesperrt für heute"
+    answers: dict[str, list[str | bytes | None]] = {"CONNECT": [f"{said}\r\n".encode("latin-1")]}
+    async with scripted(answers=answers) as server, runner(server) as made:
+        assert said in failed(await send(made)).message
+
+
 # --- recipients
 
 
