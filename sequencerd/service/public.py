@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha1, sha256
 from html import escape
 from typing import NamedTuple, TypeVar
-from urllib.parse import parse_qs, parse_qsl
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import asyncpg
 from starlette.applications import Starlette
@@ -133,8 +135,7 @@ class PublicPages:
         subscription = self._read(request)
         if subscription is None:
             return _invalid(request)
-        body = await _body(request)
-        choice = parse_qs(body.decode("latin-1"), max_num_fields=20).get("choice", [""])[0]
+        choice = _choice(await _body(request))
         texts = TEXTS[_language(subscription, request)]
         filled = await self._filled(texts, subscription)
         channel, address, topic, _ = subscription
@@ -189,9 +190,9 @@ class PublicPages:
             pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=200)
         except ValueError:
             return Response("not a form", 400)
-        expected = twilio_signature(sms.auth_token.get_secret_value(), sms.hook_url, pairs)
-        given = request.headers.get("X-Twilio-Signature", "")
-        if not hmac.compare_digest(expected.encode(), given.encode()):
+        token, given = sms.auth_token.get_secret_value(), request.headers.get(SIGNATURE, "")
+        expected = [twilio_signature(token, url, pairs) for url in _signed_urls(sms.hook_url)]
+        if not any(hmac.compare_digest(one.encode(), given.encode()) for one in expected):
             return Response("the signature is wrong", 403)
         change = read_hook(dict(pairs), sms)
         if change is not None:
@@ -218,6 +219,13 @@ async def _body(request: Request) -> bytes:
         if len(body) > MAX_BODY:
             raise BodyTooLarge
     return body
+
+
+def _choice(body: bytes) -> str:
+    """Return what a recipient has chosen; empty for the one click of a mail program."""
+    with suppress(ValueError):  # too many fields
+        return parse_qs(body.decode("latin-1"), max_num_fields=20).get("choice", [""])[0]
+    return ""
 
 
 # --- the page
@@ -289,6 +297,9 @@ START_WORDS = frozenset({"START", "YES", "UNSTOP"})
 """The words with which Twilio itself stops and resumes messages to a number."""
 
 
+SIGNATURE = "X-Twilio-Signature"
+
+
 class ResumedNumber(NamedTuple):
     """A number whose owner wants messages again."""
 
@@ -302,15 +313,24 @@ def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]]) -> 
     return base64.b64encode(hmac.digest(token.encode(), signed.encode(), sha1)).decode()
 
 
+def _signed_urls(url: str) -> list[str]:
+    """Return the forms of a URL that Twilio may have signed: with and without a port."""
+    parts = urlsplit(url)
+    host = re.sub(r":[0-9]+$", "", parts.netloc)
+    places = (parts.netloc, host, f"{host}:{443 if parts.scheme == 'https' else 80}")
+    return [url.replace(parts.netloc, place, 1) for place in dict.fromkeys(places)]
+
+
 def read_hook(form: Mapping[str, str], sms: SmsSettings) -> Undeliverable | ResumedNumber | None:
     """Return what an incoming message or a status says about a number; None if nothing."""
-    if form.get("MessageStatus") in ("failed", "undelivered"):
+    status = form.get("MessageStatus") or form.get("SmsStatus", "")
+    if status in ("failed", "undelivered"):
         code = form.get("ErrorCode", "")
         known = int(code) if code.isascii() and code.isdecimal() and len(code) < 10 else None
-        gone = undeliverable(known, form.get("To", ""), form["MessageStatus"])
+        gone = undeliverable(known, form.get("To", ""), status)
         return gone if sms.suppress_bounces else None
     word = form.get("OptOutType") or form.get("Body", "")
-    word = word.strip().rstrip(".!").upper()
+    word = re.sub(r"[\s.!]+$", "", word.strip()).upper()
     sender = form.get("From", "")
     if sender and word in STOP_WORDS:
         return Undeliverable("sms", sender, f"answered {word}", "stop")

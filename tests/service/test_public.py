@@ -95,6 +95,8 @@ async def test_a_get_changes_nothing_and_a_post_unsubscribes(
     [
         {"data": {"List-Unsubscribe": "One-Click"}},
         {"files": {"List-Unsubscribe": (None, b"One-Click")}},
+        {"content": b"List-Unsubscribe=One-Click" + b"&x=1" * 1000},
+        {"content": b"\xff=%ff&&;=&List-Unsubscribe"},
         {},
     ],
 )
@@ -304,6 +306,31 @@ async def test_stop_and_start(web: httpx.AsyncClient, connection: asyncpg.Connec
     assert await removed(connection) == [("sms", hashed("+491"), "*", answered)]
 
 
+@pytest.mark.parametrize(
+    ("hook", "signed"),
+    [
+        ("https://mail.example.com/hooks/twilio", "https://mail.example.com:443/hooks/twilio"),
+        ("https://mail.example.com:443/hooks/twilio", "https://mail.example.com/hooks/twilio"),
+        ("https://mail.example.com:8443/hooks/twilio", "https://mail.example.com/hooks/twilio"),
+        (
+            "https://u:p@mail.example.com/hooks/twilio?a=b",
+            "https://u:p@mail.example.com:443/hooks/twilio?a=b",
+        ),
+        ("http://[2001:db8::1]/hooks/twilio", "http://[2001:db8::1]:80/hooks/twilio"),
+    ],
+)
+async def test_twilio_may_sign_a_url_with_and_without_its_port(
+    database: str, hook: str, signed: str
+) -> None:
+    form = {"From": "+491", "Body": "hello"}
+    settings = {**SETTINGS, "sms": {**SETTINGS["sms"], "hook_url": hook}}
+    async with client(database, settings) as web:
+        for url, status in ((hook, 200), (signed, 200), (hook + "x", 403)):
+            headers = {"X-Twilio-Signature": twilio_signature("12345", url, form.items())}
+            answer = await web.post("/hooks/twilio", data=form, headers=headers)
+            assert answer.status_code == status, url
+
+
 async def test_a_hook_that_twilio_did_not_sign(
     web: httpx.AsyncClient, connection: asyncpg.Connection
 ) -> None:
@@ -326,7 +353,12 @@ async def test_a_hook_that_twilio_did_not_sign(
         ({"MessageStatus": "failed"}, None),
         ({"MessageStatus": "failed", "ErrorCode": "9" * 5000}, None),
         ({"MessageStatus": "delivered", "ErrorCode": "30005"}, None),
+        ({"SmsStatus": "undelivered", "ErrorCode": "30005"}, "refused"),
+        ({"SmsStatus": "received", "Body": "STOP"}, "stop"),
         ({"Body": "stopp"}, None),
+        ({"Body": " Stop . "}, "stop"),
+        ({"Body": "\u00a0StopAll!\n"}, "stop"),
+        ({"Body": "stop stop"}, None),
         ({"Body": "QUIT", "OptOutType": "STOP"}, "stop"),
         ({"Body": "Hilfe", "OptOutType": "HELP"}, None),
         ({"Body": "STOP", "From": ""}, None),
@@ -338,6 +370,8 @@ def test_hooks_report_their_changes(form: dict[str, str], source: str | None) ->
     assert not isinstance(found, ResumedNumber)
     assert (found and found.source) == source
     if found is not None:
-        assert found.address == ("+492" if "MessageStatus" in form else "+491")
+        assert found.address == (
+            "+492" if source == "refused" or "MessageStatus" in form else "+491"
+        )
     if source == "refused":
         assert read(SmsSettings(suppress_bounces=False)) is None

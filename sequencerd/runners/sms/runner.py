@@ -59,12 +59,13 @@ from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import UnsubscribeLinks, check_reads
 
 # Error codes that say more than the status: https://www.twilio.com/docs/api/errors
-_THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63018})
+_THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63017, 63018})
 _DAILY = frozenset({63038})  # the account's daily number of messages
 _OPERATORS = frozenset({20003, 20005, 30002})  # the login, or a suspended account
+_MAINTENANCE = 21730
 _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region; also with 403
-_CARRIERS_DAY = 30027  # a carrier's daily number of messages
-_PASSING = frozenset({30008, _CARRIERS_DAY})  # of unknown kind
+_CARRIERS_DAY = frozenset({30023, 30027})  # a carrier's daily number of messages
+_PASSING = _CARRIERS_DAY | {30008}  # of unknown kind
 OPTED_OUT = 21610  # the recipient answered STOP
 _UNREACHABLE = frozenset({21211, 21614, 30005, 30006})  # invalid, no mobile, unknown, landline
 NO_TIME = timedelta(0)
@@ -292,8 +293,10 @@ def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
     if code in _THROTTLED or code in _OPERATORS:
         cause: OutageCause = "over quota" if code in _THROTTLED else "refused"
         return Failed(message, retry_after=asked, fault="server", cause=cause)
+    if code == _MAINTENANCE:
+        return Failed(message, retry_after=asked, fault="server", cause="unavailable")
     if code in _PASSING:
-        return Failed(message, retry_after=rest_of_day(now) if code == _CARRIERS_DAY else asked)
+        return Failed(message, retry_after=rest_of_day(now) if code in _CARRIERS_DAY else asked)
     failed = judge(reply, message)
     if failed is not None and code in _ABOUT_MESSAGE and reply.status < 500:
         failed = replace(failed, permanent=True, fault="enrollment")

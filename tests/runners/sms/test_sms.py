@@ -92,6 +92,9 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
         (403, 20005, False, "server"),  # the account is not active
         (400, 14107, False, "server"),
         (400, 30022, False, "server"),
+        (429, 63017, False, "server"),
+        (400, 21730, False, "server"),  # Twilio's maintenance
+        (402, None, False, "server"),
         (500, 20500, False, "unclear"),
         (503, None, False, "unclear"),
     ],
@@ -109,7 +112,8 @@ async def test_refusals(status: int, code: int | None, permanent: bool, fault: s
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "fault"), [(429, 63038, "server"), (400, 30027, "enrollment")]
+    ("status", "code", "fault"),
+    [(429, 63038, "server"), (400, 30023, "enrollment"), (400, 30027, "enrollment")],
 )
 async def test_a_daily_cap_is_retried_on_the_next_day(status: int, code: int, fault: str) -> None:
     message = "Account exceeded the 50 daily messages limit"
