@@ -32,7 +32,8 @@ from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.results import Results
-from sequencerd.storage import connections, locking, sequences, wakes, writes
+from sequencerd.storage import connections, listener, locking, sequences, wakes, writes
+from sequencerd.storage.daemons import acquire_notify_lock
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.core.test_advance import at
@@ -709,14 +710,23 @@ async def test_a_skipped_notification_is_found_when_its_transaction_ends(
 
 
 async def test_the_notify_lock_goes_to_another_daemon(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    is_refused = asyncio.Event()
+
+    async def acquire_and_tell(one: asyncpg.Connection) -> bool | None:
+        has_lock = await acquire_notify_lock(one)
+        if has_lock is False:
+            is_refused.set()
+        return has_lock
+
+    monkeypatch.setattr(listener, "acquire_notify_lock", acquire_and_tell)
     await define(connection, "s", ("a", "Note", "{}", None))
     async with AsyncExitStack() as first:
         await first.enter_async_context(running_engine(database, {"Note": Recorder()}, sweep=3600))
         await until(connection, LOCK_IS_HELD)
         async with running_engine(database, {"Note": Recorder()}, sweep=3600):
-            await asyncio.sleep(0.5)  # it has seen by now that the other one has it
+            await asyncio.wait_for(is_refused.wait(), PATIENCE)
             await first.aclose()
             for number in range(4):
                 id_ = await enroll(connection, "s", f"u{number}")

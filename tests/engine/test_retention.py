@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 import structlog
+from structlog.testing import capture_logs
 
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
@@ -15,6 +16,7 @@ from sequencerd.settings import RetentionSettings
 from sequencerd.storage import connections
 from sequencerd.storage.cleanup import try_lock_retention
 from tests.helpers.engines import define, enroll, until
+from tests.helpers.waiting import eventually
 
 LOG = structlog.get_logger()
 PARTITIONS = (
@@ -213,14 +215,16 @@ async def test_errors_of_retention_are_retried(
     old = await make_past(defined, 14)
     await defined.execute("ALTER FUNCTION sequencer.drop_event_partition RENAME TO hidden")
     settings = RetentionSettings(events=YEAR)
-    keeping = asyncio.create_task(retention.keep(pool, lambda: settings, clock=Clock(), log=LOG))
-    try:
-        await asyncio.sleep(0.1)
-        assert not keeping.done()
+    with capture_logs() as logs:
+        log = structlog.get_logger()
+        keeping = asyncio.create_task(
+            retention.keep(pool, lambda: settings, clock=Clock(), log=log)
+        )
+        await eventually(lambda: len(logs) > 1)
         await defined.execute("ALTER FUNCTION sequencer.hidden RENAME TO drop_event_partition")
         await until(defined, "SELECT to_regclass('sequencer.' || $1) IS NULL", old)
-    finally:
         keeping.cancel()
+    assert "retention tries again later" in logs[0]["event"]
 
 
 @pytest.mark.parametrize("tables", ["ALL TABLES", "TABLES IN SCHEMA sequencer"])
