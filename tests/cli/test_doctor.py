@@ -23,7 +23,7 @@ from sequencerd.settings import DatabaseSettings, Settings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command, beside
-from tests.helpers.databases import shard, with_login
+from tests.helpers.databases import make_login, shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
 from tests.helpers.servers import Answer, Request, http_server, smtp_server
 
@@ -191,12 +191,8 @@ async def test_a_transaction_that_was_left_open(
 async def test_a_user_with_too_few_privileges(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE sequencer_test_nobody LOGIN;"
-        " EXCEPTION WHEN duplicate_object THEN END $$"
-    )
-    await connection.execute("GRANT sequencer_enroller TO sequencer_test_nobody")
-    found = await examine(with_login(database, "sequencer_test_nobody"))
+    login = await make_login(connection, database, "login_enroller", "enroller")
+    found = await examine(login)
     assert found["roles"].level == "warning"
     assert "this user lacks DELETE, INSERT" in found["roles"].seen
     assert "GRANT sequencer_daemon" in found["roles"].advice

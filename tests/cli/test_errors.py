@@ -18,7 +18,7 @@ from sequencerd.cli.commands import role_for
 from sequencerd.storage.statements import QUERIES
 from tests.cli.test_doctor import examine
 from tests.helpers.command_line import Command
-from tests.helpers.databases import with_login
+from tests.helpers.databases import make_login
 
 
 def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> None:
@@ -42,10 +42,7 @@ def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> N
 @pytest.fixture
 async def login(connection: asyncpg.Connection, database: str) -> str:
     """The URL of a login that may do nothing."""
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_none LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
-    )
-    return with_login(database, "login_none")
+    return await make_login(connection, database, "login_none")
 
 
 def run(*arguments: str) -> int:
@@ -73,12 +70,10 @@ async def test_missing_privileges_of_a_role_are_not_granted_to_a_login(
     database: str, connection: asyncpg.Connection, sequencerd: Command
 ) -> None:
     """The login has the role already."""
+    login = await make_login(connection, database, "login_member", "enroller", "daemon")
     await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_member LOGIN; EXCEPTION WHEN duplicate_object THEN END $$;"
-        "GRANT sequencer_enroller, sequencer_daemon TO login_member;"
         "REVOKE SELECT ON sequencer.problems FROM sequencer_enroller, sequencer_daemon"
     )
-    login = with_login(database, "login_member")
     sequencerd("--database", login, "status", code=1)
     assert (
         "sequencer_enroller lacks privileges: run `sequencerd grants --apply`" in sequencerd.errors

@@ -18,7 +18,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.problems import Problems
 from sequencerd.storage import connections
-from tests.helpers.databases import shard, with_login
+from tests.helpers.databases import make_login, shard
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
 HOURLY = {"from": "app.overdue", "every": {"amount": 1, "unit": "hours"}}
@@ -177,6 +177,7 @@ async def test_rows_that_cannot_be_enrolled_are_reported_and_the_others_are_enro
 async def test_a_query_that_fails_is_reported_and_other_sequences_enroll(
     defined: asyncpg.Connection, database: str, source: str, words: str
 ) -> None:
+    login = await make_login(defined, database, "login_daemon", "daemon")
     await defined.execute(
         "CREATE VIEW app.slow AS SELECT pg_sleep(600)::text AS subject;"
         "CREATE VIEW app.failing AS SELECT (1 / 0)::text AS subject;"
@@ -184,14 +185,12 @@ async def test_a_query_that_fails_is_reported_and_other_sequences_enroll(
         "CREATE VIEW app.secret AS SELECT 'x'::text AS subject;"
         "CREATE FUNCTION app.writing() RETURNS SETOF text LANGUAGE sql AS"
         " $$ DELETE FROM app.invoices RETURNING subject $$;"
-        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_daemon TO login_daemon; GRANT USAGE ON SCHEMA app TO login_daemon;"
+        "GRANT USAGE ON SCHEMA app TO login_daemon;"
         "GRANT SELECT ON app.overdue, app.slow, app.failing, app.unnamed TO login_daemon;"
     )
     await define(defined, "other", ("a", "WaitForDuration", '{"amount": 3, "unit": "days"}', None))
     await schedule(defined, {**HOURLY, "from": source}, "other")
-    async with daemon(with_login(database, "login_daemon"), seconds=0.5) as one:
+    async with daemon(login, seconds=0.5) as one:
         told = await one.turn()
         assert words in told
         assert "sequence 'other'" in told

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import asyncpg
 import pytest
 
-from tests.helpers.databases import with_login
+from tests.helpers.databases import make_login
 from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.waiting import PATIENCE
 
@@ -41,11 +41,7 @@ async def test_a_step_enrolls_and_cancels_others(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """With the rights of the daemon's role alone."""
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_daemon TO login_daemon"
-    )
+    login = await make_login(connection, database, "login_daemon", "daemon")
     await define(connection, "b", ("note", "Note", "{}", "wait"), DAYS)
     await define(connection, "c", DAYS)
     await define(
@@ -57,7 +53,7 @@ async def test_a_step_enrolls_and_cancels_others(
     )
     stopped = await enroll(connection, "c", "ada")
     runner = Recorder()
-    async with running_engine(with_login(database, "login_daemon"), {"Note": runner}):
+    async with running_engine(login, {"Note": runner}):
         id_ = await enroll(connection, "a", "ada", '{"plan": "pro", "n": 7}')
         await until(
             connection,

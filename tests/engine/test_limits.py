@@ -23,7 +23,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.step_types import BUILT_IN, is_instant
 from sequencerd.storage.reservations import Reserved, prune, reserve
-from tests.helpers.databases import with_login
+from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 
 NOW = datetime(2026, 3, 2, tzinfo=UTC)
@@ -278,11 +278,6 @@ async def test_the_limit_of_a_topic_holds_for_all_its_side_effects(
     each with the limits of its steps. What has no topic is not concerned.
     """
     await limit_topic(connection, of_topic(2, then="skip"))
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_daemon TO login_daemon"
-    )
     topic = {"topic": "marketing"}
     configs: dict[str, tuple[str, dict[str, Any]]] = {
         "of_sequence": ("Note", {}),
@@ -304,7 +299,7 @@ async def test_the_limit_of_a_topic_holds_for_all_its_side_effects(
             name,
         )
     one, other = Recorder(), Recorder()
-    url = with_login(database, "login_daemon")
+    url = await make_login(connection, database, "login_daemon", "daemon")
     async with running_engine(url, {"Note": one}), running_engine(url, {"Note": other}):
         await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
         await until(connection, ALL_ENDED)

@@ -21,7 +21,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import locking, migrate, sequences
 from tests.helpers.command_line import Command
-from tests.helpers.databases import QUOTED, execute, with_database, with_login
+from tests.helpers.databases import QUOTED, execute, make_login, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
 
@@ -51,12 +51,7 @@ async def refuse(
 @pytest.fixture
 async def daemon_login(connection: asyncpg.Connection, database: str) -> str:
     """The URL of a login that has the daemon's role and no more."""
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
-    )
-    await connection.execute("GRANT sequencer_daemon TO login_daemon")
-    return with_login(database, "login_daemon")
+    return await make_login(connection, database, "login_daemon", "daemon")
 
 
 class Gate:

@@ -15,7 +15,7 @@ from sequencerd.core.model import Answer, Limits, Result, Task
 from sequencerd.engine import shared_rates
 from sequencerd.runners.pace import Pace
 from sequencerd.storage import connections
-from tests.helpers.databases import shard, with_login
+from tests.helpers.databases import make_login, shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
 from tests.helpers.waiting import PATIENCE
 
@@ -47,12 +47,7 @@ async def test_four_daemons_keep_a_rate_together(
     connection: asyncpg.Connection, database: str
 ) -> None:
     await define(connection, "s", ("call", "Paced", "{}", None))
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_daemon TO login_daemon"
-    )
-    url = with_login(database, "login_daemon")
+    url = await make_login(connection, database, "login_daemon", "daemon")
     taken: list[int] = []
     async with AsyncExitStack() as stack:
         runners = []

@@ -11,7 +11,7 @@ import pytest
 
 from sequencerd.core.model import Failed, Limits, Result, Task
 from sequencerd.runners.email.runner import EmailRunner
-from tests.helpers.databases import with_login
+from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 from tests.helpers.servers import HOST, smtp_server
 
@@ -112,11 +112,7 @@ async def test_a_holiday_is_followed_while_enrollments_wait(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """By any user with the editor's role; and the calendar that is missing at first."""
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_editor LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_editor TO login_editor"
-    )
+    login = await make_login(connection, database, "login_editor", "editor")
     runner = Recorder()
     today = datetime.now(UTC).date()
     async with running_engine(database, {"Work": runner}):
@@ -126,7 +122,7 @@ async def test_a_holiday_is_followed_while_enrollments_wait(
         await until(connection, "SELECT failure = 'invalid_step' FROM sequencer.enrollments")
         problem = await connection.fetchval("SELECT problem FROM sequencer.steps")
         assert "calendar 'DE' has no holidays" in problem
-        editor = await asyncpg.connect(with_login(database, "login_editor"))
+        editor = await asyncpg.connect(login)
         for day in (today, today + timedelta(days=1)):  # it may be midnight
             await editor.execute("INSERT INTO sequencer.holidays VALUES ('DE', $1, 'a day')", day)
         await until(

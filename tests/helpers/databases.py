@@ -95,6 +95,19 @@ def with_login(url: str, user: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
 
 
+async def make_login(connection: asyncpg.Connection, url: str, name: str, *roles: str) -> str:
+    """Create a login with roles, and return the URL for it. It belongs to the whole cluster, and
+    stays for the next test.
+    """
+    await connection.execute(
+        f"DO $$ BEGIN CREATE ROLE {name} LOGIN;"
+        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
+    )
+    for role in roles:
+        await connection.execute(f"GRANT sequencer_{role} TO {name}")
+    return with_login(url, name)
+
+
 if given := os.environ.pop("SEQUENCERD_TEST_SCHEMA", None):
     os.environ["SEQUENCERD_DATABASE_SCHEMA"] = given  # also for pytest's other processes
 

@@ -10,7 +10,7 @@ import pytest
 from sequencerd.storage import migrate
 from sequencerd.storage.schemas import in_schema
 from tests.cli.test_doctor import examine
-from tests.helpers.databases import SCHEMA, execute, with_database, with_login
+from tests.helpers.databases import SCHEMA, execute, make_login, with_database, with_login
 
 OWNER = "login_owner"
 
@@ -91,11 +91,7 @@ async def test_a_schema_that_an_administrator_made_is_used(server: str, owned: s
 async def test_a_login_that_may_only_read_finds_nothing_to_apply(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_daemon LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
-    )
-    await connection.execute("GRANT sequencer_daemon TO login_daemon")
-    reader = await asyncpg.connect(with_login(database, "login_daemon"))
+    reader = await asyncpg.connect(await make_login(connection, database, "login_daemon", "daemon"))
     assert await migrate.migrate(reader) == []
     assert await migrate.grant(reader) == []
     await reader.close()

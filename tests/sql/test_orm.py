@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from tests.helpers.databases import QUOTED, with_login
+from tests.helpers.databases import QUOTED, make_login
 from tests.helpers.engines import define
 
 WRITABLE = """SELECT array_agg(attname::text ORDER BY attnum) FROM pg_attribute
@@ -28,12 +28,9 @@ async def session(
 ) -> AsyncIterator[asyncpg.Connection]:
     """An application's connection, as the owner or as `sequencer_enroller`."""
     await define(connection, "s", ("first", "GoTo", "{}", None))
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_enroller LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_enroller TO login_enroller"
-    )
-    url = database if request.param == "owner" else with_login(database, "login_enroller")
+    url = await make_login(connection, database, "login_enroller", "enroller")
+    if request.param == "owner":
+        url = database
     session = await asyncpg.connect(url)
     yield session
     await session.close()

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from tests.helpers.command_line import Command, start_sequencerd
-from tests.helpers.databases import with_login
+from tests.helpers.databases import make_login
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
@@ -28,14 +28,8 @@ async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str
 
 
 async def make_logins(connection: asyncpg.Connection, database: str) -> dict[str, str]:
-    """URLs, by role. The logins belong to the whole cluster, and stay for the next test."""
-    for role in ROLES:
-        await connection.execute(
-            f"DO $$ BEGIN CREATE ROLE login_{role} LOGIN;"
-            " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
-        )
-        await connection.execute(f"GRANT sequencer_{role} TO login_{role}")
-    return {role: with_login(database, f"login_{role}") for role in ROLES}
+    """URLs, by role."""
+    return {role: await make_login(connection, database, f"login_{role}", role) for role in ROLES}
 
 
 @pytest.fixture
@@ -233,14 +227,13 @@ async def test_each_role_has_only_its_privileges(
 async def test_a_view_is_enough_to_enroll(
     sessions: dict[str, asyncpg.Connection], connection: asyncpg.Connection, database: str
 ) -> None:
+    login = await make_login(connection, database, "login_of_a_view")
     await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_of_a_view LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
         "CREATE VIEW app.people AS SELECT sequence, subject FROM sequencer.enrollments;"
         "GRANT USAGE ON SCHEMA app TO login_of_a_view;"
         "GRANT INSERT ON app.people TO login_of_a_view"
     )
-    session = await asyncpg.connect(with_login(database, "login_of_a_view"))
+    session = await asyncpg.connect(login)
     await session.execute("INSERT INTO app.people VALUES ('s', 'bob'), ('s', 'eve')")
     with pytest.raises(DENIED):
         await session.execute(
@@ -287,11 +280,7 @@ async def test_no_user_can_shadow_names_in_functions(
 
 
 async def test_no_other_role_has_access(connection: asyncpg.Connection, database: str) -> None:
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_nobody LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
-    )
-    session = await asyncpg.connect(with_login(database, "login_nobody"))
+    session = await asyncpg.connect(await make_login(connection, database, "login_nobody"))
     for statement in ("SELECT * FROM sequencer.steps", "SELECT sequencer.enroll('s', 'x')"):
         with pytest.raises(DENIED):
             await session.execute(statement)

@@ -9,7 +9,7 @@ from sequencerd.storage import server
 from sequencerd.storage.schemas import in_schema
 from tests.cli.test_doctor import examine
 from tests.helpers.command_line import Command
-from tests.helpers.databases import SCHEMA, with_login
+from tests.helpers.databases import SCHEMA, make_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.sql.test_roles import daemon
 
@@ -28,16 +28,7 @@ async def enable(connection: asyncpg.Connection, *, force: bool = False) -> None
 @pytest.fixture
 async def login(connection: asyncpg.Connection, database: str) -> str:
     """The URL of a login that is a daemon's."""
-    await make_role(connection, "login_daemon")
-    await connection.execute("GRANT sequencer_daemon TO login_daemon")
-    return with_login(database, "login_daemon")
-
-
-async def make_role(connection: asyncpg.Connection, name: str) -> None:
-    await connection.execute(
-        f"DO $$ BEGIN CREATE ROLE {name} LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$"
-    )
+    return await make_login(connection, database, "login_daemon", "daemon")
 
 
 @pytest.mark.slow
@@ -57,11 +48,10 @@ async def test_a_daemon_sees_everything_as_before(
 async def test_the_policy_applies_to_no_other_role(
     connection: asyncpg.Connection, database: str
 ) -> None:
-    await make_role(connection, "login_enroller")
-    await connection.execute("GRANT sequencer_enroller TO login_enroller")
+    login = await make_login(connection, database, "login_enroller", "enroller")
     await define(connection, "s", ("a", "GoTo", "{}", None))
     await enroll(connection, "s", "ada")
-    session = await asyncpg.connect(with_login(database, "login_enroller"))
+    session = await asyncpg.connect(login)
     count = "SELECT count(*) FROM sequencer.enrollments"
     assert await session.fetchval(count) == 1
     await enable(connection)
@@ -101,20 +91,19 @@ async def test_an_owner_under_forced_row_security_is_reported(
     connection: asyncpg.Connection, database: str
 ) -> None:
     """As a daemon, and where triggers and functions work with its rights."""
-    await make_role(connection, "login_owner")
+    owning = await make_login(connection, database, "login_owner")
     await connection.execute("GRANT CREATE ON SCHEMA public TO login_owner")
     await connection.execute("ALTER SCHEMA sequencer OWNER TO login_owner")
     for row in await connection.fetch(TABLES):
         await connection.execute(f"ALTER TABLE sequencer.{row[0]} OWNER TO login_owner")
-    owner = await asyncpg.connect(with_login(database, "login_owner"))
+    owner = await asyncpg.connect(owning)
     await enable(connection)
     assert await server.hidden_tables(owner) == []
     await enable(connection, force=True)
     hidden = await server.hidden_tables(owner)
     assert (HIDDEN, "login_owner", True) in hidden
-    await make_role(connection, "login_daemon")
-    await connection.execute("GRANT sequencer_daemon TO login_daemon")
-    other = await asyncpg.connect(with_login(database, "login_daemon"))
+    login = await make_login(connection, database, "login_daemon", "daemon")
+    other = await asyncpg.connect(login)
     assert {one.user for one in await server.hidden_tables(other)} == {"login_owner"}
     await connection.execute("GRANT sequencer_daemon TO login_owner")
     assert await server.hidden_tables(owner) == []

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from sequencerd.storage import daemons
-from tests.helpers.databases import SCHEMA, with_login
+from tests.helpers.databases import SCHEMA, make_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
 HIJACK = """
@@ -76,12 +76,7 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
     )
     await enroll(connection, "s", "ada")
     await connection.execute(HIJACK)
-    await connection.execute(
-        "DO $$ BEGIN CREATE ROLE login_editor LOGIN;"
-        " EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;"
-        "GRANT sequencer_editor TO login_editor"
-    )
-    return with_login(database, "login_editor")
+    return await make_login(connection, database, "login_editor", "editor")
 
 
 @pytest.mark.slow

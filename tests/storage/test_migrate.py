@@ -14,7 +14,7 @@ from sequencerd.storage.connections import Shard, connect
 from sequencerd.storage.migrations import Migration
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command
-from tests.helpers.databases import execute, shard, with_database, with_login
+from tests.helpers.databases import execute, make_login, shard, with_database
 from tests.helpers.engines import until
 
 MORE = Migration(9001, "9001_more.sql", "CREATE TABLE sequencer.more (id integer)")
@@ -162,11 +162,7 @@ async def test_a_standby_is_refused(
 async def logins(connection: asyncpg.Connection, database: str) -> dict[str, str]:
     """The URLs of two ordinary logins."""
     names = ("login_owner", "login_none")
-    for name in names:
-        await connection.execute(
-            f"DO $$ BEGIN CREATE ROLE {name} LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
-        )
-    return {name: with_login(database, name) for name in names}
+    return {name: await make_login(connection, database, name) for name in names}
 
 
 @pytest.mark.slow
