@@ -10,9 +10,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from io import TextIOWrapper
 from types import FrameType
 
+from sequencerd.cli import streams
 from sequencerd.cli.arguments import WITHOUT_SETTINGS, make_parser
 from sequencerd.errors import (
     ArgumentError,
@@ -29,14 +29,15 @@ from sequencerd.errors import (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 wrong arguments or settings."""
-    _open_standard_streams()
+    streams.open_all()
     try:
         sys.exit(_run(arguments))
     finally:
-        _drop_unwritten_errors()
+        streams.drop_unwritten()
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    given = Namespace()
     try:
         given = make_parser().parse_args(arguments)
         _check_texts(given)
@@ -59,20 +60,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         code = 130
     except BrokenPipeError:
         # the reader is gone, as with `| head`: not an error, and nothing more to write
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.drop(sys.stdout)
         code = 0
     return code
-
-
-def _drop_unwritten_errors() -> None:
-    """Drop what could not be written to standard error. Otherwise Python tries again at exit, and
-    replaces the exit code by 120.
-    """
-    try:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 _received: list[int] = []
@@ -108,21 +98,8 @@ def _check_texts(given: Namespace) -> None:
                 raise ArgumentError(f"the argument {name} is not valid UTF-8")
 
 
-def _open_standard_streams() -> None:
-    """Open the streams that were closed before the start, as with `>&-`: a connection would get
-    their numbers.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    if isinstance(sys.stdout, TextIOWrapper):  # as standard error, where a locale lacks a character
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def _print(error: SequencerdError) -> None:
-    from sequencerd.cli.output import say, say_lines  # noqa: PLC0415
+    from sequencerd.cli.output import say  # noqa: PLC0415
     from sequencerd.service.systemd import is_journal  # noqa: PLC0415
 
     if is_journal():  # each line with its priority, or `journalctl -p warning` would hide it
@@ -133,4 +110,6 @@ def _print(error: SequencerdError) -> None:
     prefix = "" if isinstance(error, FileError) else "sequencerd: "
     # what they name is quoted
     several = isinstance(error, FileError | PlanError | SettingsError | ShardsError)
-    (say_lines if several else say)(f"{prefix}{error}", to=sys.stderr)
+    text = f"{prefix}{error}"
+    for line in text.split("\n") if several else [text]:
+        say(line, to=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from sequencerd import __version__
 from sequencerd.cli import ids
 from sequencerd.cli.ids import positive
+from sequencerd.cli.streams import write
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: a mail server keeps the message
 MAX_SECONDS = 10 * 365 * 86400
@@ -67,6 +68,13 @@ class _Parser(argparse.ArgumentParser):
 
         super().error(visible(message))
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; argparse would ignore that it cannot be written."""
+        if file is sys.stdout:
+            write(message)
+        else:
+            super()._print_message(message, file)
+
 
 class _Version(argparse.Action):
     """Prints the version with that of the schema; both are read only when needed."""
@@ -78,7 +86,7 @@ class _Version(argparse.Action):
         from sequencerd.storage.migrations import available  # noqa: PLC0415 - see above
 
         schema = available()[-1].name.removesuffix(".sql")
-        sys.stdout.write(f"{__version__}, schema {schema}\n")
+        write(f"{__version__}, schema {schema}\n")
         parser.exit()
 
 

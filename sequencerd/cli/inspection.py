@@ -24,7 +24,7 @@ from sequencerd.cli.commands import (
     report_missing,
 )
 from sequencerd.cli.ids import Id, labelled, shard_of_id
-from sequencerd.cli.output import is_terminal, laid_out, say, say_json, show, warn
+from sequencerd.cli.output import laid_out, say, say_json, show, warn
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import text
 from sequencerd.core.model import DefinitionError
@@ -186,7 +186,7 @@ def _screen() -> Iterator[Callable[[Sequence[Any], Sequence[str]], None]]:
     """Return what prints rows and lines: on a terminal in place of the previous ones, otherwise
     below them.
     """
-    if not is_terminal(sys.stdout):
+    if not sys.stdout.isatty():
 
         def add(rows: Sequence[Any], notes: Sequence[str]) -> None:
             show(rows, as_json=False, empty=NO_SEQUENCES)

@@ -15,7 +15,7 @@ import asyncpg
 
 from sequencerd.cli.commands import connected, explain, on_shards, read_settings, report_missing
 from sequencerd.cli.ids import shard_of_id
-from sequencerd.cli.output import is_terminal, say, say_lines, say_raw
+from sequencerd.cli.output import say, say_lines, say_raw
 from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions, warn_of_paths
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
@@ -50,7 +50,7 @@ def preview_command(arguments: argparse.Namespace, settings: Settings) -> int:
             arguments.output.write_bytes(content)
         except OSError as error:
             raise UsageError(f"{arguments.output}: {error.strerror}") from error
-    elif is_terminal(sys.stdout):
+    elif sys.stdout.isatty():
         say_lines(content.decode(errors="replace").replace("\r\n", "\n"))
     else:
         say_raw(content.decode(errors="replace"))

@@ -14,7 +14,7 @@ import asyncpg
 
 from sequencerd.cli.commands import check_names, connected, explain, on_shards, report_missing
 from sequencerd.cli.ids import Id, by_shard, labelled
-from sequencerd.cli.output import busy, is_terminal, progress_bar, say, say_json, show, warn
+from sequencerd.cli.output import busy, progress_bar, say, say_json, show, warn
 from sequencerd.core.calendar import dates
 from sequencerd.core.routing import shard_of
 from sequencerd.definitions.options import read_object, read_zone
@@ -184,7 +184,7 @@ async def _check_step(
 
 def confirm(question: str) -> None:
     """Ask the user for confirmation. Raises UsageError without it."""
-    if not is_terminal(sys.stdin):
+    if not sys.stdin.isatty():
         raise ArgumentError(f"{question} Standard input is not a terminal: use --yes, or --dry-run")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # this blocks the loop
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,8 @@ from typing import Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
+from sequencerd.cli.streams import write
 from sequencerd.core.describe import is_never, plain, text, visible
-from sequencerd.errors import SequencerdError
 
 
 def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: int = 4) -> None:
@@ -33,34 +32,18 @@ def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: i
     if width and len(shown) > width:
         indent = " " * (len(shown) - len(shown.lstrip()))
         shown = "\n".join(_wrapped(shown.lstrip(), width, indent, indent + " " * hang))
-    _print(shown, to, end)
+    write(shown + end, to)
 
 
 def say_lines(lines: object, *, to: TextIO | None = None) -> None:
     """Print a text of several lines that contains no values of users; lines are not wrapped."""
     for line in str(lines).removesuffix("\n").split("\n"):
-        _print(visible(line), to)
+        write(visible(line) + "\n", to)
 
 
-def _print(text: str, to: TextIO | None = None, end: str = "\n") -> None:
-    try:
-        print(text, file=to, end=end, flush=True)
-    except BrokenPipeError:
-        raise  # not an error: the reader is gone
-    except OSError as error:
-        # the rest is not written again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (to or sys.stdout).fileno())
-        raise SequencerdError(f"the output cannot be written: {error.strerror}") from error
-
-
-def is_terminal(stream: TextIO | None) -> bool:
-    """Return whether a stream is a terminal."""
-    return stream is not None and stream.isatty()  # None: the stream was closed before the start
-
-
-def _width(stream: TextIO | None) -> int | None:
+def _width(stream: TextIO) -> int | None:
     """Return the width of a terminal; None if it is not a terminal."""
-    return get_terminal_size().columns if is_terminal(stream) else None
+    return get_terminal_size().columns if stream.isatty() else None
 
 
 def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
@@ -88,7 +71,7 @@ def busy(doing: str) -> Iterator[None]:
     """Show on a terminal what takes longer than a moment. Nothing else may be printed in the
     meantime. A terminal shows one at a time.
     """
-    if _busy or not is_terminal(sys.stderr):
+    if _busy or not sys.stderr.isatty():
         yield
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
@@ -108,7 +91,7 @@ def busy(doing: str) -> Iterator[None]:
 @contextmanager
 def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on a terminal; return the function that advances it."""
-    if not is_terminal(sys.stderr):
+    if not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console  # noqa: PLC0415 - only a terminal needs it
@@ -122,19 +105,19 @@ def progress_bar(doing: str, total: int) -> Iterator[Callable[[int], None]]:
 def say_raw(content: str) -> None:
     """Print a text for a program, unchanged."""
     use_utf8()
-    _print(content, end="")
+    write(content)
 
 
 def use_utf8() -> None:
     """Print in UTF-8 to a file or a program, whatever the locale: files are read so."""
-    if isinstance(sys.stdout, TextIOWrapper) and not is_terminal(sys.stdout):
+    if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")
 
 
 def say_json(value: object, *, indent: int | None = None) -> None:
     """Print a value for a program, in ASCII."""
     made = json.dumps(value, default=plain, indent=indent)
-    _print(made.replace("\x7f", "\\u007f"))
+    write(made.replace("\x7f", "\\u007f") + "\n")
 
 
 def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:

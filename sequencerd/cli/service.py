@@ -51,16 +51,26 @@ def install_service_command(arguments: argparse.Namespace, _: Settings) -> int:
 
 
 def console_password_command(_: argparse.Namespace, __: Settings) -> int:
-    if sys.stdin.isatty():
-        password = getpass.getpass()
-        if getpass.getpass("Again: ") != password:
-            raise UsageError("the passwords do not match")
-    else:
-        password = sys.stdin.readline().rstrip("\n")
+    try:
+        password = _read_password()
+        password.encode()
+    except UnicodeError as error:
+        raise UsageError("the password is not valid UTF-8") from error
+    except EOFError as error:
+        raise UsageError("no password was entered") from error
     if len(password) < MIN_PASSWORD_LENGTH:
         raise UsageError(f"the password must have at least {MIN_PASSWORD_LENGTH} characters")
     say(passwords.make_hash(password))
     return 0
+
+
+def _read_password() -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    password = getpass.getpass()
+    if getpass.getpass("Again: ") != password:
+        raise UsageError("the passwords do not match")
+    return password
 
 
 @on_shards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import subprocess
@@ -12,13 +13,20 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from sequencerd import cli
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
 from sequencerd.cli.commands import role_for
+from sequencerd.errors import PlanError
 from sequencerd.storage.statements import QUERIES
 from tests.cli.test_doctor import examine
 from tests.helpers.command_line import Command
 from tests.helpers.databases import make_login
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> None:
@@ -114,12 +122,43 @@ def test_a_closed_pipe_is_not_an_error(
 def test_an_output_that_cannot_be_written_is_named(
     database: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Path("/dev/full").open("w") as full:
-        monkeypatch.setattr("sys.stdout", full)
-        assert run("--database", database, "status") == 1
-    assert capfd.readouterr().err == (
-        "sequencerd: the output cannot be written: No space left on device\n"
-    )
+    for command in (["--database", database, "status"], ["--help"], ["--version"]):
+        with Path("/dev/full").open("w") as full:
+            monkeypatch.setattr("sys.stdout", full)
+            assert run(*command) == 1
+        assert capfd.readouterr().err == (
+            "sequencerd: the output cannot be written: No space left on device\n"
+        )
+
+
+@pytest.mark.parametrize("lines", [["what was found " * 5], ["what was found " * 5] * 2])
+def test_errors_are_wrapped_on_a_terminal(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = Terminal()
+    monkeypatch.setattr("sys.stderr", errors)
+    monkeypatch.setenv("COLUMNS", "40")
+    cli._print(PlanError("\n".join(lines)))
+    printed = errors.getvalue().splitlines()
+    assert max(map(len, printed)) <= 40
+    assert " ".join(printed).split() == ["sequencerd:", *" ".join(lines).split()]
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_the_reader_of_help_may_be_gone(argument: str) -> None:
+    """Python buffers it until the end, unless a variable forbids that."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, closed = os.pipe()
+    os.close(read)
+    with os.fdopen(closed, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "sequencerd", argument],
+            env=variables,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +186,32 @@ def test_streams_that_were_closed_before_the_start(
         monkeypatch.setattr(f"sys.{stream}", None)
     assert run("--database", database, "status") == 0
     assert run("--database", database, "status", "nowhere") == 1
+
+
+def test_standard_input_that_was_closed_before_the_start(database: str) -> None:
+    program = ["sh", "-c", 'exec "$0" -m sequencerd "$@" <&-', sys.executable]
+    for command, code, said in (
+        (["console-password"], 1, "the password must have at least 8 characters"),
+        (["--database", database, "bounce"], 0, "ignored"),
+    ):
+        done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
+
+
+def test_a_password_that_cannot_be_read(
+    sequencerd: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequencerd("console-password", stdin=b"\xff" * 9 + b"\n", code=1)
+    assert sequencerd.errors == "sequencerd: the password is not valid UTF-8\n"
+
+    def end(*_: object) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("getpass.getpass", end)
+    monkeypatch.setattr("sys.stdin", Terminal())
+    assert run("console-password") == 1
+    assert capsys.readouterr().err == "sequencerd: no password was entered\n"
 
 
 def test_simulate_takes_a_sequence_of_the_database(
