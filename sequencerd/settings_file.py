@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def load(
     values: dict[str, Any] = {}
     if file is not None:
         values = _read(file)
-    elif DEFAULT_FILE.exists():
-        values = _read(DEFAULT_FILE)
+    else:
+        with suppress(_NoFileError):
+            values = _read(DEFAULT_FILE)
     for name, text in environment.items():
         if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _NO_SETTING:
             section, key, value = _from_environment(name, text, folder, secrets)
@@ -64,10 +66,21 @@ def load(
         raise SettingsError(f"wrong setting: {text}") from error
 
 
+class _NoFileError(SettingsError):
+    """The file does not exist."""
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # some editors write a mark
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _NoFileError(f"settings file {file}: {error.strerror}") from error
+    except PermissionError as error:
+        hint = "use sudo, or --config with a file of your own"
+        raise SettingsError(f"settings file {file}: {error.strerror}; {hint}") from error
+    except OSError as error:
+        raise SettingsError(f"settings file {file}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"settings file {file}: {error}") from error
 
 

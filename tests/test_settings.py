@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import get_args, get_origin
 import pytest
 
 from sequencerd import settings as settings_module
+from sequencerd import settings_file
 from sequencerd.core.model import Limits
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
@@ -84,6 +87,38 @@ def test_a_wrong_file_is_explained(tmp_path: Path, text: str, words: str) -> Non
     file.write_text(text)
     with pytest.raises(SettingsError, match=words):
         load({}, file)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("[engine]\nbatch = 7\n", encoding="utf-8-sig")
+    assert load({}, file).engine.batch == 7
+
+
+def test_a_default_file_in_a_closed_folder_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "folder/sequencerd.toml"
+    monkeypatch.setattr(settings_file, "DEFAULT_FILE", file)
+    load({})
+    file.parent.mkdir()
+    load({})
+    file.parent.chmod(0)
+    with unprivileged(), pytest.raises(SettingsError, match="Permission denied; use sudo, or"):
+        load({})
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """For root, to whom nothing is closed."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 def _numbers(section: type[Section], *path: str) -> Iterator[tuple[str, ...]]:
