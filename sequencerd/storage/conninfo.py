@@ -10,9 +10,11 @@ from __future__ import annotations
 import configparser
 import getpass
 import os
+import pwd
 import re
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -355,6 +357,11 @@ def _plain(text: str) -> str:
 
 
 def _login() -> str:
+    """Return the name of the process's user, as libpq does: variables such as LOGNAME may name
+    another user, as with `runuser -u postgres`. They count if the user has no name here.
+    """
+    with suppress(KeyError):
+        return pwd.getpwuid(os.geteuid()).pw_name
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # for example in a container

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import ssl
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,14 @@ def test_a_password_file_with_escapes(home: Path) -> None:
     assert "password" not in arguments("postgresql://other/a", **variables)
     file.chmod(0o644)
     assert "password" not in arguments("postgresql://h/a%3Ab", **variables)
+
+
+def test_the_default_user_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in psql, whatever variables say; they count if the user has no name."""
+    monkeypatch.setenv("LOGNAME", "mallory")
+    assert arguments("app")["user"] == pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 5)
+    assert arguments("app")["user"] == "mallory"
 
 
 def test_the_authorities_of_the_system() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
+import os
+import pwd
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -279,4 +280,6 @@ def test_what_a_connection_takes_from_files_and_the_environment_is_printed(
     assert "(user 'ada', password :'password_a')" in printed
     monkeypatch.delenv("PGPASSFILE")
     assert "(user 'ada', password_required 'false')" in front({"a": Shard(url)})
-    assert f"(user '{getpass.getuser()}', " in front({"a": Shard("postgresql://db1/app")})
+    assert f"(user '{pwd.getpwuid(os.geteuid()).pw_name}', " in front(
+        {"a": Shard("postgresql://db1/app")}
+    )
