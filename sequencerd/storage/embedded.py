@@ -56,7 +56,23 @@ def default_folder() -> Path:
 
 def _base() -> Path:
     is_set = os.environ.get("XDG_DATA_HOME", "").strip()
-    return ROOTS_FOLDER if os.geteuid() == 0 and not is_set else user_data_path("sequencerd")
+    if os.geteuid() == 0 and not is_set:
+        return ROOTS_FOLDER
+    try:
+        return user_data_path("sequencerd")
+    except RuntimeError as error:  # for example in a container
+        raise EmbeddedError(
+            "no database is configured, and this user has no home for an embedded one: set "
+            "SEQUENCERD_DATABASE, or HOME"
+        ) from error
+
+
+def _make_base(base: Path) -> None:
+    """Create the folder of root's data so that another user can enter it, whatever the umask."""
+    missing = [path for path in (base, *base.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)
 
 
 @contextmanager
@@ -162,12 +178,14 @@ def _copy(programs: Path) -> Path:
     base = _base()
     target = base / f"programs-{marker}"
     if not target.exists():
-        base.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make_base(base)
         making = Path(tempfile.mkdtemp(dir=base))
         shutil.copytree(programs.parent, making / package.name / programs.parent.name)
         if libraries.is_dir():
             shutil.copytree(libraries, making / libraries.name)
-        making.chmod(0o755)
+        for path in (making, *making.rglob("*")):  # closed if installed with such a umask
+            mode = path.stat().st_mode
+            path.chmod(mode | (mode & 0o500) >> 3 | (mode & 0o500) >> 6)
         try:
             making.rename(target)
         except OSError:
@@ -178,6 +196,8 @@ def _copy(programs: Path) -> Path:
 def _prepare(folder: Path, programs: PostgresPrograms) -> None:
     """Create a folder that only its owner can enter."""
     try:
+        if programs.user:
+            _make_base(folder.parent)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if programs.user:
             os.chown(folder, programs.user.pw_uid, programs.user.pw_gid)

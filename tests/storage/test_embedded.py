@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,41 @@ def test_data_are_stored_in_xdg_data_home(folder: Path, monkeypatch: pytest.Monk
         assert embedded.default_folder() == Path("/var/lib/sequencerd/postgresql")
     else:
         assert embedded.default_folder().is_relative_to(Path.home())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")
+def test_the_user_that_runs_the_server_for_root_can_enter_its_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the package was installed, and the command runs, with a umask of 077."""
+    installed = folder.with_name("installed") / embedded.PACKAGE / "pginstall18/bin"
+    data = folder / "data/sequencerd/postgresql"
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder / "data"))
+    umask = os.umask(0o077)
+    try:
+        installed.mkdir(parents=True)
+        (installed / "initdb").touch(mode=0o700)
+        copied = embedded._copy(installed)
+        programs = embedded.PostgresPrograms(copied, embedded._unprivileged())
+        assert not programs.can_read(installed / "initdb")
+        assert programs.can_read(copied / "initdb")
+        embedded._prepare(data, programs)
+    finally:
+        os.umask(umask)
+    assert programs.can_read(data)
+    assert stat.S_IMODE(data.stat().st_mode) == 0o700
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container."""
+
+    def fail(_: str) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(embedded, "user_data_path", fail)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(EmbeddedError, match="set SEQUENCERD_DATABASE, or HOME"):
+        embedded.default_folder()
 
 
 def test_a_planted_socket_folder_is_left_unchanged(
