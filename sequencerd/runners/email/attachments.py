@@ -34,7 +34,11 @@ FETCH_TIMEOUT = 60.0  # seconds, for all attachments of a message
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SOURCE = re.compile(r"(?:(https?)://)?([^/:?#@\s\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/\S*)?")
-_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,80}/[a-z0-9][a-z0-9.+-]{0,80}")
+_TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,80}/[a-z0-9][a-z0-9.+-]{0,80}", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"\s*;\s*([a-z0-9-]{1,40}=(?:[\w.+-]{1,80}|\"[\w .,:+/-]{0,80}\"))\s*", re.ASCII | re.IGNORECASE
+)
+MAX_PARAMETERS = 5
 _CONTENT_ID = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~@-]{1,200}")
 _UNSAFE = re.compile(r'[<>:"/\\|?*]')
 _BLANK = re.compile(r"\s+")
@@ -297,13 +301,33 @@ def file_name(name: str, type_: str) -> str:
 
 
 def _content_type(written: str, name: str, given: str) -> str:
-    """Return the type: the given one, or that of the file name, or that from the server."""
-    for type_ in (written, mimetypes.guess_type(name)[0] or "", given.partition(";")[0]):
-        plain = type_.strip().lower()
-        # content of these types must not be encoded
-        if _TYPE.fullmatch(plain) and not plain.startswith(("multipart/", "message/")):
-            return plain
-    return _UNKNOWN
+    """Return the type: the written one with its parameters, or that of the file name, or that from
+    the server; with the server's charset if that is of the same type.
+    """
+    if found := _read_type(written):
+        return "; ".join(found)
+    served = _read_type(given) or [_UNKNOWN]
+    guessed = _read_type(mimetypes.guess_type(name)[0] or "") or served[:1]
+    charset = [one for one in served[1:] if one.lower().startswith("charset=")]
+    return "; ".join([*guessed, *charset] if guessed[0] == served[0] else guessed)
+
+
+def _read_type(text: str) -> list[str]:
+    """Return a type and its parameters; nothing if a part of a message cannot have it."""
+    text = text.strip()
+    found = _TYPE.match(text)
+    # content of these types must not be encoded
+    if not found or found[0].lower().startswith(("multipart/", "message/")):
+        return []
+    parameters: list[str] = []
+    position = found.end()
+    while position < len(text):
+        parameter = _PARAMETER.match(text, position)
+        if parameter is None or len(parameters) == MAX_PARAMETERS:
+            return []
+        parameters.append(parameter[1])
+        position = parameter.end()
+    return [found[0].lower(), *parameters]
 
 
 def _content_id(attachment: Attachment, name: str, view: Mapping[str, Any]) -> str | None:

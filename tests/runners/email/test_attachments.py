@@ -106,6 +106,39 @@ async def test_files_by_url_and_from_data() -> None:
     assert max(map(len, mail.messages[0].content.split(b"\r\n"))) <= 998
 
 
+@pytest.mark.parametrize(
+    ("written", "given", "name", "expected"),
+    [
+        ("text/calendar; method=REQUEST", "", "a.ics", "text/calendar; method=REQUEST"),
+        ('Text/Calendar;method="REQUEST" ; x=y', "", "a", 'text/calendar; method="REQUEST"; x=y'),
+        ("", "text/csv; charset=iso-8859-1", "a", "text/csv; charset=iso-8859-1"),
+        (
+            "",
+            "Text/CSV; header=present;charset=iso-8859-1",
+            "a.csv",
+            "text/csv; charset=iso-8859-1",
+        ),
+        ("", "text/plain; charset=iso-8859-1", "a.csv", "text/csv"),
+        ("", "application/pdf; name=secret.pdf", "a.pdf", "application/pdf"),
+        ("text/plain; charset=utf-8\r\nBcc: e@x.org", "", "a.txt", "text/plain"),
+        ("text/plain; a=b" * 99, "", "a.txt", "text/plain"),
+        ("multipart/mixed; boundary=b", "", "a.txt", "text/plain"),
+        ("text/plain; charset=ü", "", "a.txt", "text/plain"),
+    ],
+)
+async def test_types_with_parameters(written: str, given: str, name: str, expected: str) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(200, b"a;b", {"Content-Type": given} if given else {})
+
+    async with sending(respond) as (mail, files, runner):
+        attached = {"url": files.url, "filename": name, "contentType": "{{data.type}}"}
+        assert isinstance(await send(runner, attached, type=written), Answer)
+        content = mail.messages[0].content
+    assert (
+        f"\r\nContent-Type: {expected}\r\nContent-Transfer-Encoding: base64\r\n".encode() in content
+    )
+
+
 async def test_images_in_html() -> None:
     async with sending(pdf) as (mail, files, runner):
         html = {"html": "<img src='cid:logo'><img src='cid:b.png'>"}
