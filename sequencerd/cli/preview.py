@@ -90,7 +90,7 @@ def _simulate(arguments: argparse.Namespace, simulator: Simulator) -> int:
         arguments.sequence,
         start=arguments.start or datetime.now(UTC).replace(microsecond=0),
         until=arguments.until,
-        data=read_object(arguments.data or "{}", "--data"),
+        data=read_object(arguments.data or "{}", "--data", exact=True),
         subject=arguments.subject or "subject",
         timezone=arguments.timezone,
         changes=_changes(arguments),
@@ -206,7 +206,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
         if not found:
             raise UsageError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
         when = found[1].strip()
-        changes[when] = {**changes.get(when, {}), **read_object(found[2], "--set")}
+        changes[when] = {**changes.get(when, {}), **read_object(found[2], "--set", exact=True)}
     return changes
 
 

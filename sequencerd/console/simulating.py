@@ -181,7 +181,7 @@ def _read(context: PageContext, query: Query) -> _SimulationForm:
     start = read("start", lambda text: read_time(text, "start"), now)
     until = read("until", lambda text: _until(text, start), None)
     zone = read("timezone", read_zone, None)
-    data = read("data", lambda text: read_object(text, "data"), {})
+    data = read("data", lambda text: read_object(text, "data", exact=True), {})
     external = read("external", lambda text: read_object(text, "external data"), None)
     every = read("outcome", _word, OUTCOME_WORDS[0])
     outcomes = {
@@ -191,7 +191,7 @@ def _read(context: PageContext, query: Query) -> _SimulationForm:
     changes: dict[str, Mapping[str, Any]] = {}
     for n in _rows(query):
         when = read(f"when.{n}", lambda text: _when(text, start, steps), None)
-        merged = read(f"set.{n}", lambda text: read_object(text, "the data"), None)
+        merged = read(f"set.{n}", lambda text: read_object(text, "the data", exact=True), None)
         if when is not None and merged is not None:
             changes[when] = {**changes.get(when, {}), **merged}
         elif when is not None and f"set.{n}" not in wrong:

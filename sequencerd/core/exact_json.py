@@ -19,9 +19,9 @@ def loads(text: str | bytes) -> Any:
     return json.loads(text, parse_float=_number)
 
 
-def dumps(value: object) -> str:
+def dumps(value: object, *, ensure_ascii: bool = True) -> str:
     """Write JSON. Raises ValueError, also for NaN and infinity, TypeError and RecursionError."""
-    text = json.dumps(value, allow_nan=False, default=_marked)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False, default=_marked)
     return _MARKED.sub(r"\1", text) if "\\u0000" in text else text
 
 

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from sequencerd.core import graph
-from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key
+from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key, path_keys
 from sequencerd.core.javascript.templates import (
     compile_template,
     missing_layouts,
@@ -38,7 +38,6 @@ from sequencerd.core.step_types import (
     has_languages,
     in_a_row,
     is_goal,
-    is_instant,
     is_message,
     language_texts,
     localised_keys,
@@ -466,11 +465,10 @@ def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
 
 
 def _paths(step: Step, shared: MessageContext) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the constant paths in the conditions and templates of a step."""
-    if is_instant(step.type):
-        for keys, text in texts(step.config, ("config",)):
-            if keys[-1] == "value" and _at(step, keys[:-1]).get("type") == "get":
-                yield keys, text
+    """Yield the constant paths in the conditions and templates of a step, separated by dots."""
+    for keys, read in (*_read_by_conditions(step), *read_paths(step.type, step.config)):
+        with suppress(DefinitionError):
+            yield ("config", *keys), ".".join(path_keys(read))
     for keys, source in template_texts(step.type, step.config):
         with suppress(DefinitionError):
             partials = dict(shared.partials) if keys[0] in localised_keys(step.type) else {}
@@ -479,9 +477,11 @@ def _paths(step: Step, shared: MessageContext) -> Iterator[tuple[KeyPath, str]]:
                 yield ("config", *keys), read
 
 
-def _at(step: Step, keys: KeyPath) -> Mapping[str, Any]:
-    """Return the object at a path of a step, or an empty one."""
-    value: Any = {"config": step.config}
-    for key in keys:
-        value = value[key]
-    return value if isinstance(value, dict) else {}
+def _read_by_conditions(step: Step) -> Iterator[tuple[KeyPath, object]]:
+    for exit_ in step.exits:
+        if exit_.condition is None:
+            continue
+        for path, command in commands(exit_.condition, exit_.condition_path):
+            for keys, operand in command.operands():
+                if operand.type == "get":
+                    yield (*path[1:], *keys, "value"), operand.value

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError
 from sequencerd.errors import UsageError
 
 
-def read_object(text: str, name: str) -> dict[str, Any]:
-    """Read a JSON object, such as the data of an enrollment. Raises UsageError."""
+def read_object(text: str, name: str, *, exact: bool = False) -> dict[str, Any]:
+    """Read a JSON object, such as the data of an enrollment; `exact` keeps all digits of numbers.
+    Raises UsageError.
+    """
     try:
-        value = json.loads(text)
+        value = exact_json.loads(text) if exact else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -5,7 +5,6 @@ Pure: reads no clock and does no I/O. Side effects are not executed; their resul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
+from sequencerd.core import exact_json
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar import dates
 from sequencerd.core.model import (
@@ -236,8 +236,7 @@ class _SimulatedEnrollment:
         if full := self._full(advanced, now):
             advanced = again(full=full)
         if isinstance(result, Answer) and result.data:
-            data = {**parse_data(before.data), **result.data}
-            before = before._replace(data=json.dumps(data))
+            before = before._replace(data=_merged(before.data, result.data))
         self.entries += self._entries(before, advanced.events, now)
         self.at = advanced.enrollment
         match advanced.decision:
@@ -271,9 +270,8 @@ class _SimulatedEnrollment:
 
     def change(self, change: Mapping[str, Any], now: datetime) -> None:
         """Merge data like `data || ...` in SQL."""
-        data = {**parse_data(self.at.data), **change}
-        self.at = self.at._replace(data=json.dumps(data))
-        message = f"changed by {json.dumps(dict(change), ensure_ascii=False)}"
+        self.at = self.at._replace(data=_merged(self.at.data, change))
+        message = f"changed by {exact_json.dumps(dict(change), ensure_ascii=False)}"
         self._add(now, self.at, "data", message)
 
     @property
@@ -326,9 +324,7 @@ class _SimulatedEnrollment:
                     because = "; ".join(explain(one, context) for one in conditions)
                     message = f"{message}: {because}" if message else because
                 elif isinstance(answer := step.behaviour.answer(context), Update):
-                    here = here._replace(
-                        data=json.dumps(merge_data(parse_data(here.data), answer.data))
-                    )
+                    here = here._replace(data=_merged(here.data, answer.data))
                     message = _changes(answer.data)
             yield self._entry(event.at, event, event.action, message)
 
@@ -366,11 +362,15 @@ class _SimulatedEnrollment:
         )
 
 
+def _merged(data: str, changes: Mapping[str, Any]) -> str:
+    return exact_json.dumps(merge_data(parse_data(data, exact=True), changes))
+
+
 def _changes(data: Mapping[str, Any]) -> str:
     """Describe changes of data, such as {"tries": 2}, note removed."""
     parts = [f"{key} removed" for key, value in data.items() if value is REMOVED]
     if set_ := merge_data({}, data):
-        parts.insert(0, json.dumps(set_, ensure_ascii=False))
+        parts.insert(0, exact_json.dumps(set_, ensure_ascii=False))
     return ", ".join(parts)
 
 

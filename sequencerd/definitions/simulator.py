@@ -12,7 +12,7 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 
-from sequencerd.core import model
+from sequencerd.core import exact_json, model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
 from sequencerd.core.graph import reach
@@ -76,7 +76,7 @@ class Simulator:
         enrollment = Enrollment(
             1,
             subject,
-            json.dumps(dict(data or {})),
+            exact_json.dumps(dict(data or {})),
             begun,
             UUID(int=0),
             None,

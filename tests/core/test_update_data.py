@@ -23,6 +23,7 @@ DATA = {
     "user": {"name": "Ada", "mails": ["x@y.z"]},
     "note": "n",
     "none": None,
+    "ids": [{"id": 1234567890123456789}],
 }
 
 
@@ -52,6 +53,14 @@ def updated(changes: dict[str, Any], data: dict[str, Any] | None = None) -> dict
         ({"get": "data.tags.1"}, 1),
         ({"get": "data.user.mails[0]"}, "x@y.z"),
         ({"get": ["data", "tags"]}, ["a", 1]),
+        ({"get": "data.tags.length"}, 2),
+        ({"get": "data.note.length"}, 1),
+        ({"get": "data.user.name[1]"}, "d"),
+        ({"get": "data.points.length"}, None),
+        ({"get": "data.tags.01"}, None),
+        ({"get": "data.ids[0].id"}, 1234567890123456789),
+        ({"get": ["data", "id"]}, 1234567890123456789),
+        ({"get": "data.constructor"}, None),
         ({"get": "subject"}, "ada"),
         ({"get": "visit"}, 1),
         ([{"get": "data.points"}, "{{data.points}}"], [12, "12"]),
@@ -97,6 +106,24 @@ def test_strict_values_that_exist_or_have_a_default_are_written() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        ({"get": "data.huge"}, "1E+400"),
+        ({"get": "data.list"}, "[0.1000000000000000000001]"),
+        ([{"get": "data['list'][0]"}], "[0.1000000000000000000001]"),
+        ({"append": {"get": "data.huge"}}, "[1E+400]"),
+    ],
+)
+def test_numbers_that_no_float_holds_are_copied_to_the_last_digit(
+    change: object, written: str
+) -> None:
+    definitions = sequence(step("set", "UpdateData", {"data": {"new": change}}))
+    data = '{"huge": 1e400, "list": [0.1000000000000000000001]}'
+    advanced = advance(definitions, at("set", data), NOW)
+    assert advanced.enrollment.data.endswith(f', "new": {written}}}')
+
+
+@pytest.mark.parametrize(
     ("key", "change", "value"),
     [
         ("points", {"add": 1}, 13),
@@ -130,11 +157,13 @@ def test_changes_read_the_data_before_the_step() -> None:
         ({"points": {"add": "{{data.note}}"}}, "data.points.add: 'n' is not a number"),
         ({"points": {"add": "{{data.missing}}"}}, "data.points.add: '' is not a number"),
         ({"huge": {"add": "{{data.huge}}"}}, "data.huge becomes too large"),
+        ({"more": {"add": 1}}, "data.more becomes too large"),
+        ({"more": {"append": 1}}, "data.more is 1E+400, not a list"),
     ],
 )
 def test_data_that_do_not_fit_fail(change: dict[str, Any], message: str) -> None:
     definitions = sequence(step("set", "UpdateData", {"data": change}))
-    data = json.dumps({**DATA, "huge": 1.7e308})
+    data = '{"points": 12, "note": "n", "on": true, "huge": 1.7e308, "more": 1e400}'
     decision = advance(definitions, at("set", data), NOW).decision
     assert isinstance(decision, Fail)
     assert decision.failure == "bad_data"

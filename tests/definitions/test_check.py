@@ -160,6 +160,42 @@ def test_paths_are_compared_with_an_example_of_data(tmp_path: Path) -> None:
     assert read_files([file], RUNNERS, {"p": known_paths([complete])})[1] == []
 
 
+GETS = """\
+name: p
+steps:
+  - name: which
+    type: Switch
+    config:
+      cases:
+        - when:
+            any:
+              - {lodashCommand: isNil, value: {type: get, value: "data.orders[0].id"}}
+              - {lodashCommand: isNil, value: {type: get, value: "data['a key'].x"}}
+              - {lodashCommand: isNil, value: {type: get, value: [data, a.key]}}
+              - {lodashCommand: isNil, value: {type: get, value: data.name.length}}
+              - {lodashCommand: isNil, value: {type: get, value: "data['a key'].y"}}
+              - {lodashCommand: isNil, value: {type: get, value: [data, nmae]}}
+          step: null
+  - name: copy
+    type: UpdateData
+    config: {data: {new: {get: data.nmae}, others: [{get: "data.orders[1]"}, {get: data.new.x}]}}
+  - {name: tell, type: Enroll, config: {sequence: p, data: {name: {get: data.nmae}}}}
+"""
+
+
+def test_paths_in_every_form_are_compared(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(GETS)
+    example = {"name": "Ada", "orders": [{"id": 7}], "a key": {"x": 1}, "a.key": 1}
+    found = read_files([file], RUNNERS, {"p": known_paths([example])})[1]
+    assert [(one.line, one.message.partition(": no data has the path ")[2]) for one in found] == [
+        (13, "'data.a key.y'; did you mean 'data.a key.x'?"),
+        (14, "'data.nmae'; did you mean 'data.name'?"),
+        (18, "'data.nmae'; did you mean 'data.name'?"),
+        (19, "'data.nmae'; did you mean 'data.name'?"),
+    ]
+
+
 def test_only_messages_have_a_link_to_unsubscribe_and_only_with_its_settings(
     tmp_path: Path,
 ) -> None:

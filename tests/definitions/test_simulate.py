@@ -543,6 +543,20 @@ def test_an_answer_changes_the_data_that_the_next_condition_reads(tmp_path: Path
     assert json.loads(simulation.enrollment.data) == {"paid": True}
 
 
+def test_numbers_are_shown_to_the_last_digit(sequencerd: Command, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "name: s\nsteps:\n  - name: copy\n    type: UpdateData\n"
+        "    config: {data: {x: {get: data.huge}, y: {get: data.n}}}\n"
+    )
+    data = '{"huge": 1e400}'
+    shown = sequencerd(
+        "simulate", str(file), "--data", data, "--set", 'copy: {"n": 0.1000000000000000000001}'
+    )
+    assert 'changed by {"n": 0.1000000000000000000001}' in shown
+    assert 'next: {"x": 1E+400, "y": 0.1000000000000000000001}' in shown
+
+
 @pytest.mark.parametrize("answer", [{"action": "nxt"}, {"daat": {}}, "nxt"])
 def test_a_wrong_answer_is_rejected(tmp_path: Path, answer: Any) -> None:
     with pytest.raises(UsageError, match=r"outcome of Note: .*next, altNext, noop, fail"):

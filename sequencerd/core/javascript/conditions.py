@@ -219,13 +219,18 @@ def _meant(command: str) -> str:
 
 def first_key(operand: Operand) -> str | None:
     """Return the first key of a path; None for an empty path. Raises DefinitionError."""
-    path = operand.value
     if "value" not in operand.model_fields_set:
         return "undefined"
+    keys = path_keys(operand.value)
+    return keys[0] if keys else None
+
+
+def path_keys(path: object) -> list[str]:
+    """Return the keys of a path. Raises DefinitionError."""
     if isinstance(path, str) and PLAIN_PATH.fullmatch(path):
-        return path.partition(".")[0]
+        return path.split(".")
     try:
-        root: str | None = json.loads(sandbox.ask("root", json.dumps(path, allow_nan=False)))
+        keys: list[str] = json.loads(sandbox.ask("keys", json.dumps(path, allow_nan=False)))
     except (sandbox.ThrownError, sandbox.LimitError, ValueError, RecursionError) as error:
         raise DefinitionError([Fault(("value",), f"is not a path: {error}")]) from error
-    return root
+    return keys

@@ -58,12 +58,12 @@
     };
   }
 
-  // The first key of a path, as JSON.
-  function root(text) {
+  // The keys of a path, as JSON.
+  function keys(text) {
     const path = parse(text);
     const isText = typeof path === "string" || _.isObject(path);
-    const keys = Array.isArray(path) ? path : isText ? _.toPath(path) : [path];
-    return stringify(keys.length ? String(keys[0]) : null);
+    const found = Array.isArray(path) ? path : isText ? _.toPath(path) : [path];
+    return stringify(_.map(found, String));
   }
 
   // --- the helpers of templates
@@ -556,6 +556,6 @@
   freeze(/x/);
   freeze(globalThis);
 
-  const makers = { analyse, condition, operands, rename, root, template };
+  const makers = { analyse, condition, keys, operands, rename, template };
   return (maker, text) => makers[maker](text);
 };

@@ -43,7 +43,7 @@ def evaluate(maker: Literal["condition", "operands", "template"], program: str, 
     return evaluate(maker, program, *texts)
 
 
-def ask(maker: Literal["analyse", "rename", "root"], text: str) -> str:
+def ask(maker: Literal["analyse", "keys", "rename"], text: str) -> str:
     """Analyse or convert a text without evaluating it. Raises LimitError and ThrownError."""
     _check(text)
     sandbox = _current()

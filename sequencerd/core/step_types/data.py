@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
+from functools import reduce
 from math import isfinite
 from typing import Any
 
 from pydantic import Field, StrictBool
 
+from sequencerd.core import exact_json
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.javascript.conditions import PLAIN_PATH, Operand, compile_predicate
+from sequencerd.core.javascript.conditions import Operand, compile_predicate, path_keys
 from sequencerd.core.model import (
     REMOVED,
     Context,
@@ -30,6 +33,8 @@ NewValue = Callable[[Context, Any], Any]
 """Gets the present value of a key, and returns the next."""
 
 OPERATIONS = ("get", "add", "append", "remove")
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class UpdateDataConfig(Config):
@@ -52,7 +57,7 @@ def _update_data(config: UpdateDataConfig) -> InstantStep:
     reads = any(_operation(value) in ("add", "append") for value in config.data.values())
 
     def answer(context: Context) -> Update:
-        data = parse_data(context.enrollment.data) if reads else {}
+        data = parse_data(context.enrollment.data, exact=True) if reads else {}
         return Update({key: change(context, data.get(key)) for key, change in changes.items()})
 
     return InstantStep(answer)
@@ -127,9 +132,10 @@ def _compile_get(path: object) -> ReadValue:
     if not isinstance(path, str | list) or not path:
         raise DefinitionError("get must be a path such as data.points")
     predicate = compile_predicate("isNil", Operand(type="get", value=path), None)
-    if isinstance(path, str) and PLAIN_PATH.fullmatch(path) and path.startswith("data."):
-        # numbers of JavaScript have 16 digits, ids may have more
-        return lambda context: _at(parse_data(context.enrollment.data), path.split(".")[1:])
+    first, *keys = path_keys(path) or [""]
+
+    if first == "data":  # numbers of JavaScript have 16 digits, ids may have more
+        return lambda context: reduce(_child, keys, parse_data(context.enrollment.data, exact=True))
 
     def value(context: Context) -> Any:
         text, _ = predicate.operands(context.json(predicate.roots))
@@ -151,15 +157,19 @@ def _required(path: KeyPath, read: object, found: ReadValue) -> ReadValue:
     return value
 
 
-def _at(value: Any, keys: list[str]) -> Any:
-    for key in keys:
-        if isinstance(value, dict):
-            value = value.get(key)
-        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
-            value = value[int(key)]
-        else:
-            return None
-    return value
+def _child(value: Any, key: str) -> Any:
+    """Return what is at a key of a JSON value, like lodash's get, but nothing that is inherited."""
+    if isinstance(value, dict):
+        return value.get(key)
+    if isinstance(value, str):
+        units = value.encode("utf-16-le")
+        value = [units[n : n + 2].decode("utf-16-le", "replace") for n in range(0, len(units), 2)]
+    if isinstance(value, list):
+        if key == "length":
+            return len(value)
+        if _INDEX.fullmatch(key) and int(key) < len(value):
+            return value[int(key)]
+    return None
 
 
 def _compile_add(path: KeyPath, amount: Any, strict: bool) -> NewValue:
@@ -169,7 +179,7 @@ def _compile_add(path: KeyPath, amount: Any, strict: bool) -> NewValue:
 
     def add(context: Context, present: Any) -> Any:
         present = 0 if present is None else present
-        if isinstance(present, bool) or not isinstance(present, int | float):
+        if isinstance(present, bool) or not isinstance(present, int | float | Decimal):
             raise _unsuitable(path, present, "number")
         other = number(context)
         if isinstance(present, int) and isinstance(other, int):
@@ -189,7 +199,7 @@ def _appended(path: KeyPath, present: Any, item: Any) -> list[Any]:
 
 
 def _unsuitable(path: KeyPath, present: Any, wanted: str) -> EvaluationError:
-    text = json.dumps(present, ensure_ascii=False)
+    text = exact_json.dumps(present, ensure_ascii=False)
     return EvaluationError(
         "bad_data", f"{'.'.join(map(str, path))} is {shown(text)}, not a {wanted}"
     )

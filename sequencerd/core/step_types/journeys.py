@@ -139,7 +139,7 @@ def _collect(config: CollectConfig) -> InstantStep:
     end = _end_of_round(config)
 
     def answer(context: Context) -> StepAnswer:
-        data = parse_data(context.enrollment.data)
+        data = parse_data(context.enrollment.data, exact=True)
         items = data.get("items")
         if items is None or items == []:
             return Stay(NEVER)
