@@ -117,7 +117,9 @@ class EnrollConfig(Config):
         zone = dates.zone(timezone)
         if self.every is not None:
             return dates.add(now, self.every.amount, self.every.unit, zone)
-        return next(CronSim(self.schedule or "", now.astimezone(zone))).astimezone(UTC)
+        runs = CronSim(self.schedule or "", now.astimezone(zone))
+        # of a time that occurs twice, cronsim returns the first, which may have passed
+        return next(at for run in runs if (at := run.astimezone(UTC)) > now)
 
     def document(self) -> Mapping[str, Any]:
         """Return it as stored."""

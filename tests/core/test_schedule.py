@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.zones import set_back
 from sequencerd.core.config import parse_config
 from sequencerd.core.model import DefinitionError, EvaluationError
 from sequencerd.core.schedule import EnrollConfig
@@ -31,12 +35,47 @@ def at(text: str) -> datetime:
         ("30 2 * * *", "2026-03-28T12:00:00+01:00", "2026-03-29T03:00:00+02:00"),
         ("30 2 * * *", "2026-10-24T12:00:00+02:00", "2026-10-25T02:30:00+02:00"),
         ("30 2 * * *", "2026-10-25T02:30:00+02:00", "2026-10-26T02:30:00+01:00"),
+        # in the hour that occurs twice, the times of its first occurrence have passed
+        ("15,45 2 * * *", "2026-10-25T02:10:00+01:00", "2026-10-26T02:15:00+01:00"),
+        ("0 1-5 * * *", "2026-10-25T02:10:00+01:00", "2026-10-25T03:00:00+01:00"),
+        # with a star, it follows the clock
+        ("*/30 * * * *", "2026-10-25T02:40:00+02:00", "2026-10-25T02:00:00+01:00"),
+        ("0 */2 * * *", "2026-03-29T00:30:00+01:00", "2026-03-29T04:00:00+02:00"),
         ("0 0 29 2 *", "2026-01-01T00:00:00+01:00", "2028-02-29T00:00:00+01:00"),
     ],
 )
 def test_a_cron_expression_is_local_time(schedule: str, now: str, due: str) -> None:
     assert config(schedule=schedule).next_run(at(now), BERLIN) == at(due)
     assert config(schedule=schedule).first_run(at(now), BERLIN) == at(due)
+
+
+@given(
+    st.sampled_from(
+        [
+            *("30 2 * * *", "15,45 2 * * *", "0 1-5 * * *", "10 1-3 * * *", "5 0 * * *"),
+            *("59 23 * * 0", "0 */2 * * *", "*/20 * * * *", "0 9 * * 1#2", "0 0 L * *"),
+        ]
+    ),
+    # clocks are set back by half an hour, two or three hours, and at midnight
+    st.sampled_from(
+        [
+            *("Australia/Lord_Howe", "Antarctica/Troll", "Antarctica/Casey", "Africa/Cairo"),
+            *("Africa/Casablanca", "America/Havana", BERLIN, "America/Nuuk"),
+        ]
+    ),
+    st.datetimes(datetime(2019, 1, 1), datetime(2031, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001 -- hypothesis wants naive bounds
+    st.timedeltas(timedelta(), timedelta(hours=6)),
+)
+def test_the_next_run_is_ahead_and_later_for_a_later_time(
+    schedule: str, timezone: str, now: datetime, later: timedelta
+) -> None:
+    zone = dates.zone(timezone)
+    days = (now + timedelta(days=n) for n in range(370))
+    now = next(filter(None, (set_back(day, zone) for day in days)), now) - later / 2
+    found = config(schedule=schedule).next_run(now, timezone)
+    assert found > now
+    assert found.astimezone(zone).second == 0
+    assert config(schedule=schedule).next_run(now + later, timezone) >= found
 
 
 def test_an_interval_begins_at_once_and_days_are_calendar_time() -> None:
