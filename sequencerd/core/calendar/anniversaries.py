@@ -27,6 +27,8 @@ def next_anniversary(
     wall = to_wall(first, tz)
 
     def of(year: int) -> datetime:
+        if year == wall.year:  # it may have been the second of a time that occurs twice
+            return moved(first)
         try:
             return moved((wall + relativedelta(year=year)).replace(fold=0).astimezone(UTC))
         except (OverflowError, ValueError) as error:

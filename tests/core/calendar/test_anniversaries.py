@@ -26,6 +26,9 @@ BERLIN = dates.zone("Europe/Berlin")
         ("2024-02-28T23:00:00Z", "2028-01-01T00:00:00Z", "2028-02-28T23:00:00Z"),
         ("2030-05-04T22:00:00Z", "2026-01-01T00:00:00Z", "2030-05-04T22:00:00Z"),  # not before it
         ("1990-03-29T01:30:00Z", "2026-01-01T00:00:00Z", "2026-03-29T01:30:00Z"),  # 3:30 is shown
+        # the second 2:30 of its day, and from then on the first
+        ("2026-10-25T01:30:00Z", "2026-01-01T00:00:00Z", "2026-10-25T01:30:00Z"),
+        ("2015-10-25T01:30:00Z", "2026-01-01T00:00:00Z", "2026-10-25T00:30:00Z"),
     ],
 )
 def test_the_next_anniversary_comes_after_the_arrival(first: str, after: str, found: str) -> None:
