@@ -40,10 +40,12 @@ def _iso_style(dash: str, colon: str) -> Pattern[str]:
 
 _ISO_STYLES = _iso_style("-", ":"), _iso_style("", "")
 
-# As Ruby writes it, and Go: 2026-12-01 10:00:00 UTC, 2026-12-01 10:00:00 +0000.
+# As Ruby writes it, and Go: 2026-12-01 10:00:00 UTC, 2026-12-01 10:00:00 +0100 CET m=+0.5. Without
+# an offset, the name of a zone is not enough: several may have it.
 _SPACED_OFFSET = re.compile(
     r"(?P<wall>[0-9]{4}-[0-9]{2}-[0-9]{2}\ [0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?)"
-    r"\ (?P<offset>UTC|GMT|[+-][0-9]{2}:?[0-9]{2})(?:\ UTC)?"
+    r"\ (?P<offset>UTC|GMT|[+-][0-9]{2}:?[0-9]{2})"
+    r"(?:(?<=[0-9])\ (?:[A-Z]{2,5}|[+-][0-9]{2,4})(?:\ m=[+-][0-9.]+)?)?"
 )
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
