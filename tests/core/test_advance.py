@@ -1168,7 +1168,8 @@ def test_a_cancellation_waits_for_locked_rows() -> None:
 
 def collecting(config: dict[str, Any]) -> dict[str, Sequence]:
     made = sequence(step("collect", "Collect", config, "mail"), step("mail", "Email"))
-    return {"s": replace(made["s"], collects="collect")}
+    holidays = {"DE": frozenset({NOW.date() + timedelta(days=1)})}
+    return {"s": replace(made["s"], collects="collect", holidays=holidays)}
 
 
 def items(*minutes: float, **more: Any) -> str:
@@ -1179,6 +1180,7 @@ def items(*minutes: float, **more: Any) -> str:
     return json.dumps({"items": list(range(count)), "collecting": {**known, **more}})
 
 
+WORKDAY = {"amount": 1, "unit": "business days", "holidays": "DE"}
 BOTH = {"quiet": {"minutes": 10}, "most": {"amount": 1, "unit": "hour"}}
 
 
@@ -1195,7 +1197,11 @@ BOTH = {"quiet": {"minutes": 10}, "most": {"amount": 1, "unit": "hour"}}
         ({"at": "10:30"}, items(5), 30),
         ({"at": "10:00"}, items(5), 0),
         ({"at": "10:00"}, items(0), 24 * 60),
-        ({"at": "09:00"}, items(61, 5), 0),
+        ({"at": "9:00"}, items(61, 5), 0),
+        ({"at": "10:00:30"}, items(0), 0.5),
+        # NOW is a Monday, and the day after it a holiday
+        ({"quiet": WORKDAY, "most": {"weeks": 1}}, items(30, 20), 2 * 24 * 60 - 20),
+        ({"quiet": {"days": 3}, "most": WORKDAY}, items(30, 20), 2 * 24 * 60 - 30),
         # put there by an application, or nonsense: they came when it arrived
         (BOTH, '{"items": [1]}', 10),
         (BOTH, '{"items": [1], "collecting": {"since": 7, "last": "never", "count": "x"}}', 10),

@@ -105,7 +105,12 @@ STEPS: list[dict[str, Any]] = [
     {"name": "n", "type": "Enroll", "config": {"sequence": "t", "subject": "{{x}}"}},
     {"name": "o", "type": "Cancel", "config": {"sequence": "t"}},
     {"name": "p", "type": "Collect", "config": {"quiet": {"minutes": 10}, "at_most": 5}},
-    {"name": "q", "type": "Collect", "config": {"at": "08:00"}},
+    {"name": "q", "type": "Collect", "config": {"at": "8:00"}},
+    {
+        "name": "qa",
+        "type": "Collect",
+        "config": {"quiet": {"amount": 1, "unit": "business days", "holidays": "DE"}},
+    },
     {"name": "k", "type": "WaitForDate", "config": {"date": "2030-01-01"}},
     {"name": "w", "type": "WaitForWindow", "config": {"days": ["mon"], "from": "09:00"}},
     {"name": "l", "type": "Note", "config": {"anything": {"at": "all"}, "retry": {"attempts": 2}}},

@@ -53,7 +53,11 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "UpdateData": [{"data": {"x": 1}}],
     "Enroll": [{"sequence": "other"}, {"sequence": "other", "subject": "{{data.x}}"}],
     "Cancel": [{"sequence": "other"}],
-    "Collect": [{"quiet": {"minutes": 10}, "most": {"hours": 1}}, {"at": "08:00"}],
+    "Collect": [
+        {"quiet": {"minutes": 10}, "most": {"hours": 1}},
+        {"at": "08:00"},
+        {"quiet": {"amount": 1, "unit": "business days", "holidays": "DE"}},
+    ],
     "Email": [EMAIL, {**EMAIL, "onError": "altNext"}, {**EMAIL, "onSuppressed": "end"}],
     "SMS": [{"from": "+15005550006", "to": "{{data.x}}", "message": "m", "onError": "altNext"}],
     "Note": [{}],

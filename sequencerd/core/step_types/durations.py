@@ -168,6 +168,7 @@ Duration = Annotated[
                     "properties": {
                         "amount": {"type": "number", "description": "How many."},
                         "unit": {"type": "string", "description": "The unit of time."},
+                        "holidays": {"type": "string", "description": "For business days."},
                     },
                     "required": ["amount", "unit"],
                     "additionalProperties": False,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, datetime, time
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StrictInt
@@ -30,9 +29,10 @@ from sequencerd.core.model import (
     parse_data,
 )
 from sequencerd.core.step_types.data import compile_item, data_paths
-from sequencerd.core.step_types.durations import Duration, in_words, spelled_out
+from sequencerd.core.step_types.durations import Duration, compile_move, in_words, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
+from sequencerd.core.window_config import parse_clock
 
 # --- other enrollments
 
@@ -110,12 +110,8 @@ def _subject(source: str | None, faults: Faults) -> Callable[[Context], str]:
 # --- items
 
 
-CLOCK = "^([01][0-9]|2[0-3]):[0-5][0-9]$"
-
-
 def _time_of_day(text: str) -> str:
-    if re.match(CLOCK, text) is None:
-        raise ValueError('must be a time of day such as "08:00"')
+    parse_clock(text)
     return text
 
 
@@ -126,10 +122,7 @@ class CollectConfig(Config):
     """Ends the collection when no item has arrived for this time, such as {minutes: 10}."""
     most: Duration | None = None
     """Ends the collection this long after the first item at the latest, such as {hours: 1}."""
-    at: (
-        Annotated[str, AfterValidator(_time_of_day), Field(json_schema_extra={"pattern": CLOCK})]
-        | None
-    ) = None
+    at: Annotated[str, AfterValidator(_time_of_day)] | None = None
     """Instead of quiet and most: the local time at which the collection ends, such as "08:00"."""
     at_most: StrictInt = Field(default=1000, ge=1, le=10_000, alias="at_most")
     """The number of items to keep; further items are only counted."""
@@ -170,34 +163,28 @@ def _collect(config: CollectConfig) -> InstantStep:
 
 def _end_of_round(config: CollectConfig) -> Callable[[Context, datetime, datetime], datetime]:
     """Compile when the items whose first and last came at some times are due."""
-    quiet, most, at = config.quiet, config.most, config.at
-    if (at is None) == (quiet is None and most is None):
+    if (config.at is None) == (config.quiet is None and config.most is None):
         raise DefinitionError("needs quiet, most or both; or at")
-    if at is not None:
-        hour, minute = map(int, at.split(":"))
-        return lambda context, since, _: _next_time(since, hour, minute, context.timezone)
+    if config.at is not None:
+        clock = parse_clock(config.at)
+        return lambda context, since, _: _next_time(since, clock, context.timezone)
+    quiet = compile_move(config.quiet, ("quiet",)) if config.quiet else None
+    most = compile_move(config.most, ("most",)) if config.most else None
 
     def end(context: Context, since: datetime, last: datetime) -> datetime:
-        zone = dates.zone(context.timezone)
-        ends = [
-            dates.add(start, duration.amount, dates.normalise_unit(duration.unit), zone)
-            for start, duration in ((last, quiet), (since, most))
-            if duration is not None
-        ]
-        return min(ends)
+        moves = ((quiet, last), (most, since))
+        return min(move(context)(start) for move, start in moves if move is not None)
 
     return end
 
 
-def _next_time(since: datetime, hour: int, minute: int, timezone: str) -> datetime:
+def _next_time(since: datetime, clock: time, timezone: str) -> datetime:
     """Return when the local clock next shows a time; where it skips it, after the gap."""
     zone = dates.zone(timezone)
-    day = since.astimezone(zone).date()
-    while True:
-        found = datetime.combine(day, time(hour, minute), zone).astimezone(UTC)
-        if found > since:
-            return found
-        day += timedelta(days=1)
+    found = dates.at_clock(since, clock, zone)
+    if found > since:
+        return found
+    return dates.at_clock(dates.add(since, 1, "day", zone), clock, zone)
 
 
 def _instant(value: object, default: datetime) -> datetime:
@@ -234,6 +221,7 @@ TYPES = (
         config=CollectConfig,
         compile=_collect,
         describe=_describe_collect,
+        calendars=(("quiet", "holidays"), ("most", "holidays")),
         produces=("batch", "collected", "items", "collecting"),
     ),
 )
