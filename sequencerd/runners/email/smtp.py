@@ -176,6 +176,7 @@ class MailTransport:
                 attempt.note_unknown(attempt.rest[0], error.reply)
             await self._give_back(attempt)
         except (SmtpError, TokenError, OSError) as error:
+            attempt.unknown.clear()  # its replies may have been out of order
             is_servers = not attempt.begun or is_exhausted(error)
             fault: Attribution = "server" if is_servers else "unclear"
             text = f"{self._place}: {_describe(error)}"
@@ -201,6 +202,7 @@ class MailTransport:
             if _now() - since > OFFER_TIMEOUT:
                 raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
             attempt.dialogue = dialogue = self._take()
+            before = [*attempt.rest], {**attempt.refused}, {**attempt.unknown}
             try:
                 failed = await self._transact(mail, attempt)
             except (SmtpError, OSError) as error:
@@ -208,6 +210,7 @@ class MailTransport:
                     raise
                 dialogue.close()  # the server closed the idle connection: nothing has been sent yet
                 attempt.begun = False
+                attempt.rest, attempt.refused, attempt.unknown = before
             else:
                 await self._give_back(attempt)
         return failed

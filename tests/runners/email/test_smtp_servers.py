@@ -371,6 +371,17 @@ async def test_local_parts_with_dots_and_quotes(email: str, sent_to: str) -> Non
     assert [recipients for recipients, _ in server.messages] == [[sent_to]]
 
 
+async def test_replies_that_are_out_of_order_suppress_no_address() -> None:
+    answers: dict[str, list[str | bytes | None]] = {
+        "MAIL": [b"250 ok\r\n250 once more\r\n"],
+        "RCPT": ["550 5.1.1 no such user", "250 ok"],
+    }
+    async with scripted(answers=answers) as server, runner(server) as made:
+        result = failed(await send(made, {"cc": "b@x.org"}))
+    assert "answers DATA with 250" in result.message
+    assert result.undeliverable == ()
+
+
 # --- connections that were idle
 
 
@@ -396,6 +407,18 @@ async def test_an_idle_connection_that_is_dead_costs_little(
         result = await send(made)
     assert isinstance(result, Answer)
     assert len(server.messages) == 2
+
+
+async def test_replies_of_a_connection_that_is_given_up_do_not_count() -> None:
+    gone, ok = "550 5.1.1 no such user", "250 ok"
+    async with scripted() as server, runner(server) as made:
+        server.answers["."] = [b"250 queued\r\n250 once more\r\n"]
+        await send(made)
+        server.answers["RCPT"] = [gone, ok, gone, ok]  # on the old connection, and on the new one
+        result = await send(made, {"cc": "b@x.org"})
+    assert [recipients for recipients, _ in server.messages] == [["a@x.org"], ["b@x.org"]]
+    assert isinstance(result, Answer)
+    assert [one.address for one in result.undeliverable] == ["a@x.org"]
 
 
 async def test_several_closed_idle_connections() -> None:
