@@ -78,15 +78,18 @@ async def _find(connection: asyncpg.Connection, report: BounceReport) -> list[Un
             for address in read_sent(message)
         ]
         for dead in report.dead:
-            for address in _matching(dead, sent):
+            named = _matching(dead, sent)
+            if report.kind == "complaint" and len({*sent}) == 1:
+                named = sent  # whatever the report replaces the address by (RFC 6590)
+            for address in named:
                 reason = f"{dead.reason} (enrollment {mark.enrollment})"
                 found[address] = Undeliverable("email", as_written(address), reason, report.kind)
     return [*found.values()]
 
 
 def _matching(dead: UnknownAddress, sent: Sequence[str]) -> list[str]:
-    """Return the recipients that a report names, or the only one if it names none."""
+    """Return the recipients that a report names."""
     if dead.address is None:
-        return [*sent] if len({*sent}) == 1 else []
+        return []
     named = spellings(dead.address)
     return [address for address in sent if spellings(address) & named]

@@ -92,6 +92,18 @@ async def test_plain_bounces_and_complaints(
     assert await entries(connection) == []
 
 
+async def test_a_complaint_may_hide_who_complains(
+    sequencerd: Command, connection: asyncpg.Connection, token: str
+) -> None:
+    """Providers replace the address, or its local part (RFC 6590)."""
+    two = token.replace(".1.", ".2.", 1)
+    for mark, hidden in ((two, "redacted@example.org"), (token, "6b8c1f@example.org")):
+        report = FEEDBACK.format(kind="abuse", recipient=f"Original-Rcpt-To: <{hidden}>\n")
+        report = report.replace("7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1", mark)
+        sequencerd("bounce", stdin=report.encode())
+    assert await entries(connection) == [("ada@example.org", "*", "complaint")]
+
+
 @pytest.mark.parametrize(
     ("fields", "forge"),
     [
