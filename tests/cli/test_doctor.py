@@ -262,7 +262,7 @@ async def test_polling_instead_of_listen(database: str, connection: asyncpg.Conn
     [(True, "error", "breaks LISTEN"), (False, "ok", "as configured")],
 )
 @pytest.mark.usefixtures("connection")
-async def test_a_pooler(
+async def test_a_pooler_without_its_settings_is_an_error(
     database: str, monkeypatch: pytest.MonkeyPatch, listen: bool, level: str, words: str
 ) -> None:
     facts = QUERIES["server_facts"]
@@ -288,7 +288,7 @@ def closed_port() -> int:
     return port
 
 
-async def test_reachable_endpoints(database: str, connection: asyncpg.Connection) -> None:
+async def test_reachable_endpoints_are_ok(database: str, connection: asyncpg.Connection) -> None:
     async def respond(request: Request) -> Answer:
         seen.append((request.method, request.target))
         return Answer(status=200 if request.target.endswith(".json") else 405)
@@ -328,7 +328,9 @@ async def test_reachable_endpoints(database: str, connection: asyncpg.Connection
     assert {method for method, _ in seen} == {"GET"}  # what changes nothing
 
 
-async def test_unreachable_endpoints(database: str, connection: asyncpg.Connection) -> None:
+async def test_unreachable_endpoints_are_errors_without_secrets(
+    database: str, connection: asyncpg.Connection
+) -> None:
     port = closed_port()
     await define(connection, "s", ("a", "Email", "{}", None))
 
@@ -365,7 +367,9 @@ async def test_an_endpoint_that_hangs_up_is_not_to_be_started(
     assert found.advice == "see its log, or correct its url"
 
 
-async def test_the_command(sequencerd: Command, connection: asyncpg.Connection) -> None:
+async def test_the_exit_code_says_whether_there_is_an_error(
+    sequencerd: Command, connection: asyncpg.Connection
+) -> None:
     text = sequencerd("doctor")
     assert "ok       server: PostgreSQL" in text
     assert "WARNING  daemons: none connected\n         start one: sequencerd run\n" in text

@@ -46,7 +46,7 @@ async def test_all_shards_are_printed_in_their_order(
     )
 
 
-def test_without_shards(sequencerd: Command, write: Callable[[str], object]) -> None:
+def test_a_front_needs_shards(sequencerd: Command, write: Callable[[str], object]) -> None:
     write("")
     sequencerd("fdw", code=1)
     assert "there are no [shards] in the settings" in sequencerd.errors

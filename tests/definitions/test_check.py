@@ -338,7 +338,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"\xef\xbb\xbfa: 1", "a: 1".encode("utf-16"), b"a: 1\r\n", b"%YAML 1.2\n---\na: 1"]
 )
-def test_encodings(tmp_path: Path, content: bytes) -> None:
+def test_common_encodings_are_read(tmp_path: Path, content: bytes) -> None:
     assert documents(tmp_path, content) == [{"a": 1}]
 
 
@@ -418,7 +418,9 @@ GOOD = "name: s\nsteps: [{name: a, type: GoTo}]"
 DOUBTED = "name: s\nsteps: [{name: a, type: GoTo, next: null}, {name: b, type: GoTo}]"
 
 
-def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_says_whether_there_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "f.yaml"
     file.write_text(GOOD)
     assert command(capsys, "check", file) == (0, "1 valid sequence, 0 errors, 0 warnings\n")

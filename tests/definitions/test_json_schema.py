@@ -354,7 +354,7 @@ def test_texts_in_several_languages_and_in_files() -> None:
         assert not is_valid(sequence(step))
 
 
-def test_attachments() -> None:
+def test_wrong_attachments_are_invalid() -> None:
     for wrong in (
         {},
         {"url": "x", "base64": "y"},

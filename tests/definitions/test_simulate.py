@@ -100,7 +100,9 @@ def test_branches_are_explained_by_the_data_at_that_time(tmp_path: Path) -> None
         ("noop", "active", ["call execute"] * 4),
     ],
 )
-def test_outcomes(tmp_path: Path, outcome: str, status: str, way: list[str]) -> None:
+def test_a_given_outcome_decides_the_way(
+    tmp_path: Path, outcome: str, status: str, way: list[str]
+) -> None:
     sequences = loaded(
         tmp_path,
         "  - {name: call, type: Call, config: {onError: altNext, retry: {attempts: 2}}, next: good,"
@@ -335,7 +337,7 @@ def test_the_timeline_is_in_the_zone_of_the_subject(sequencerd: Command, tmp_pat
         (("--timezone", "Mars"), "timezone: "),
     ],
 )
-def test_wrong_options(applied: Command, option: tuple[str, str], words: str) -> None:
+def test_wrong_options_are_named(applied: Command, option: tuple[str, str], words: str) -> None:
     applied("simulate", "s.yaml", *option, code=1)
     assert words in applied.errors
 
@@ -359,7 +361,7 @@ def test_a_simulation_continues_from_where_an_enrollment_is(
 # --- graph
 
 
-def test_graphs(applied: Command, tmp_path: Path) -> None:
+def test_a_graph_counts_the_enrollments(applied: Command, tmp_path: Path) -> None:
     for subject in ("ada", "bob"):
         applied("enroll", "s", subject)
     text = applied("graph", "s")

@@ -257,7 +257,9 @@ async def test_a_body_that_cannot_be_used(body: bytes, says: str) -> None:
         (503, False, "unclear"),
     ],
 )
-async def test_statuses(status: int, permanent: bool, fault: str) -> None:
+async def test_a_failure_is_attributed_by_its_status(
+    status: int, permanent: bool, fault: str
+) -> None:
     answer = servers.Answer(status, b"the reason", {"Location": "http://169.254.169.254/"})
     for result in await run(answer, 7, 8):
         bad = failed(result)
@@ -316,7 +318,9 @@ async def test_of_several_retry_after_the_longest_counts() -> None:
         ("Mon, 01 Jan 2001 00:00:00 GMT", 0, 0),
     ],
 )
-async def test_retry_after(value: str, least: float, most: float) -> None:
+async def test_retry_after_is_read_as_seconds_or_as_a_date(
+    value: str, least: float, most: float
+) -> None:
     if value == "{in two hours}":
         value = format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True)
     elif value.startswith("{"):

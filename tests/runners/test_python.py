@@ -141,7 +141,7 @@ async def test_a_function_that_cancels_itself_cancels_nothing_else() -> None:
     assert "CancelledError" in failed((await run(coupon))[0]).message
 
 
-async def test_batches() -> None:
+async def test_a_batch_has_an_answer_for_each_or_none() -> None:
     @runner(batch_size=1000, concurrency=2, timeout=5)
     async def coupons(config: Any, runners: list[Any]) -> Any:
         return config["answer"] and [config["answer"]] * (len(runners) - config.get("less", 0))

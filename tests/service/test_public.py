@@ -100,7 +100,7 @@ async def test_a_get_changes_nothing_and_a_post_unsubscribes(
         {},
     ],
 )
-async def test_one_click(
+async def test_one_click_suppresses_the_address_once(
     web: httpx.AsyncClient, connection: asyncpg.Connection, request_: dict[str, Any]
 ) -> None:
     for _ in range(2):

@@ -46,7 +46,7 @@ async def test_a_delete_by_an_application(connection: asyncpg.Connection) -> Non
     assert {row["reason"] for row in rows} == {"by postgres: asked by phone"}
 
 
-async def test_a_truncate(connection: asyncpg.Connection) -> None:
+async def test_a_truncate_is_recorded(connection: asyncpg.Connection) -> None:
     async with connection.transaction():
         await connection.execute("SET LOCAL sequencer.reason = 'a new provider'")
         await connection.execute("TRUNCATE sequencer.suppressions")
@@ -64,7 +64,9 @@ async def test_a_truncate(connection: asyncpg.Connection) -> None:
     "change",
     ["address = 'bob@example.com'", "topic = 'offers'", "channel = 'sms'"],
 )
-async def test_an_update_that_frees_an_address(connection: asyncpg.Connection, change: str) -> None:
+async def test_an_update_that_frees_an_address_is_recorded(
+    connection: asyncpg.Connection, change: str
+) -> None:
     await connection.execute(f"UPDATE sequencer.suppressions SET {change} WHERE topic = 'news'")
     assert await recorded(connection) == [("email", hashed(ADA), "news", "by postgres")]
 

@@ -210,7 +210,7 @@ async def test_a_single_row_returns_the_id(
     assert await subjects(shards, f"id = {id_}") == divided(["user-7"])
 
 
-async def test_rollback(
+async def test_a_rollback_enrolls_in_no_shard(
     application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
 ) -> None:
     transaction = application.transaction()
@@ -220,7 +220,7 @@ async def test_rollback(
     assert await subjects(shards) == divided([])
 
 
-async def test_a_subject_that_is_enrolled_already(
+async def test_a_subject_that_is_enrolled_already_is_refused_or_skipped(
     application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
 ) -> None:
     await application.execute(ENROLL, SUBJECTS[:10])
@@ -231,7 +231,7 @@ async def test_a_subject_that_is_enrolled_already(
     assert await subjects(shards) == divided(SUBJECTS)
 
 
-async def test_reevaluating(
+async def test_a_reevaluation_reaches_each_shard(
     application: asyncpg.Connection, shards: dict[str, asyncpg.Connection]
 ) -> None:
     await application.execute(ENROLL, SUBJECTS)

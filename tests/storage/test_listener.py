@@ -53,7 +53,7 @@ NONE_LEFT = "SELECT bool_and(reschedule_from IS NULL AND NOT reschedule_again) F
         ('{"definitions": "s"}', DefinitionsChanged(definitions="s")),
     ],
 )
-def test_payloads(payload: str, message: Notification) -> None:
+def test_payloads_are_parsed(payload: str, message: Notification) -> None:
     assert parse(payload) == message
 
 

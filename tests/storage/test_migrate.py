@@ -20,7 +20,7 @@ from tests.helpers.engines import until
 MORE = Migration(9001, "9001_more.sql", "CREATE TABLE sequencer.more (id integer)")
 
 
-async def test_applied_once(connection: asyncpg.Connection) -> None:
+async def test_migrations_are_applied_once(connection: asyncpg.Connection) -> None:
     assert await migrate.migrate(connection) == []
     await migrate.check(connection)
 

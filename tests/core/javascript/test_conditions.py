@@ -73,7 +73,9 @@ def raw(value: object) -> Operand:
         ("isDate", "2018-06-08", None, False),
     ],
 )
-def test_commands(command: str, value: object, other: object, answer: bool) -> None:
+def test_commands_answer_as_in_lodash(
+    command: str, value: object, other: object, answer: bool
+) -> None:
     assert holds(command, raw(value), raw(other)) is answer
 
 

@@ -318,7 +318,7 @@ def test_a_malformed_tag_is_shown_with_its_line() -> None:
         ('{{date (date due format="YYYY-MM-DD") format="D" zone="UTC"}}', "2"),
     ],
 )
-def test_helpers(source: str, expected: str) -> None:
+def test_helpers_render(source: str, expected: str) -> None:
     assert render(source) == expected
 
 

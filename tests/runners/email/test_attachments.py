@@ -300,7 +300,7 @@ async def test_a_file_is_fetched_once_in_an_attempt_and_few_at_a_time() -> None:
         "https://[2001:db8::1]/x",
     ],
 )
-def test_allowed_hosts(url: str) -> None:
+def test_urls_that_match_a_pattern_are_allowed(url: str) -> None:
     sources = ["files.example.com", "https://*.cdn.example.com/pub/*", "http://localhost:8000"]
     made = Attachments([*sources, "https://[2001:db8::1]"])
     assert made._allowed("a", url)
@@ -334,7 +334,7 @@ def test_allowed_hosts(url: str) -> None:
         "x",
     ],
 )
-def test_forbidden_hosts(url: str) -> None:
+def test_all_other_urls_are_refused(url: str) -> None:
     made = Attachments(
         ["files.example.com", "https://*.cdn.example.com/pub/*", "http://localhost:8000"]
     )

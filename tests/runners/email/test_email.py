@@ -180,7 +180,7 @@ async def test_the_settings_give_a_list_unsubscribe_that_a_step_may_replace_or_d
         ("jörg@x.org", "jörg@x.org", "jörg@x.org"),
     ],
 )
-async def test_addresses(address: str, sent_to: str, shown: str) -> None:
+async def test_addresses_in_any_script_are_sent(address: str, sent_to: str, shown: str) -> None:
     async with smtp_server() as server:
         result = await send(server, email=address)
         message = server.parsed()
@@ -331,7 +331,9 @@ async def test_a_temporarily_refused_copy_does_not_delay_the_message() -> None:
         ("DATA", "550 5.4.5 Daily user sending limit exceeded", False, "server"),
     ],
 )
-async def test_refusals(command: str, answer: str, permanent: bool, fault: str) -> None:
+async def test_a_refusal_is_attributed_by_its_reply(
+    command: str, answer: str, permanent: bool, fault: str
+) -> None:
     async with smtp_server() as server:
         server.answers[command] = [answer]
         result = failed(await send(server))

@@ -99,7 +99,9 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
         (503, None, False, "unclear"),
     ],
 )
-async def test_refusals(status: int, code: int | None, permanent: bool, fault: str) -> None:
+async def test_a_refusal_is_attributed_by_its_code(
+    status: int, code: int | None, permanent: bool, fault: str
+) -> None:
     body = {"code": code, "message": "the reason", "status": status}
     answer = servers.Answer(status, json.dumps(body).encode(), {"Retry-After": "30"})
     if status == 503:
@@ -247,7 +249,7 @@ async def test_the_hook_receives_the_status_of_messages_without_a_callback() -> 
     assert told == [[hook], [own]]
 
 
-async def test_any_gateway() -> None:
+async def test_any_gateway_gets_the_rendered_body() -> None:
     body = '{"to": {{json to}}, "text": {{json message}}, "ref": "{{key}} {{enrollment.id}}"}'
     async with http_server(answering(servers.Answer(202, b"ok"))) as server:
         made = HttpSmsRunner(f"{server.url}/send", body=body, headers={"X-Key": "k"})
