@@ -417,6 +417,12 @@ SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
  ORDER BY e.id
    FOR UPDATE OF e SKIP LOCKED;
 
+-- part: has_triggers_of_others
+-- Others have triggers on enrollments, which may change what is written.
+EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+         WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
+           AND f.pronamespace <> 'sequencer'::regnamespace)
+
 -- name: lock_unchanged
 -- Lock those enrollments of one sequence that are still as a transaction of this daemon has written them,
 -- and return their ids and places, the revision of the sequence, and the number of this transaction. None
@@ -426,10 +432,7 @@ SELECT coalesce(array_agg(e.id), '{}') AS ids, coalesce(array_agg(e.place), '{}'
        pg_current_xact_id()::text::bigint AS transaction
   FROM (SELECT e.id, e.ctid::text AS place FROM sequencer.enrollments AS e
          WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $2::text::xid
-           AND NOT EXISTS (
-               SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
-                WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
-                  AND f.pronamespace <> 'sequencer'::regnamespace)
+           AND NOT {has_triggers_of_others}
          ORDER BY e.id FOR UPDATE OF e SKIP LOCKED) AS e;
 
 -- name: fences
@@ -519,11 +522,7 @@ UPDATE sequencer.enrollments AS e
 
 -- part: number_unless_changed
 -- The number of this transaction, or NULL where triggers of others may have changed what it has written.
-CASE WHEN NOT EXISTS (
-            SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
-             WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
-               AND f.pronamespace <> 'sequencer'::regnamespace)
-            THEN pg_current_xact_id()::text::bigint END
+CASE WHEN NOT {has_triggers_of_others} THEN pg_current_xact_id()::text::bigint END
 
 -- name: write_unchanged
 -- Write the new states of a few enrollments and their events without a transaction around it: only if none
@@ -558,13 +557,7 @@ SELECT written.id, what.*
 -- a lone enrollment starts sooner. Only if it has not been written since the transactions $26 and is not
 -- locked, and if its sequence $28 still has the revision $27.
 WITH written AS (
-    UPDATE sequencer.enrollments
-       SET sequence = $2, step = $3, status = $4,
-           wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
-           entered_at = $6, visit = $7, attempt = $8, leases = $9, retry_at = $10, leased_by = $11,
-           failure = $12, last_error = $13, executed = $14::text::text[], expires_at = $15,
-           waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
-           ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
+    {write_state}
      WHERE id = (SELECT e.id FROM sequencer.enrollments AS e
                   WHERE e.id = $1 AND e.xmin = ANY ($26::text::xid[])
                     AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
