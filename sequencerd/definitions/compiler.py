@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 from difflib import get_close_matches
 from functools import lru_cache
 from sys import intern
@@ -163,99 +163,67 @@ def _with_hint(fault: Fault) -> Fault:
     return Fault(fault.path, f"{known.partition('; did you mean')[0]}; did you mean {near[0]!r}?")
 
 
-def build(
-    name: str,
-    first_step: str,
-    timezone: str,
-    steps: Iterable[Step],
-    *,
-    paused: bool = False,
-    archived: bool = False,
-    revision: int = 0,
-    lookup: str | None = None,
-    recheck: timedelta = timedelta(minutes=1),
-    window: Mapping[str, Any] | str | None = None,
-    holidays: Holidays | None = None,
-    topic: str | None = None,
-    topic_limits: TopicLimits | None = None,
-    shared: MessageContext = NOTHING_SHARED,
-    braked_until: datetime | None = None,
-    is_stopped: bool = False,
-    resumed_at: datetime | None = None,
-) -> Sequence:
-    """Build a sequence from its steps. Errors of the whole sequence become problems of its steps.
-
-    `holidays` and `topic_limits` are those of the database; None means that they were not read.
+def build(sequence: Sequence, window: Mapping[str, Any] | str | None = None) -> Sequence:
+    """Return a sequence with its window, its goals, and its steps in their order. Errors of the
+    whole sequence become problems of its steps.
     """
-    ordered = sorted(steps, key=lambda step: step.position)
-    if topic_limits != {}:
-        ordered = [_with_topic_limit(step, topic, topic_limits) for step in ordered]
-    by_name = {step.name: step for step in ordered}
-    for stuck in _never_waiting(name, by_name):
-        fault = "it is part of a cycle that never waits: add a step that waits to it"
-        by_name[stuck] = _with_problems(by_name[stuck], [Fault((), fault)])
-    hints = MAX_HINTS
-    for step in ordered:
-        missing = []
-        for exit_ in step.behaviour.exits:  # without next and altNext, which are foreign keys
-            is_own = exit_.path[0] == "config" and exit_.sequence in (None, name)
-            if is_own and exit_.target is not None and exit_.target not in by_name:
-                hint = f"; {nearest(exit_.target, list(by_name))}" if hints else ""
-                hints = max(hints - 1, 0)
-                message = f"step {exit_.target!r} does not exist{hint}"
-                missing.append(Fault(exit_.path[1:], message))
-        if missing:
-            by_name[step.name] = _with_problems(by_name[step.name], missing)
-    try:
-        dates.zone(timezone)
-    except DefinitionError as error:
-        wrong = [Fault((), str(error))]
-        by_name = {key: _with_problems(step, wrong) for key, step in by_name.items()}
-    opens, fault = _window_of(window)
-    for step in ordered:
-        if fault and isinstance(step.behaviour, SideEffect) and step.behaviour.follows_window:
-            by_name[step.name] = _with_problems(by_name[step.name], [Fault((), fault)])
-        for calendar in calendars([step], opens):
-            if holidays is not None and calendar not in holidays:
-                fault_here = Fault((), no_holidays(calendar))
-                by_name[step.name] = _with_problems(by_name[step.name], [fault_here])
-    goals = tuple(step for step in reversed(ordered) if step_types.is_goal(step.type))
-    return Sequence(
-        name,
-        first_step,
-        timezone,
-        by_name,
-        paused=paused,
-        goals=goals,
-        revision=revision,
-        lookup=lookup,
-        recheck=recheck,
-        archived=archived,
-        window=opens,
-        holidays=holidays,
-        topic=topic,
-        topic_limits=topic_limits,
-        shared=shared,
-        collects=next(
-            (
-                step.name
-                for step in ordered
-                if isinstance(step.behaviour, InstantStep) and step.behaviour.collects
-            ),
-            None,
-        ),
-        braked_until=braked_until,
-        is_stopped=is_stopped,
-        resumed_at=resumed_at,
+    ordered = sorted(sequence.steps.values(), key=lambda step: step.position)
+    if sequence.topic_limits != {}:
+        ordered = [_with_topic_limit(step, sequence) for step in ordered]
+    opens, window_fault = _window_of(window)
+    made = replace(sequence, steps={step.name: step for step in ordered}, window=opens)
+    faults = _faults(made, window_fault)
+    return replace(
+        made,
+        steps={
+            name: _with_problems(step, faults.get(name, ())) for name, step in made.steps.items()
+        },
+        goals=tuple(step for step in reversed(ordered) if step_types.is_goal(step.type)),
+        collects=next((step.name for step in ordered if _collects(step)), None),
     )
 
 
-def _with_topic_limit(step: Step, topic: str | None, limits: TopicLimits | None) -> Step:
+def _collects(step: Step) -> bool:
+    return isinstance(step.behaviour, InstantStep) and step.behaviour.collects
+
+
+def _faults(sequence: Sequence, window_fault: str) -> dict[str, list[Fault]]:
+    """Find the errors of the whole sequence, by the steps that they affect."""
+    steps = sequence.steps
+    faults: defaultdict[str, list[Fault]] = defaultdict(list)
+    for stuck in _never_waiting(sequence.name, steps):
+        message = "it is part of a cycle that never waits: add a step that waits to it"
+        faults[stuck].append(Fault((), message))
+    hints = MAX_HINTS
+    for step in steps.values():
+        for exit_ in step.behaviour.exits:  # without next and altNext, which are foreign keys
+            is_own = exit_.path[0] == "config" and exit_.sequence in (None, sequence.name)
+            if is_own and exit_.target is not None and exit_.target not in steps:
+                hint = f"; {nearest(exit_.target, list(steps))}" if hints else ""
+                hints = max(hints - 1, 0)
+                message = f"step {exit_.target!r} does not exist{hint}"
+                faults[step.name].append(Fault(exit_.path[1:], message))
+    try:
+        dates.zone(sequence.timezone)
+    except DefinitionError as error:
+        for name in steps:
+            faults[name].append(Fault((), str(error)))
+    for name, step in steps.items():
+        effect = step.behaviour
+        if window_fault and isinstance(effect, SideEffect) and effect.follows_window:
+            faults[name].append(Fault((), window_fault))
+        for calendar in calendars([step], sequence.window):
+            if sequence.holidays is not None and calendar not in sequence.holidays:
+                faults[name].append(Fault((), no_holidays(calendar)))
+    return faults
+
+
+def _with_topic_limit(step: Step, sequence: Sequence) -> Step:
     """Return the step with the limit of its topic: it adds an exit, or a problem."""
-    effect = step.behaviour
+    effect, limits = step.behaviour, sequence.topic_limits
     if not isinstance(effect, SideEffect):
         return step
-    topic = topic if effect.follows_topic else effect.topic
+    topic = sequence.topic if effect.follows_topic else effect.topic
     limit = None if limits is None or topic is None else limits.get(topic)
     if isinstance(limit, InvalidStep):
         return _with_problems(step, limit.faults)
@@ -385,17 +353,16 @@ def make_step(row: asyncpg.Record, config: StoredConfig) -> Step:
 
 def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
     """Make a sequence from its row in sequencer.sequences."""
-    return build(
+    sequence = Sequence(
         row["name"],
         row["first_step"],
         row["timezone"],
-        steps,
+        {step.name: step for step in steps},
         paused=row["status"] == "paused",
         archived=row["status"] == "archived",
         revision=row["revision"],
         lookup=row["lookup"],
         recheck=row["recheck"],
-        window=row["time_window"],
         holidays=parse_holidays(row["holidays"]),
         topic=row["topic"],
         topic_limits=parse_topic_limits(row["topic_limits"]),
@@ -404,6 +371,7 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
         is_stopped=row["is_stopped"],
         resumed_at=row["resumed_at"],
     )
+    return build(sequence, row["time_window"])
 
 
 def shared_of(row: asyncpg.Record) -> MessageContext:

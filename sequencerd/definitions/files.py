@@ -395,18 +395,18 @@ def _build(
     steps = _read_steps(source, runners, shared)
     if not steps:
         return None
-    sequence = build(
+    given = model.Sequence(
         source.name or "",
         steps[0].name,
         parsed.timezone if parsed else "UTC",
-        steps,
+        {step.name: step for step in steps},
         archived=_text_at(source.document.value, "status") == "archived",
         lookup=_text_at(source.document.value, "lookup"),
         recheck=parsed.recheck if parsed else timedelta(minutes=1),
-        window=_window_at(source.document.value) if parsed else None,
         topic=parsed.topic if parsed else None,
         shared=shared,
     )
+    sequence = build(given, _window_at(source.document.value) if parsed else None)
     for step in steps:
         built = sequence.steps[step.name].behaviour
         if isinstance(built, InvalidStep):

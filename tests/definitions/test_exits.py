@@ -83,7 +83,8 @@ def sequence_of(type_: str, config: Mapping[str, Any]) -> Sequence:
     ]
     behaviour = compile_behaviour(type_, config, RUNNERS)
     step = Step("s", "it", type_, config, "next", "altNext", behaviour)
-    return build("s", "it", "UTC", [step, *ends], holidays={"DE": frozenset()})
+    steps = {step.name: step for step in (step, *ends)}
+    return build(Sequence("s", "it", "UTC", steps, holidays={"DE": frozenset()}))
 
 
 def leads(sequence: Sequence, enrollments: Iterable[Enrollment]) -> set[Place]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sequencerd import settings_file
-from sequencerd.core.model import InvalidStep, Step
+from sequencerd.core.model import InvalidStep, Sequence, Step
 from sequencerd.core.step_types import BUILT_IN, compile_step, describe_wait, is_instant
 from sequencerd.core.step_types.condition_config import ConditionConfig
 from sequencerd.definitions import drawing
@@ -201,7 +201,8 @@ def test_a_calendar_without_holidays_is_a_problem_of_the_steps_that_need_it(
     named = named_calendars(type_, config)
     step = Step("s", "it", type_, config, None, None, behaviour, calendars=named)
     holidays = {"FR": frozenset({date(2026, 7, 14)})}
-    built = build("s", "it", "UTC", [step], holidays=holidays).steps["it"].behaviour
+    sequence = Sequence("s", "it", "UTC", {"it": step}, holidays=holidays)
+    built = build(sequence).steps["it"].behaviour
     assert isinstance(built, InvalidStep) == has_problem
     if isinstance(built, InvalidStep):
         assert "calendar 'DE' has no holidays" in built.message

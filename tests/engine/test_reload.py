@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
+from sequencerd.core import model
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.javascript.templates import compile_template
 from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
@@ -308,7 +309,7 @@ def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
             for n in range(links)
         }
 
-    open_, closed = (build("s", "0", "UTC", chain(end).values()) for end in (None, "5000"))
+    open_, closed = (build(model.Sequence("s", "0", "UTC", chain(end))) for end in (None, "5000"))
     assert not any(isinstance(step.behaviour, InvalidStep) for step in open_.steps.values())
     assert all(isinstance(step.behaviour, InvalidStep) for step in closed.steps.values())
 
