@@ -279,16 +279,11 @@ class Claims:
         if not is_data_error(error):
             await self._probe()
         self._log.warning("batch is processed in parts", step=step_key, error=brief(error))
+        excluded, since = self.excluded(step_key), self._cursors.since(step_key)
+        now = self._clock.now()
+        due = DueEnrollments(*step_key, now, self._daemon, excluded, revision, limit, since)
         async with connections.borrow(self._pool) as connection:
-            ids = await locking.due_ids(
-                connection,
-                step_key,
-                self._clock.now(),
-                limit,
-                daemon=self._daemon,
-                excluding=self.excluded(step_key),
-                since=self._cursors.since(step_key),
-            )
+            ids = await locking.due_ids(connection, due)
         await self.claim_some(step_key, revision, ids)
         return len(ids)
 

@@ -40,7 +40,7 @@ class Claimed(NamedTuple):
 
 class DueEnrollments(NamedTuple):
     """Which due enrollments of a step to read: none that a living daemon has leased. The parameters
-    of `claim` and `peek`, in their order.
+    of `claim`, `peek` and `due_ids`, in their order.
     """
 
     sequence: str
@@ -112,21 +112,9 @@ async def read_ahead(
             ]
 
 
-async def due_ids(
-    connection: asyncpg.Connection,
-    step_key: StepKey,
-    now: datetime,
-    limit: int,
-    *,
-    daemon: str,
-    excluding: Rows[int],
-    since: datetime,
-) -> list[int]:
+async def due_ids(connection: asyncpg.Connection, due: DueEnrollments) -> list[int]:
     """Find the ids that a claim would find, without reading values that may be unreadable."""
-    rows = await connection.fetch(
-        QUERIES["due_ids"], *step_key, now, daemon, excluding, limit, since
-    )
-    return [row["id"] for row in rows]
+    return [row["id"] for row in await connection.fetch(QUERIES["due_ids"], *due)]
 
 
 async def expired_ids(

@@ -25,7 +25,7 @@ HOT = {
     "peek": f"{HERE}, now(), 'me', '{{}}', 1, 21, '-infinity', true",
     "claim_some": f"{HERE}, now(), 'me', {IDS}, 1",
     "claim_bare": f"{HERE}, now(), 'me', {IDS}, 1",
-    "due_ids": f"{HERE}, now(), 'me', '{{}}', 1000, '-infinity'",
+    "due_ids": f"{HERE}, now(), 'me', '{{}}', 1, 1000, '-infinity'",
     "orphans": f"ARRAY['s'], ARRAY['a'], '{{-infinity}}', now(), 'me', {IDS}",
     "large_data": IDS,
     "expired_ids": f"{HERE}, now(), 'me', '{{}}', 1000, now()",

@@ -304,10 +304,8 @@ SELECT sequence, step
 -- Find the enrollments that `claim` would find, without a lock and without reading values that may be
 -- unreadable.
 SELECT e.id
-  FROM sequencer.enrollments AS e
- WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at BETWEEN $7 AND $3
-   AND {is_free} AND e.id <> ALL ($5::bigint[])
- ORDER BY e.wake_at LIMIT $6;
+  {due_since} AND {is_free}
+ ORDER BY e.wake_at LIMIT $7;
 
 -- name: expired_ids
 -- Find due enrollments of a step that cannot be claimed: those that have expired, and of those due since
