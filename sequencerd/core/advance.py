@@ -491,7 +491,7 @@ class _Evaluation:
             return Fail("loop", _loop_message([*self.at.executed, key]))
         if failure := self._after_expired_lease(effect):
             return failure
-        window = sequence.window if effect.follows_window else effect.window
+        window = sequence.window_of(effect)
         begins_at = self._begins_at(step, window)
         if self.now < begins_at:
             if effect.expires is None or (step.reads_external and self.external is None):
@@ -505,7 +505,7 @@ class _Evaluation:
         if expires_at is not None and expires_at <= self.now:
             self.record("expired", f"too late since {expires_at:%Y-%m-%d %H:%M:%S}Z")
             return self._move_to(_target(step, effect.on_expired))
-        topic = sequence.topic if effect.follows_topic else effect.topic
+        topic = sequence.topic_of(effect)
         limits = _limits(sequence, step, effect, topic)
         if limits:
             if self.is_limited or self.entered or self.entries or self.cancellations:

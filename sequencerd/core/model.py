@@ -434,6 +434,14 @@ class Sequence:
     is_stopped: bool = False  # paused by its brake
     resumed_at: datetime | None = None  # nothing in it was due before
 
+    def topic_of(self, effect: SideEffect) -> str | None:
+        """Return what a side effect of the sequence is about."""
+        return self.topic if effect.follows_topic else effect.topic
+
+    def window_of(self, effect: SideEffect) -> Window | None:
+        """Return when a side effect of the sequence may begin."""
+        return self.window if effect.follows_window else effect.window
+
 
 Definitions = Mapping[str, Sequence]
 

@@ -212,7 +212,7 @@ def _faults(sequence: Sequence, window_fault: str) -> dict[str, list[Fault]]:
         effect = step.behaviour
         if window_fault and isinstance(effect, SideEffect) and effect.follows_window:
             faults[name].append(Fault((), window_fault))
-        for calendar in calendars([step], sequence.window):
+        for calendar in calendars(step, sequence):
             if sequence.holidays is not None and calendar not in sequence.holidays:
                 faults[name].append(Fault((), no_holidays(calendar)))
     return faults
@@ -223,7 +223,7 @@ def _with_topic_limit(step: Step, sequence: Sequence) -> Step:
     effect, limits = step.behaviour, sequence.topic_limits
     if not isinstance(effect, SideEffect):
         return step
-    topic = sequence.topic if effect.follows_topic else effect.topic
+    topic = sequence.topic_of(effect)
     limit = None if limits is None or topic is None else limits.get(topic)
     if isinstance(limit, InvalidStep):
         return _with_problems(step, limit.faults)
@@ -244,15 +244,12 @@ def _window_of(config: Mapping[str, Any] | str | None) -> tuple[Window | None, s
         return None, f"the window of the sequence is wrong: {error}"
 
 
-def calendars(steps: Iterable[Step], window: Window | None) -> set[str]:
-    """Return the holiday calendars that the steps of a sequence with this window need."""
-    found: set[str] = set()
-    for step in steps:
-        found |= step.calendars
-        if isinstance(step.behaviour, SideEffect):
-            opens = window if step.behaviour.follows_window else step.behaviour.window
-            if opens and opens.holidays:
-                found.add(opens.holidays)
+def calendars(step: Step, sequence: Sequence) -> set[str]:
+    """Return the holiday calendars that a step of a sequence needs."""
+    found, effect = set(step.calendars), step.behaviour
+    window = sequence.window_of(effect) if isinstance(effect, SideEffect) else None
+    if window is not None and window.holidays is not None:
+        found.add(window.holidays)
     return found
 
 

@@ -52,7 +52,7 @@ def limits(sequence: Sequence, step: Step) -> Iterator[tuple[Limit, str]]:
     effect = step.behaviour
     if not isinstance(effect, SideEffect):
         return
-    topic = sequence.topic if effect.follows_topic else effect.topic
+    topic = sequence.topic_of(effect)
     of_topic = (sequence.topic_limits or {}).get(topic or "")
     for limit in (effect.limit, of_topic):
         if isinstance(limit, Limit):

@@ -322,7 +322,8 @@ async def _make_one(
 async def _empty_calendars(
     connection: asyncpg.Connection, definition: Definition
 ) -> tuple[str, ...]:
-    wanted = calendars(definition.sequence.steps.values(), definition.sequence.window)
+    sequence = definition.sequence
+    wanted = {name for step in sequence.steps.values() for name in calendars(step, sequence)}
     if not wanted:
         return ()
     known = parse_holidays(await connection.fetchval(QUERIES["holidays"]))

@@ -132,6 +132,6 @@ def _task(
     )
     effect = step.behaviour
     assert isinstance(effect, SideEffect)
-    topic = sequence.topic if effect.follows_topic else effect.topic
+    topic = sequence.topic_of(effect)
     seen = view(here, here.timezone or sequence.timezone, now, external)
     return Task(here.key, seen, topic=topic)
