@@ -288,81 +288,90 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
     """
 
     async def answer(request: Request) -> Response:
-        def refused(status: int, title: str, text: str) -> Response:
-            text = text if len(text) <= MAX_ERROR_LENGTH else f"{text[:MAX_ERROR_LENGTH]}…"
-            if page in ROUTES_OF_PROGRAMS:
-                return PlainTextResponse(f"{text}\n", status)
-            return message_page(request, status, title, text)
-
-        context = context_of(request)
-        auth = context.auth
+        auth = context_of(request).auth
         if refusal := auth.refusal(request):
             return PlainTextResponse(f"{refusal}\n", 403)
-        request.state.visitor = visitor = auth.unknown(request)
+        request.state.visitor = auth.unknown(request)
         try:
-            if page is not pages.static:
-                request.state.visitor = visitor = await auth.visitor(request)
-            if visitor.user is None and role is not None:
-                if page in ROUTES_OF_PROGRAMS:
-                    return PlainTextResponse("Log in first.\n", 401)
-                to = str(request.url.replace(scheme="", netloc=""))
-                return _with_session(request, RedirectResponse(at("/login", to=to), 303))
-            if request.method == "POST":
-                most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
-                request.state.form = await pages.form(request, most)
-                if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
-                    return message_page(
-                        request,
-                        403,
-                        "Not done",
-                        "This form has expired or comes from another site. Reload the page.",
-                    )
-            if role in ("operator", "editor") and not context.settings.write:
-                return message_page(
-                    request,
-                    403,
-                    "Read only",
-                    "Changes are disabled. Set console.write = true to allow them.",
-                )
-            if role is not None and not visitor.may(role):
-                return message_page(request, 403, "Not allowed", _missing_role(visitor, role))
-            made = await _response(context, page, request)
-        except NotFoundError as error:
-            made = refused(404, "Not found", str(error))
-        except (WrongQueryError, UsageError) as error:
-            text = str(context_of(request).mask({"message": str(error)})["message"])
-            made = refused(422, "Not possible", as_sentence(text))
-        except (DatabaseError, ShardsError) as error:
-            made = refused(503, "Not done", as_sentence(str(error)))
-        except pages.NotYetError:
-            made = PlainTextResponse(
-                "The first count is not finished.\n", 503, {"Retry-After": "1"}
-            )
-        except asyncpg.ReadOnlySQLTransactionError as error:
-            made = refused(503, "Not done", as_sentence(f"{brief(error)}; nothing was changed"))
-        except TRANSIENT_ERRORS as error:
-            if isinstance(error, ValueError):  # of the driver: nothing was sent
-                made = refused(422, "Not possible", "A value is out of range.")
-            else:
-                log.warning("the console cannot reach the database", error=brief(error))
-                is_read = request.method != "POST"
-                what = "This page retries automatically." if is_read else NOT_KNOWN
-                made = message_page(
-                    request, 503, "The database cannot be reached", what, retry=is_read
-                )
-                made.headers["Retry-After"] = "5"
-        except Exception as error:  # its text may contain data of enrollments
-            log.error("a console page failed", path=request.url.path, error=_where(error))
-            made = message_page(request, 500, "Internal error", "The daemon's log has the details.")
+            if (refused := await _refused(request, page, role)) is not None:
+                return refused
+            made = await _response(request, page)
+        except Exception as error:
+            made = _failed(request, page, error, log)
         return _with_session(request, made)
 
     return answer
 
 
-async def _response(context: PageContext, page: pages.Page, request: Request) -> Response:
+async def _refused(request: Request, page: pages.Page, role: Role | None) -> Response | None:
+    """Identify the user of a request, and read its form. Return the response if this user may not
+    use the page.
+    """
+    context = context_of(request)
+    auth, visitor = context.auth, request.state.visitor
+    if page is not pages.static:
+        request.state.visitor = visitor = await auth.visitor(request)
+    if visitor.user is None and role is not None:
+        if page in ROUTES_OF_PROGRAMS:
+            return PlainTextResponse("Log in first.\n", 401)
+        to = str(request.url.replace(scheme="", netloc=""))
+        return _with_session(request, RedirectResponse(at("/login", to=to), 303))
+    if request.method == "POST":
+        most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
+        request.state.form = await pages.form(request, most)
+        if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
+            text = "This form has expired or comes from another site. Reload the page."
+            return message_page(request, 403, "Not done", text)
+    if role in ("operator", "editor") and not context.settings.write:
+        text = "Changes are disabled. Set console.write = true to allow them."
+        return message_page(request, 403, "Read only", text)
+    if role is not None and not visitor.may(role):
+        return message_page(request, 403, "Not allowed", _missing_role(visitor, role))
+    return None
+
+
+async def _response(request: Request, page: pages.Page) -> Response:
     if request.method == "POST" and sent_forms.FIELD in (form := request.state.form):
-        return await context.sent_forms.process(request.state.visitor.nonce, form, page(request))
+        sent = context_of(request).sent_forms
+        return await sent.process(request.state.visitor.nonce, form, page(request))
     return await page(request)
+
+
+def _failed(
+    request: Request, page: pages.Page, error: Exception, log: FilteringBoundLogger
+) -> Response:
+    """Return the response to a request that has raised an error."""
+
+    def refused(status: int, title: str, text: str) -> Response:
+        text = text if len(text) <= MAX_ERROR_LENGTH else f"{text[:MAX_ERROR_LENGTH]}…"
+        if page in ROUTES_OF_PROGRAMS:
+            return PlainTextResponse(f"{text}\n", status)
+        return message_page(request, status, title, text)
+
+    match error:
+        case NotFoundError():
+            return refused(404, "Not found", str(error))
+        case WrongQueryError() | UsageError():
+            text = str(context_of(request).mask({"message": str(error)})["message"])
+            return refused(422, "Not possible", as_sentence(text))
+        case DatabaseError() | ShardsError():
+            return refused(503, "Not done", as_sentence(str(error)))
+        case pages.NotYetError():
+            text = "The first count is not finished.\n"
+            return PlainTextResponse(text, 503, {"Retry-After": "1"})
+        case asyncpg.ReadOnlySQLTransactionError():
+            return refused(503, "Not done", as_sentence(f"{brief(error)}; nothing was changed"))
+    if not isinstance(error, TRANSIENT_ERRORS):  # its text may contain data of enrollments
+        log.error("a console page failed", path=request.url.path, error=_where(error))
+        return message_page(request, 500, "Internal error", "The daemon's log has the details.")
+    if isinstance(error, ValueError):  # of the driver: nothing was sent
+        return refused(422, "Not possible", "A value is out of range.")
+    log.warning("the console cannot reach the database", error=brief(error))
+    is_read = request.method != "POST"
+    what = "This page retries automatically." if is_read else NOT_KNOWN
+    made = message_page(request, 503, "The database cannot be reached", what, retry=is_read)
+    made.headers["Retry-After"] = "5"
+    return made
 
 
 def _missing_role(visitor: Visitor, role: Role) -> str:
