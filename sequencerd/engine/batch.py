@@ -130,11 +130,11 @@ class Batch(EnrollmentWrites):
         """Return the steps at which enrollments fail because these are invalid."""
         return {(row.sequence, row.step) for row in self.rows if row.failure == "invalid_step"}
 
-    def failures(self) -> list[tuple[str, str, str]]:
-        """Return sequence, step and failure code of each enrollment that fails."""
+    def failures(self) -> list[tuple[int, str, str, str, str | None]]:
+        """Return id, sequence, step, failure code and message of each enrollment that fails."""
         return [
-            (row.sequence, row.step, row.failure)
+            (id_, row.sequence, row.step, row.failure, row.last_error)
             for row, ids in self.rows.items()
             if row.failure
-            for _ in ids
+            for id_ in ids
         ]

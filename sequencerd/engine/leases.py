@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 
 import asyncpg
+from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import Fence, StepKey
 from sequencerd.engine.background import ERROR_PAUSE
@@ -42,6 +43,7 @@ class Leases:
         clock: Clock,
         lease_time: timedelta,
         daemon: str,
+        log: FilteringBoundLogger,
         metrics: Metrics,
     ) -> None:
         self.by_id: dict[int, Leased] = {}
@@ -58,6 +60,7 @@ class Leases:
         self._clock = clock
         self._lease_time = lease_time
         self._daemon = daemon
+        self._log = log
         self._metrics = metrics
 
     def __len__(self) -> int:
@@ -140,11 +143,16 @@ class Leases:
             self._start(batch.leased)
             self._report(batch)
             written = sum(map(len, batch.rows.values()))
-            self._metrics.written(written, batch.events, batch.failures())
+            failures = [(sequence, step, code) for _, sequence, step, code, _ in batch.failures()]
+            self._metrics.written(written, batch.events, failures)
         finally:
             self._writing -= 1
 
     def _report(self, batch: Batch) -> None:
+        for id_, sequence, step, failure, message in batch.failures():
+            log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
+            log.warning("enrollment failed", failure=failure)
+            log.debug("enrollment failed", error=message)
         for step_key, (first, last) in batch.wakes().items():
             self._wakes(step_key, first, last > first)
         for step_key in batch.invalid_steps():

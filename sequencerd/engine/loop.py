@@ -156,6 +156,7 @@ class Engine:
             clock=clock,
             lease_time=lease_time,
             daemon=name,
+            log=log,
             metrics=metrics,
         )
         self._read_ahead = ReadAhead(

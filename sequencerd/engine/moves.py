@@ -253,8 +253,7 @@ class Moves:
             case _:
                 assert_never(decision)
         if isinstance(decision, Fail):
-            is_shared = False  # each failure is logged
-            self._log_failure(at, decision)
+            is_shared = False  # the reason may be in its data
         ids = batch.add(before, at, decision, wake_at, events, data=advanced.data)
         return SharedOutcome(ids, at, start) if is_shared else None
 
@@ -282,11 +281,6 @@ class Moves:
             seconds = self._clock.seconds_until(end) + TIMER_TOLERANCE
             expires = asyncio.get_running_loop().time() + seconds
         return Start(executor, step, effect.program, view, expires, topic, revision, places)
-
-    def _log_failure(self, at: Enrollment, failure: Fail) -> None:
-        log = self._log.bind(enrollment=at.id, sequence=at.sequence, step=at.step)
-        log.warning("enrollment failed", failure=failure.failure)
-        log.debug("enrollment failed", error=failure.message)
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
         """Write a batch, after deciding its effects on other sequences and enrollments."""

@@ -1,21 +1,21 @@
-"""Read the enrollments that wake next shortly before they are due, so that at that time they only
-have to be written.
+"""Read and advance the enrollments that wake next shortly before they are due, so that at that time
+they only have to be written.
 
-Nothing is locked meanwhile. What has changed since it was read, or cannot be written by a single
-statement, is left to a claim.
+Nothing is locked or reserved meanwhile. What has changed since it was read, cannot be written by a
+single statement or finds no free slots is left to a claim.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections import deque
+from collections import Counter, deque
 from contextlib import aclosing, nullcontext, suppress
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment, StepKey
+from sequencerd.core.model import Enrollment, Sequence, StepKey
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.catalog import Catalog
@@ -34,6 +34,14 @@ TOO_LATE = 0.05  # seconds before they are due, from which on reading would not 
 VALID_FOR = timedelta(seconds=1)  # after they are due; they are not late then
 MAX_BATCHES = 20
 WRITERS = 3  # one computes while the others wait for the database
+
+
+class _Planned(NamedTuple):
+    """Enrollments as they will be written when they are due."""
+
+    batch: Batch
+    read: Unchanged
+    sequence: Sequence
 
 
 class ReadAhead:
@@ -68,7 +76,7 @@ class ReadAhead:
         self._batch = batch
         self._metrics = metrics
         self._of: tuple[StepKey, datetime] | None = None
-        self._read: deque[tuple[Enrollment, int]] = deque()
+        self._planned: deque[_Planned] = deque()
 
     def is_of(self, step_key: StepKey, at: datetime) -> bool:
         """Return whether what wakes at a step at a time was read last, or is being read."""
@@ -77,10 +85,12 @@ class ReadAhead:
     async def read(self, step_key: StepKey, at: datetime) -> None:
         """Read what wakes at a step at a time, in batches, until that time."""
         self._of = step_key, at
-        self._read.clear()
-        sequence = self._catalog.sequences.get(step_key[0])
-        size = self._batch_size(step_key)
-        if sequence is None or sequence.paused or not size:
+        self._planned.clear()
+        sequence, step = self._catalog.sequences.get(step_key[0]), self._catalog.step(step_key)
+        if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
+            return
+        limit = self._executors.claimable(step, MAX_BATCHES * self._batch)
+        if not limit:
             return
         waking = DueEnrollments(
             *step_key,
@@ -88,33 +98,54 @@ class ReadAhead:
             self._daemon,
             self._quarantine.ids(step_key),
             sequence.revision,
-            MAX_BATCHES * size,
+            limit,
             at,
         )
+        page = min(limit, self._batch)
         with suppress(Exception):  # what cannot be read is claimed, and then reported
             async with (
                 connections.borrow(self._pool) as connection,
-                aclosing(locking.read_ahead(connection, waking, size)) as batches,
+                aclosing(locking.read_ahead(connection, waking, page)) as batches,
             ):
                 async for batch in batches:
                     is_over = self._stopping.is_set() or self._clock.now() >= at
                     if is_over or not batch or not self.is_of(step_key, at):
                         break
-                    self._read += batch
+                    planned = self._plan(batch, sequence, at)
+                    if planned is None:
+                        break
+                    self._planned.append(planned)
+
+    def _plan(
+        self, read: list[tuple[Enrollment, int]], sequence: Sequence, at: datetime
+    ) -> _Planned | None:
+        """Advance enrollments to the time at which they are due. Return None if they must be
+        claimed.
+        """
+        batch = Batch()
+        try:
+            is_suited = self._moves.move_unlocked(batch, (one for one, _ in read), at)
+        finally:  # they are reserved when it is written
+            for leased in batch.leased:
+                leased.executor.reserve(-1)
+        if not is_suited:
+            return None
+        versions = {one.id: version for one, version in read}
+        return _Planned(batch, Unchanged(versions, sequence.name, sequence.revision), sequence)
 
     async def write(self, step_key: StepKey) -> bool:
-        """Advance and write what was read of a step if it is due, several batches at a time. Return
-        whether there was any.
+        """Write what was read of a step if it is due, several batches at a time. Return whether
+        there was any.
         """
-        if not self._read or self._of is None or self._of[0] != step_key:
+        if not self._planned or self._of is None or self._of[0] != step_key:
             return False
         at, now = self._of[1], self._clock.now()
-        if at > now or not self._batch_size(step_key):
+        if at > now:
             return False
         if now - at > VALID_FOR:
-            self._read.clear()
+            self._planned.clear()
             return False
-        writers = min(WRITERS, math.ceil(len(self._read) / self._batch))
+        writers = min(WRITERS, len(self._planned))
         with self._backlog.hold_while_claiming() if writers > 1 else nullcontext():
             async with asyncio.TaskGroup() as group:
                 for _ in range(writers):
@@ -123,38 +154,32 @@ class ReadAhead:
 
     async def _write_all(self, step_key: StepKey, at: datetime) -> None:
         with suppress(Exception):  # what cannot be written is claimed, and then reported
-            while (
-                not self._stopping.is_set()
-                and self.is_of(step_key, at)
-                and (size := min(self._batch_size(step_key), len(self._read)))
-            ):
-                read = [self._read.popleft() for _ in range(size)]
-                if not await self._write_batch(step_key, at, read):
-                    self._read.clear()
+            while not self._stopping.is_set() and self.is_of(step_key, at) and self._planned:
+                planned = self._planned.popleft()
+                if not self._reserve(step_key, planned):
+                    self._planned.clear()
+                    return
+                with suppress(NotWritten):
+                    now = self._clock.now()
+                    async with self._leases.without_lock(planned.batch) as connection:
+                        await self._leases.write_unchanged(
+                            connection, planned.batch, now, planned.read
+                        )
+                    self._metrics.claimed(step_key, [at] * len(planned.read.versions), now)
 
-    def _batch_size(self, step_key: StepKey) -> int:
-        """Return how many enrollments of a step can be written at a time."""
-        if self._executors.is_waited_for(step_key):
-            return 0
-        return self._executors.claimable(self._catalog.step(step_key), self._batch)
-
-    async def _write_batch(
-        self, step_key: StepKey, at: datetime, read: list[tuple[Enrollment, int]]
-    ) -> bool:
-        """Advance and write a batch, unless any of it has changed. Return False if the others
-        cannot be written so either.
+    def _reserve(self, step_key: StepKey, planned: _Planned) -> bool:
+        """Reserve the slots of a batch. Return False if not all are free, if others wait for them,
+        or if the definition has changed.
         """
-        sequence = self._catalog.sequences.get(step_key[0])
-        if sequence is None or sequence.paused:
+        sequence, leased = planned.sequence, planned.batch.leased
+        needed = Counter(one.executor for one in leased)
+        if (
+            self._catalog.sequences.get(sequence.name) is not sequence
+            or self._executors.is_waited_for(step_key)
+            or (leased and self._backlog.is_full)
+            or any(executor.free_slots < count for executor, count in needed.items())
+        ):
             return False
-        now, batch = self._clock.now(), Batch()
-        with suppress(NotWritten):
-            async with self._leases.without_lock(batch) as connection:
-                is_suited = self._moves.move_unlocked(batch, (one for one, _ in read), now)
-                if not is_suited:
-                    raise NotWritten
-                versions = {one.id: version for one, version in read}
-                known = Unchanged(versions, step_key[0], sequence.revision)
-                await self._leases.write_unchanged(connection, batch, now, known)
-            self._metrics.claimed(step_key, [at] * len(read), now)
-        return is_suited
+        for executor, count in needed.items():
+            executor.reserve(count)
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -9,8 +10,9 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
-from sequencerd.core.model import NEVER, Enrollment
+from sequencerd.core.model import NEVER, Answer, Enrollment, Task
 from sequencerd.engine import loop, read_ahead
 from sequencerd.engine.loop import Engine
 from sequencerd.service.metrics import Metrics
@@ -66,13 +68,19 @@ def let_an_hour_pass(*engines: Engine) -> None:
         one._wake.set()
 
 
-async def enroll_for_later(connection: asyncpg.Connection, count: int, *engines: Engine) -> None:
+def planned(engine: Engine) -> int:
+    return sum(len(one.read.versions) for one in engine._read_ahead._planned)
+
+
+async def enroll_for_later(
+    connection: asyncpg.Connection, count: int, *engines: Engine, slots: int | None = None
+) -> None:
     """Enroll what wakes in an hour. Triggers do not notify of what wakes so late."""
     at = engines[0]._clock.now() + HOUR
     await connection.execute(INSERT, count, at)
     for one in engines:
         one._report_wake(STEP, at, False)
-        await eventually(lambda one=one: len(one._read_ahead._read) == count)  # type: ignore[misc]
+        await eventually(lambda one=one: planned(one) == (slots or count))  # type: ignore[misc]
 
 
 @asynccontextmanager
@@ -83,12 +91,13 @@ async def waking(
     count: int,
     *,
     steps: Sequence[tuple[str, str, str, str | None]] = (("a", "Note", "{}", None),),
+    slots: int | None = None,
     **settings: Any,
 ) -> AsyncIterator[Engine]:
-    """An engine that has read what wakes in an hour."""
+    """An engine that has read what wakes in an hour, or as much as there are slots for."""
     await define(connection, "s", *steps)
     async with running_engine(database, {"Note": recorder}, sweep=3600, **settings) as one:
-        await enroll_for_later(connection, count, one)
+        await enroll_for_later(connection, count, one, slots=slots)
         yield one
 
 
@@ -101,7 +110,7 @@ async def test_what_was_read_ahead_is_written_without_a_claim(
         assert not recorder.keys
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
-        assert not one._read_ahead._read
+        assert not planned(one)
     labels = {"sequence": "s", "step": "a"}
     assert metrics.registry.get_sample_value("sequencerd_claims_total", labels) == count
     assert len(recorder.visits) == len(set(recorder.visits)) == count
@@ -173,6 +182,43 @@ async def test_nothing_that_was_read_begins_early(
     assert len(recorder.visits) == len(set(recorder.visits)) == 6
 
 
+async def test_what_was_read_occupies_slots_only_while_it_is_executed(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    recorder = Recorder(batch_size=1, concurrency=1)
+    async with waking(database, connection, recorder, 2) as one:
+        executor = one._executors.by_key["Note"]
+        assert executor.free_slots == 2
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+        assert executor.free_slots == 2
+
+
+async def test_a_failure_is_logged_when_it_is_written(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """One of two enrollments that would fail is deleted a moment before."""
+    steps = (("a", "Note", '{"bad": 1}', None),)
+    with capture_logs() as logs:
+        async with waking(database, connection, Recorder(), 2, steps=steps) as one:
+            await connection.execute("DELETE FROM sequencer.enrollments WHERE subject LIKE 'u1%'")
+            let_an_hour_pass(one)
+            await until(connection, ALL_ENDED)
+    assert len([line for line in logs if line["event"] == "enrollment failed"]) == 2  # and debug
+
+
+async def test_side_effects_start_with_the_runners_of_that_time(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    old, new = Recorder(), Recorder()
+    async with waking(database, connection, old, 5) as one:
+        await (await one.use({"Note": new}, one._executors.lookups))
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert not old.visits
+    assert len(new.visits) == len(set(new.visits)) == 5
+
+
 async def test_a_row_that_cannot_be_written_holds_back_no_other(
     database: str, connection: asyncpg.Connection
 ) -> None:
@@ -234,7 +280,7 @@ async def test_the_number_of_enrollments_that_are_read_ahead_is_bounded(
         at = one._clock.now() + HOUR
         await connection.execute(INSERT, 50, at)
         await one._read_ahead.read(STEP, at)
-        assert len(one._read_ahead._read) == 20
+        assert planned(one) == 20
         one._report_wake(STEP, at, False)
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
@@ -247,16 +293,38 @@ async def test_what_was_read_is_written_only_as_slots_are_free(
     """What has no slot yet is still as it was, so a change would be respected."""
     held = Held()
     recorder = Recorder(held, batch_size=1, concurrency=1)
-    async with waking(database, connection, recorder, 30) as one:
-        slots = one._executors.by_key["Note"].free_slots
+    async with waking(database, connection, recorder, 30, slots=2) as one:
         let_an_hour_pass(one)
         await held.begun.wait()
-        await until(connection, LEASED, slots)
-        assert len(one._read_ahead._read) == 30 - slots
-        assert await connection.fetchval(UNTOUCHED) == 30 - slots
+        await until(connection, LEASED, 2)
+        assert await connection.fetchval(UNTOUCHED) == 28
         held.released.set()
         await until(connection, ALL_ENDED)
     assert len(recorder.visits) == len(set(recorder.visits)) == 30
+
+
+async def test_no_more_is_leased_than_there_are_slots(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Of two slots, another enrollment occupies one when the batches of two are due."""
+    holding, free = asyncio.Event(), []
+
+    async def note(task: Task) -> Answer:
+        free.append(one._executors.by_key["Note"].free_slots)
+        if task.view["subject"] == "now":
+            await holding.wait()
+        return Answer()
+
+    recorder = Recorder(note, batch_size=1, concurrency=1)
+    async with waking(database, connection, recorder, 30, slots=2) as one:
+        await enroll(connection, "s", "now")
+        await eventually(lambda: free)
+        let_an_hour_pass(one)
+        await eventually(lambda: not planned(one))
+        holding.set()
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 31
+    assert min(free) >= 0
 
 
 async def test_what_is_late_is_claimed_and_not_written_from_memory(
@@ -269,7 +337,7 @@ async def test_what_is_late_is_claimed_and_not_written_from_memory(
     async with waking(database, connection, Recorder(), 5) as one:
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
-        await eventually(lambda: not one._read_ahead._read)
+        await eventually(lambda: not planned(one))
     assert sum(claimed) == 5
 
 
