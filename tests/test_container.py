@@ -218,6 +218,14 @@ async def test_the_logins_of_compose_suffice(server: str) -> None:
         )
         await migrate.migrate(owner)
         assert await migrate.grant(owner) == []
+        # all roles exist on the server of a test; on a new one, the owner may not create them
+        rows = await owner.fetch(
+            "SELECT DISTINCT grantee::regrole::text"
+            " FROM pg_class, aclexplode(relacl) WHERE relnamespace = 'sequencer'::regnamespace"
+        )
+        assert {row[0] for row in rows} - {"compose_app"} == {
+            *re.findall(r"^CREATE ROLE (sequencer_\w+)", text, flags=re.MULTILINE)
+        }
         await owner.close()
         found = await examine(
             with_login(with_database(server, "compose_app"), "compose_sequencerd")
