@@ -153,7 +153,7 @@ async def _explained(
         case asyncpg.PostgresConnectionError():
             pass
         case asyncpg.InsufficientPrivilegeError():
-            return DatabaseError(f"{error}; {await _advice(arguments, shard)}")
+            return DatabaseError(f"{with_hint(error)}; {await _advice(arguments, shard)}")
         case asyncpg.ReadOnlySQLTransactionError():
             return DatabaseError(READ_ONLY)
         case asyncpg.PostgresError():

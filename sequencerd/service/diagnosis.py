@@ -21,7 +21,7 @@ from sequencerd.errors import SequencerdError
 from sequencerd.settings import DatabaseSettings
 from sequencerd.storage import connections, migrate, migrations, server
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
 from sequencerd.storage.every_shard import differences
 from sequencerd.storage.listener import POLL_INTERVAL, PROBE_INTERVAL
 from sequencerd.storage.schemas import in_schema, schema_of
@@ -118,9 +118,10 @@ async def run_check(about: str, check: DiagnosisCheck, connection: asyncpg.Conne
         advice = "GRANT sequencer_daemon TO the user of this command"
         if await connection.fetchval(QUERIES["has_role"], "sequencer_daemon"):
             advice = "run `sequencerd grants --apply` as an administrator"
-        return Diagnosis(about, f"cannot be checked: {error}", "error", advice)
+        return Diagnosis(about, f"cannot be checked: {with_hint(error)}", "error", advice)
     except (SequencerdError, *TRANSIENT_ERRORS, ValueError) as error:
-        seen = f"cannot be checked: {error or type(error).__name__}"
+        text = with_hint(error) if isinstance(error, asyncpg.PostgresError) else str(error)
+        seen = f"cannot be checked: {text or type(error).__name__}"
         return Diagnosis(about, seen, "error", "see the log of the server")
 
 

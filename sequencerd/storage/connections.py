@@ -16,7 +16,7 @@ from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.settings import SCHEMA
 from sequencerd.storage import conninfo
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
 from sequencerd.storage.schemas import connection_class
 from sequencerd.storage.statements import QUERIES
 
@@ -130,6 +130,8 @@ def _write_time(at: datetime) -> tuple[int]:
 
 def explain(error: BaseException) -> str:
     """Return why a connection could not be made."""
+    if isinstance(error, asyncpg.PostgresError):
+        return with_hint(error)
     return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
 
 

@@ -9,6 +9,7 @@ import asyncpg
 
 from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import DatabaseError, MigrationError, SettingsError
+from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.migrations import Migration, available
 from sequencerd.storage.schemas import schema_of
 from sequencerd.storage.statements import QUERIES
@@ -106,8 +107,8 @@ def _explain(error: asyncpg.PostgresError) -> str:
         case asyncpg.PostgresConnectionError() | asyncpg.OperatorInterventionError():
             advice = "run it again"
         case _:
-            return f"{error}; nothing was applied"
-    return f"{error}; nothing was applied: {advice}"
+            return f"{with_hint(error)}; nothing was applied"
+    return f"{with_hint(error)}; nothing was applied: {advice}"
 
 
 async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
@@ -123,7 +124,7 @@ async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
                 async with connection.transaction():
                     await connection.execute(statement)
             except asyncpg.PostgresError as error:
-                errors[statement] = str(error)
+                errors[statement] = with_hint(error)
         missing = await connection.fetch(QUERIES["missing_grants"])
     # a GRANT without the right to it can be a warning, without an error
     return [Ungranted(row[0], errors.get(row[0], "no privilege to grant it")) for row in missing]

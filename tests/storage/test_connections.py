@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncpg
 import pytest
 
 from sequencerd.storage import connections
@@ -37,3 +38,10 @@ async def test_settings_changed_by_functions_of_applications_are_reset(database:
     async with connections.borrow(pool) as connection:
         assert await connection.fetchval("SHOW search_path") != '""'
     await pool.close()
+
+
+def test_the_reason_of_a_failed_connection_is_a_line() -> None:
+    error = asyncpg.PostgresError("no more connections")
+    error.detail, error.hint = "others hold them", "Close some."
+    assert "\n" in str(error)
+    assert connections.explain(error) == "no more connections; Close some."

@@ -190,6 +190,18 @@ async def test_all_tables_have_the_same_owner_for_any_migrating_user(
     assert await connection.fetchval("SELECT current_user") != "login_owner"
 
 
+async def test_the_reason_of_a_statement_without_effect_is_a_line(
+    logins: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL 18 adds a second line, with details."""
+    monkeypatch.setitem(QUERIES, "missing_grants", "SELECT 'CREATE ROLE nobody_may'")
+    other = await connect(shard(logins["login_none"]))
+    assert await migrate.grant(other) == [
+        ("CREATE ROLE nobody_may", "permission denied to create role")
+    ]
+    await other.close()
+
+
 async def test_a_login_that_may_not_create_the_schema_gets_the_grant(
     logins: dict[str, str], database: str
 ) -> None:
