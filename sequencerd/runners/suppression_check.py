@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from hashlib import sha256
+from itertools import product
 
 import idna
 
@@ -76,7 +77,28 @@ def forms(channel: str, address: str) -> set[str]:
     """
     is_known = channel in ("email", "sms")
     known = spellings(address) if is_known else {address.strip(" \t\r\n\u00a0\u3000")}
+    if channel == "email" and not all(map(str.isascii, known)):
+        written = (address.strip(), *known)
+        known |= {form for one in written for form in _stored_cases(one)}
     return known | set(map(hashed, known))
+
+
+def _stored_cases(address: str) -> set[str]:
+    """Return an address as the table contains it if both parts were written as here, or in lower
+    case, in capitals, or with initials: the table's trigger folds ASCII letters alone.
+    """
+    parts = []
+    for part in address.rpartition("@"):
+        lower = part.lower()
+        cases = {part, lower, part.upper(), lower.title(), lower[:1].upper() + lower[1:]}
+        parts.append(
+            {
+                "".join(one.lower() if one.isascii() else one for one in case)
+                for case in cases
+                if case.lower() == lower  # not with SS for another letter
+            }
+        )
+    return set(map("".join, product(*parts)))
 
 
 def spellings(address: str) -> set[str]:
