@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import stat
 import sys
 import sysconfig
 from importlib.resources import files
@@ -34,8 +35,12 @@ def units(*, config: Path | None = None, user: str | None = None) -> dict[str, s
 
 def program() -> str:
     """Return the command that starts this installation."""
-    script = Path(sysconfig.get_path("scripts"), "sequencerd")
+    script = _script()
     return _quoted(script) if script.exists() else f"{_quoted(Path(sys.executable))} -m sequencerd"
+
+
+def _script() -> Path:
+    return Path(sysconfig.get_path("scripts"), "sequencerd")
 
 
 def _quoted(path: Path) -> str:
@@ -49,13 +54,34 @@ def warnings(user: str | None) -> list[str]:
     found = [
         f"the service can't see {folder}, where this installation is; install it into /opt"
         for folder in _HIDDEN
-        if program().lstrip('"').startswith(folder)
+        if any(str(file).startswith(folder) for file in _files())
     ]
+    if user is None and not found and (closed := _closed_path()):
+        prefix = Path(sys.prefix)
+        advice = f"-R go+rX {prefix}" if closed.is_relative_to(prefix) else f"go+x {closed}"
+        found.append(f"the service's user can't read {closed}; run: chmod {advice}")
     try:
         pwd.getpwnam(user or "root")
     except KeyError:
         found.append(f"this machine has no user {user!r}: create it before you start the service")
     return found
+
+
+def _files() -> tuple[Path, ...]:
+    """Return files without which the service cannot start."""
+    return _script(), Path(sys.executable).resolve(), Path(__file__)
+
+
+def _closed_path() -> Path | None:
+    """Return the first folder or file of this installation that is closed to other users, as after
+    an installation with a umask of 077.
+    """
+    for file in _files():
+        for path in (*reversed(file.parents), file):
+            needed = stat.S_IXOTH if path.is_dir() else stat.S_IROTH
+            if path.exists() and not path.stat().st_mode & needed:
+                return path
+    return None
 
 
 def write(folder: Path, texts: dict[str, str]) -> list[Path]:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -305,7 +306,7 @@ def test_the_service_is_installed_with_the_right_paths(
 def test_unreachable_installations_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(install_service, "program", lambda: "/home/ada/bin/sequencerd")
+    monkeypatch.setattr(install_service, "_files", lambda: (Path("/home/ada/bin/sequencerd"),))
     with pytest.raises(SystemExit) as ended:
         main(["install-service", "--to", str(tmp_path / "missing")])
     assert ended.value.code == 1
@@ -313,6 +314,31 @@ def test_unreachable_installations_are_reported(
     assert "can't see /home/" in errors
     assert "missing/sequencerd.service can't be written: No such file" in errors
     assert main_prints(capsys, "install-service", "--print").count("\nDynamicUser=yes\n") == 2
+
+
+def test_an_installation_that_is_closed_to_others_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after an installation with a umask of 077."""
+    with tempfile.TemporaryDirectory(prefix="sequencerd-") as made:  # pytest's folder is closed
+        Path(made).chmod(0o711)
+        script = Path(made, "programs/venv/bin/sequencerd")
+        script.parent.mkdir(parents=True)
+        script.touch()
+        venv = script.parents[1]
+        monkeypatch.setattr("sys.prefix", str(venv))
+        monkeypatch.setattr(install_service, "_files", lambda: (script,))
+        monkeypatch.setattr(install_service, "_HIDDEN", ())
+        assert install_service.warnings(None) == []
+        for path, advice in (
+            (script, f"-R go+rX {venv}"),
+            (venv, f"-R go+rX {venv}"),
+            (venv.parent, f"go+x {venv.parent}"),
+        ):
+            path.chmod(0o700)
+            (warning,) = install_service.warnings(None)
+            assert warning == f"the service's user can't read {path}; run: chmod {advice}"
+        assert install_service.warnings("root") == []
 
 
 def main_prints(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -28,7 +28,7 @@ FILES = [
 @pytest.fixture(scope="module")
 def installed(machine: Machine) -> Machine:
     _, install = blocks("docs/install.md", "Debian and Ubuntu")
-    machine(f"{HERE}\n{install}", user="ada")
+    machine(f"{HERE}\numask 077\n{install}", user="ada")
     return machine
 
 
