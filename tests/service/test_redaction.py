@@ -8,7 +8,12 @@ from sequencerd.service.redaction import make_redaction
 from sequencerd.settings import Settings
 
 REDACT = make_redaction(
-    Settings.model_validate({"sms": {"account_sid": "AC1", "auth_token": 'to/"ken'}})
+    Settings.model_validate(
+        {
+            "database": {"url": "host=db1 dbname=app password='s3 cret'"},
+            "sms": {"account_sid": "AC1", "auth_token": 'to/"ken'},
+        }
+    )
 )
 
 
@@ -20,6 +25,7 @@ REDACT = make_redaction(
         ("?token=to%2F%22ken&to=1", "?token=***&to=1"),
         ("Authorization: Basic QUMxOnRvLyJrZW4=, once", "Authorization: Basic ***, once"),
         ("Basic QUMxOnRvLyJrZ…", "Basic ***…"),  # cut
+        ("no login with s3 cret", "no login with ***"),
         ("use Basic authentication or Basic ABCDE=== logins", None),
     ],
 )
