@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from itsdangerous import BadData, URLSafeSerializer
 
 from sequencerd.core.javascript.templates import Template
-from sequencerd.core.languages import DEFAULT_LOCALE, read_locale
+from sequencerd.core.languages import read_locale
 from sequencerd.core.model import DefinitionError, Fault, View
 from sequencerd.runners.fields import Translations
 from sequencerd.runners.suppression_check import EVERYTHING
@@ -61,15 +61,15 @@ class UnsubscribeLinks:
         channel: str,
         addresses: Iterable[str],
         topic: str | None,
-        templates: Iterable[Template | Translations | None],
+        locale: str,
     ) -> Mapping[str, Any]:
         """Return a view with the link of a message. If the message has several recipients, the link
-        is for the subject, because it is unknown which recipient will follow it.
+        is for the subject, because it is unknown which recipient will follow it. `locale` is the
+        path of the subject's language.
         """
         known = {*addresses}
         address = known.pop() if len(known) == 1 else str(view["subject"])
-        path = next((one.locale for one in templates if isinstance(one, Translations)), None)
-        language = read_locale(view, path or DEFAULT_LOCALE)
+        language = read_locale(view, locale)
         subscription = Subscription(
             channel,
             address,

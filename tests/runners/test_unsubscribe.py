@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.model import DefinitionError, Task
+from sequencerd.core.model import NOTHING_SHARED, DefinitionError, MessageContext, Task
 from sequencerd.runners.email.runner import EmailRunner, write
 from sequencerd.runners.sms.runner import TwilioRunner
 from sequencerd.runners.unsubscribe import Subscription, UnsubscribeLinks
@@ -35,10 +35,12 @@ def task(topic: str | None = "news", **data: Any) -> Task:
     return Task("7:1:x", {"subject": "user-7", "data": data}, None, topic)
 
 
-def headers(config: dict[str, Any], one: Task, **options: Any) -> dict[str, str]:
+def headers(
+    config: dict[str, Any], one: Task, shared: MessageContext = NOTHING_SHARED, **options: Any
+) -> dict[str, str]:
     """The headers and the text of a message, as one mapping."""
     made = EmailRunner("smtp://localhost", **{"links": LINKS, **options})
-    content = write(made.compile(config), one, datetime.now(UTC)).content
+    content = write(made.compile(config, shared), one, datetime.now(UTC)).content
     message = message_from_bytes(content, policy=policy.default)
     assert isinstance(message, EmailMessage)
     html = message.get_body(("html",))
@@ -83,6 +85,21 @@ def test_a_message_has_the_link_in_its_text_and_its_header() -> None:
     assert LINKS.read(token(link)) == Subscription("email", "Ada@X.org", "news", "de-AT")
     assert found["List-Unsubscribe-Post"] == "List-Unsubscribe=One-Click"
     assert link in found["html"]
+
+
+def test_the_language_is_at_the_path_of_the_sequence_also_without_translations() -> None:
+    shared = MessageContext("data.language")
+    data = {"email": "ada@x.org", "phone": "+49151123456", "language": "fr", "locale": "de"}
+    for subject in ("Offer", {"default": "Offer", "fr": "Offre"}):
+        found = headers({**MAIL, "subject": subject}, task(**data), shared)
+        link = LINKS.read(token(found["List-Unsubscribe"].strip("<>")))
+        assert link is not None
+        assert link.language == "fr"
+    made = TwilioRunner("AC1", "t", links=LINKS)
+    values = made.preview(made.compile(SMS, shared), task(**data))
+    sms = LINKS.read(token(values["message"].removeprefix("Stop: ")))
+    assert sms is not None
+    assert sms.language == "fr"
 
 
 def test_a_message_without_a_topic_unsubscribes_from_all() -> None:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.javascript.templates import Template
+from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
@@ -85,6 +86,7 @@ class EmailProgram:
     attachments: tuple[Attachment, ...] = ()
     bounce_address: str | None = None
     links: UnsubscribeLinks | None = None  # links to unsubscribe
+    locale: str = DEFAULT_LOCALE  # the path of the subject's language
 
 
 LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
@@ -205,6 +207,7 @@ class EmailRunner:
             tuple(attachments),
             self._bounce_address,
             self._links,
+            shared.locale or DEFAULT_LOCALE,
         )
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
@@ -354,8 +357,7 @@ def write(
             f"to, cc, bcc: {len(to) + len(others)} addresses, at most {MAX_RECIPIENTS}"
         )
     if program.links is not None:
-        texts = (program.subject, program.text, program.html)
-        view = program.links.added(view, "email", to, task.topic, texts)
+        view = program.links.added(view, "email", to, task.topic, program.locale)
     mark = message_mark(task)
     headers = [
         mime.address_header("From", found["from"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict, Unpack
 from urllib.parse import quote
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.javascript.templates import Template
+from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
@@ -94,7 +95,12 @@ class _Receipt(BaseModel):
     message: str | None = None
 
 
-SmsProgram = Mapping[str, Template | Translations]
+@dataclass(frozen=True, slots=True)
+class SmsProgram:
+    """A compiled config: the templates by field, and the path of the subject's language."""
+
+    fields: Mapping[str, Template | Translations]
+    locale: str
 
 
 class SmsOptions(TypedDict, total=False):
@@ -155,21 +161,21 @@ class _SmsRunner:
             with faults.at():
                 check_reads(program)
         faults.check()
-        return program
+        return SmsProgram(program, shared.locale or DEFAULT_LOCALE)
 
     async def run(self, program: object, tasks: Sequence[Task]) -> Sequence[Result]:
         """Send the messages concurrently."""
-        assert isinstance(program, Mapping)
+        assert isinstance(program, SmsProgram)
         return await asyncio.gather(*(self._send(program, task) for task in tasks))
 
     def preview(self, program: object, task: Task) -> Mapping[str, str]:
         """Return what `run` would send, by field. Raises RenderError."""
-        assert isinstance(program, Mapping)
+        assert isinstance(program, SmsProgram)
         view = task.view
-        to = read_number(render("to", program["to"], view))
+        to = read_number(render("to", program.fields["to"], view))
         if self._links is not None:
-            view = self._links.added(view, "sms", [to], task.topic, program.values())
-        values = {name: render(name, field, view) for name, field in program.items()}
+            view = self._links.added(view, "sms", [to], task.topic, program.locale)
+        values = {name: render(name, field, view) for name, field in program.fields.items()}
         values["to"] = to
         if not values["message"].strip():
             raise RenderError("message: empty")
