@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, say_raw, warn
 from sequencerd.errors import UsageError
+from sequencerd.runners.suppression_check import other_notations
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import with_hint
@@ -29,7 +30,9 @@ NEEDS_ALL = (
 )
 
 TextRow = dict[str, object]
-"""A text about the subject in other shards: `value`, and whether an address in it `is_own`."""
+"""A text about the subject that a shard does not have: `value`, and whether an address in it
+`is_own`.
+"""
 
 
 class Forgotten(NamedTuple):
@@ -66,14 +69,12 @@ async def forget_command(
     arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
 ) -> int:
     """Forget a subject in all shards, because it may be enrolled in any of them."""
-    texts: list[TextRow] = []
-    if len(shards) > 1:
 
-        async def read(shard: Shard) -> str:
-            return await _export(shard, arguments.subject, [])
+    async def read(shard: Shard) -> str:
+        return await _export(shard, arguments.subject, [])
 
-        exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
-        texts = [text for document in exported.values() for text in _texts(document)]
+    exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
+    texts = _known_texts(exported.values())
 
     async def forget(*, commit: bool) -> ShardAnswers[Forgotten]:
         return await ask(
@@ -96,12 +97,34 @@ async def forget_command(
     return _report_missing(answers)
 
 
+def _known_texts(documents: Collection[str]) -> list[TextRow]:
+    """Return what no shard knows by itself: the texts in the others, and other notations of the
+    addresses in all of them.
+    """
+    texts: list[TextRow] = []
+    for document in documents:
+        try:
+            found = [*_texts(document)]
+        except (ValueError, RecursionError):  # PostgreSQL takes more brackets and digits
+            if len(documents) > 1:
+                raise
+            return []
+        own = {str(text["value"]) for text in found if text["is_own"]}
+        if len(documents) > 1:
+            texts += found
+        others = set().union(*map(other_notations, own)) - own
+        texts += [{"value": notation, "is_own": True} for notation in sorted(others)]
+    return texts
+
+
 def _texts(document: str) -> Iterator[TextRow]:
     """Yield texts in an export that may contain addresses: all values of the subject's data, and
     messages with an address, which may be another subject's. Numbers are given as PostgreSQL writes
     them.
     """
-    for enrollment in json.loads(document, parse_int=str, parse_float=str)["enrollments"]:
+    exported = json.loads(document, parse_int=str, parse_float=str)
+    yield {"value": exported["subject"], "is_own": True}
+    for enrollment in exported["enrollments"]:
         yield from ({"value": value, "is_own": True} for value in _values(enrollment["data"]))
         messages = [event["message"] for event in enrollment["history"]]
         for message in (*messages, enrollment["last_error"]):
@@ -178,8 +201,7 @@ async def export_subject_command(
         return lambda shard: _export(shard, arguments.subject, texts)
 
     answers = await ask(explain(arguments), shards, reading_with([]))
-    if len(shards) > 1:  # the other shards may have suppressions of the addresses that one knows
-        texts = [text for document in answers.found.values() for text in _texts(document)]
+    if texts := _known_texts(answers.found.values()):
         answers = await ask(explain(arguments), shards, reading_with(texts))
     exported: dict[str, Any] = {}
     for shard, document in answers.found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -112,9 +113,30 @@ def spellings(address: str) -> set[str]:
         return {plain, normalise(address)}
     domains = {domain}
     with suppress(ValueError):
-        domains.add(idna.decode(domain))
+        domains.add(
+            idna.decode(domain)
+            if domain.isascii()
+            else idna.encode(domain, uts46=True).decode("ascii")
+        )
     local_parts = {local, unquoted(local), quoted(unquoted(local))}
     return {f"{part}@{one}" for part in local_parts for one in domains}
+
+
+_NUMBER = re.compile(r"(?:[a-z][a-z0-9.+-]*:)?(\+[0-9]{5,15})")
+_CHANNELS = ("", "whatsapp:", "rcs:")  # whose addresses are numbers
+
+
+def other_notations(text: str) -> set[str]:
+    """Return the forms in which an address or a number that data contain can be suppressed; none
+    for other texts.
+    """
+    if "@" in text:
+        address = text.strip()
+        if address.endswith(">"):
+            address = address[:-1].rpartition("<")[2]
+        return spellings(address)
+    found = _NUMBER.fullmatch(normalise(text))
+    return {f"{channel}{found[1]}" for channel in _CHANNELS} if found else set()
 
 
 def hashed(address: str) -> str:

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Answer
-from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
+from sequencerd.runners.suppression_check import SuppressionKey, Suppressions, hashed
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.command_line import Command
 from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until
@@ -348,6 +348,38 @@ async def test_the_commands_forget_and_export(
     done = json.loads(sequencerd("forget", SUBJECT, "--yes", "--json"))
     assert (done["enrollments"], done["suppressions"], done["dry_run"]) == (2, 2, False)
     assert sequencerd("forget", "nobody") == "there is no data about nobody\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "channel", "suppressed"),
+    [
+        ("whatsapp:+49 151 234567-8", "sms", "whatsapp:+491512345678"),
+        ("+49 151 234567-8", "sms", "whatsapp:+491512345678"),
+        ("rcs:+491512345678", "sms", "+491512345678"),
+        ("tel:+49-151-2345678", "sms", NUMBER),
+        ("+49\u00a0151\u00a02345678", "sms", NUMBER),
+        ("\u202a+49 ( 0 ) 151 2345678\u202c", "sms", NUMBER),
+        ("＋４９１５１２３４５６７８", "sms", NUMBER),
+        ("ada@bücher.example", "email", "ada@xn--bcher-kva.example"),
+        ("ADA@xn--bcher-kva.example", "email", "ada@bücher.example"),
+        ('Ada <"a..b"@x.org>', "email", "a..b@x.org"),
+        ("a..b@x.org", "email", '"a..b"@x.org'),
+    ],
+)
+async def test_the_commands_know_other_notations_of_addresses(
+    sequencerd: Command, connection: asyncpg.Connection, written: str, channel: str, suppressed: str
+) -> None:
+    await define(connection, "s", ("send", "Note", "{}", None))
+    await enroll(connection, "s", SUBJECT, json.dumps({"contact": [written]}))
+    insert = "INSERT INTO sequencer.suppressions (channel, address) VALUES ($1, $2)"
+    await connection.execute(insert, channel, suppressed)
+    exported = json.loads(sequencerd("export-subject", SUBJECT))
+    assert [row["address"] for row in exported["suppressions"]] == [suppressed]
+    assert "suppressed addresses: 1" in sequencerd("forget", SUBJECT, "--yes")
+    (left,) = [
+        row[0] for row in await connection.fetch("SELECT address FROM sequencer.suppressions")
+    ]
+    assert left == hashed(suppressed)
 
 
 async def test_forget_reports_a_side_effect_in_progress(
