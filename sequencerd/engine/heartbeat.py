@@ -2,7 +2,9 @@
 
 A daemon's leases are valid while it is alive, so nothing may delay the heartbeat: it has a
 connection of its own, and locks no enrollment. A daemon that cannot write it for the duration of a
-lease has lost its leases; the fence then rejects its results.
+lease has lost its leases; the fence then rejects its results. It considers no other daemon dead
+meanwhile, and gives the others as much time when it can write again: what has interrupted its own
+heartbeat may have interrupted theirs.
 """
 
 from __future__ import annotations

@@ -277,6 +277,7 @@ async def test_the_leases_of_other_rows_are_extended_beside_a_refused_row(
     "lock",
     [
         "LOCK TABLE sequencer.enrollments IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE sequencer.enrollments, sequencer.daemons IN ACCESS EXCLUSIVE MODE",
         "SELECT FROM sequencer.enrollments FOR UPDATE",
         "UPDATE sequencer.enrollments SET data = '{}'",
         "LOCK TABLE sequencer.events IN SHARE MODE",

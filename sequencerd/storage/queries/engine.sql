@@ -70,13 +70,21 @@ UPDATE sequencer.steps AS s SET problem = p.problem
 
 -- name: beat
 -- Extend the time until which a daemon is alive, and return when it started. Other daemons are
--- notified if the step types that it serves are new.
-WITH before AS (SELECT types FROM sequencer.daemons WHERE name = $1),
+-- notified if the step types that it serves are new. If it was considered dead, what has kept it from
+-- writing this may have kept others from it, too: they are alive for as long, unless they are just
+-- writing it.
+WITH before AS (SELECT types, alive_until FROM sequencer.daemons WHERE name = $1),
      beat AS (
     INSERT INTO sequencer.daemons (name, started_at, alive_until, types)
     VALUES ($1, coalesce($2, now()), now() + $3, $4)
     ON CONFLICT (name) DO UPDATE SET alive_until = excluded.alive_until, types = excluded.types
-    RETURNING started_at, types)
+    RETURNING started_at, types),
+     others AS (
+    UPDATE sequencer.daemons SET alive_until = now() + $3
+     WHERE name = ANY (ARRAY(
+               SELECT d.name FROM sequencer.daemons AS d, before, beat
+                WHERE before.alive_until < now() AND d.name <> $1 AND d.alive_until < now() + $3
+                  FOR UPDATE OF d SKIP LOCKED)))
 SELECT started_at,
        CASE WHEN types IS DISTINCT FROM (SELECT types FROM before)
             THEN pg_notify('sequencer', '{"definitions": true}') END
@@ -196,9 +204,10 @@ SELECT p.sequence, p.step, d.due, d.overdue
 
 -- part: is_free
 -- No living daemon has leased the enrollment, as of $3, and neither has the daemon $4, which knows what it
--- executes.
+-- executes. A daemon that cannot write its own heartbeat considers no other dead.
 (e.leased_by IS NULL OR e.leased_by <> $4 AND NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3))
+        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3)
+    AND EXISTS (SELECT FROM sequencer.daemons AS d WHERE d.name = $4 AND d.alive_until > now()))
 
 -- part: is_current
 -- The revision $6 of the sequence $1 is the present one, and the sequence is not paused.
