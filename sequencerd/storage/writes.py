@@ -62,7 +62,7 @@ class EnrollmentWrites:
 
 
 async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: datetime) -> None:
-    """Write the new states of locked enrollments, and their events."""
+    """Write the new states of locked enrollments, and their events. Raises NotStored."""
     if written.data:
         data = [
             (
@@ -78,7 +78,8 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
         await connection.executemany(QUERIES["write_goals"], goals)
     groups = list(written.rows.items())
     if len(groups) > MAX_SEPARATE_STATEMENTS:
-        await connection.execute(QUERIES["write_each"], *_states(written), now)
+        stored = await connection.fetchval(QUERIES["write_each"], *_states(written), now)
+        _check_stored(stored, sum(map(len, written.rows.values())))
         groups = []
     if written.events and not groups:
         groups.append((NO_STATE, []))
@@ -94,7 +95,10 @@ async def write(connection: asyncpg.Connection, written: EnrollmentWrites, now: 
             if written_in_place == len(ids):
                 continue
             happened = _event_columns(events)
-        await connection.execute(QUERIES["write_and_record"], id_array(ids), *row, now, *happened)
+        stored = await connection.fetchval(
+            QUERIES["write_and_record"], id_array(ids), *row, now, *happened
+        )
+        _check_stored(stored, len(ids))
 
 
 class Unchanged(NamedTuple):
@@ -116,28 +120,30 @@ async def write_unchanged(
     """
     rows = list(written.rows.items())
     state, ids = rows[0]
+    query: str
+    values: Rows[Any]
     if written.are_alike:
         is_one = len(ids) == 1
-        row = await connection.fetchrow(
-            QUERIES["write_one_unchanged" if is_one else "write_alike_unchanged"],
+        query = "write_one_unchanged" if is_one else "write_alike_unchanged"
+        values = (
             ids[0] if is_one else id_array(ids),
             *state,
             now,
             *(zip(*written.events, strict=True) if written.events else NO_EVENTS),
             id_array({*known.versions.values()}),
-            known.revision,
-            known.sequence,
         )
     else:
-        row = await connection.fetchrow(
-            QUERIES["write_unchanged"],
+        query = "write_unchanged"
+        values = (
             *_states(written),
             now,
             *_event_columns(written.events),
             id_array(known.versions[id_] for _, ids in rows for id_ in ids),
-            known.revision,
-            known.sequence,
         )
+    try:
+        row = await connection.fetchrow(QUERIES[query], *values, known.revision, known.sequence)
+    except asyncpg.DivisionByZeroError as error:  # not stored as written
+        raise NotWritten from error
     if row is None:
         raise NotWritten
     number: int | None = row["number"]
@@ -146,6 +152,18 @@ async def write_unchanged(
 
 class NotWritten(Exception):  # noqa: N818 - not an error
     """What was read without a lock has changed or is locked, or cannot be written so."""
+
+
+class NotStored(Exception):  # noqa: N818 - raised for rows, like NotWritten
+    """The database has accepted a write, and has not stored it."""
+
+    def __init__(self) -> None:
+        super().__init__("a trigger or rule of the table has left the row as it was")
+
+
+def _check_stored(stored: int, wanted: int) -> None:
+    if stored != wanted:
+        raise NotStored
 
 
 def _states(written: EnrollmentWrites) -> Rows[Any]:

@@ -153,6 +153,75 @@ async def test_the_oldest_row_that_is_refused_blocks_no_other(
     assert len(recorder.keys) == 5 * len(CODES)
 
 
+async def discard(connection: asyncpg.Connection, when: str, returned: str) -> None:
+    """A user's trigger that leaves some rows as they are, without an error."""
+    await connection.execute(
+        "CREATE FUNCTION discard() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" RETURN {returned}; END $$;"
+        "CREATE TRIGGER discard BEFORE UPDATE ON sequencer.enrollments"
+        f" FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION discard()"
+    )
+
+
+@pytest.mark.parametrize("returned", ["NULL", "OLD"])
+@pytest.mark.parametrize("count", [1, 5, 150])
+async def test_a_side_effect_whose_lease_is_discarded_is_not_executed(
+    database: str, connection: asyncpg.Connection, returned: str, count: int
+) -> None:
+    """It would be due as before, and be executed again and again."""
+    await define(
+        connection, "s", ("call", "Note", "{}", "end"), ("end", "WaitForDuration", NOTHING, None)
+    )
+    await discard(connection, "OLD.subject = 'u1'", returned)
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}):
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject)"
+            " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
+            count,
+        )
+        await until(connection, QUARANTINED, 1)
+        assert "has left the row as it was" in await connection.fetchval(
+            "SELECT message FROM sequencer.problems"
+        )
+        await until(connection, DONE, count - 1)
+        assert len(recorder.keys) == count - 1
+        await connection.execute("DROP TRIGGER discard ON sequencer.enrollments")
+        await until(connection, ALL_ENDED)
+    assert set(Counter(recorder.keys).values()) == {1}
+    events = await connection.fetch(
+        "SELECT action, count(*) FROM sequencer.events GROUP BY action ORDER BY action"
+    )
+    assert {row["action"]: row["count"] for row in events} == {
+        "completed": count,
+        "enrolled": count,
+        "next": 2 * count,
+    }
+
+
+@pytest.mark.parametrize("returned", ["NULL", "OLD"])
+async def test_a_result_that_is_discarded_is_kept(
+    database: str, connection: asyncpg.Connection, gate: Gate, returned: str
+) -> None:
+    await define(
+        connection, "s", ("call", "Slow", "{}", "end"), ("end", "WaitForDuration", NOTHING, None)
+    )
+    slow = patient(gate)
+    async with running_engine(database, {"Slow": slow}):
+        for name in ("bad", "good"):
+            await enroll(connection, "s", name)
+        await until_begun(gate, 2)
+        await discard(connection, "OLD.subject = 'bad'", returned)
+        gate.opened.set()
+        await until(connection, DONE, 1)
+        await until(connection, QUARANTINED, 1)
+        await connection.execute("DROP TRIGGER discard ON sequencer.enrollments")
+        await until(connection, ALL_ENDED)
+    assert set(Counter(slow.keys).values()) == {1}
+    events = await connection.fetch("SELECT DISTINCT action FROM sequencer.events")
+    assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
+
+
 @pytest.mark.slow
 async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_once(
     database: str, connection: asyncpg.Connection, gate: Gate

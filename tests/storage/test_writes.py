@@ -207,3 +207,34 @@ async def test_no_transaction_is_returned_if_triggers_of_others_may_change_the_r
     )
     assert await complete(connection, before) is None
     assert await connection.fetchval(COMPLETED) == len(" ".join(subjects).split())
+
+
+@pytest.mark.parametrize("returned", ["NULL", "OLD"])
+@pytest.mark.parametrize("different", [1, 2, writes.MAX_SEPARATE_STATEMENTS + 1])
+async def test_nothing_is_written_if_a_trigger_discards_a_row(
+    connection: asyncpg.Connection, returned: str, different: int
+) -> None:
+    """Locked or not, whether or not the rows differ."""
+    before = await enrolled(connection, *(f"u{n}" for n in range(4)), "bob")
+    await connection.execute(
+        f"""
+        CREATE FUNCTION discard() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RETURN {returned}; END $$;
+        CREATE TRIGGER discard BEFORE UPDATE ON sequencer.enrollments
+            FOR EACH ROW WHEN (OLD.subject = 'bob') EXECUTE FUNCTION discard()
+        """
+    )
+    written = writes.EnrollmentWrites()
+    event = Event(NOW, "s", "a", 1, "next")
+    for number, id_ in enumerate(before.versions):
+        wake_at = NOW + timedelta(hours=number % different)
+        row = writes.EnrollmentState("s", "a", "active", wake_at, NOW, 1, 1, 7, None, "me")
+        written.rows.setdefault(row, []).append(id_)
+        written.events.setdefault(event, []).append(id_)
+    with pytest.raises(writes.NotWritten):
+        await writes.write_unchanged(connection, written, NOW, before)
+    with pytest.raises(writes.NotStored):
+        async with transaction(connection):
+            await writes.write(connection, written, NOW)
+    assert (await known(connection)).versions == before.versions
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.events") == 0

@@ -481,26 +481,34 @@ UPDATE sequencer.enrollments
        waits_until = CASE WHEN $16::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $16 END,
        ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
 
--- name: write_and_record
--- Write the new state of all enrollments that have the same, and insert events. Arrays of ids are sent as
--- text: asyncpg looks at each element of a list four times as long.
-WITH written AS (
-    {write_state} WHERE id = ANY ($1::text::bigint[])
-)
-INSERT INTO sequencer.events {event}
-{happened};
+-- part: is_stored
+-- Whether a row is stored as `write_state` has set it. A trigger of others may change what is written, but
+-- not let the row be due as before: the same would happen to it again and again.
+(status <> 'active' OR visit = $7 AND leases = $9 AND leased_by IS NOT DISTINCT FROM $11
+ AND (wake_at > $17::timestamptz OR wake_at = $5::timestamptz))
 
--- name: write_in_place
--- Write and insert like `write_and_record`, but find the rows, which this transaction has locked, by their
--- places instead of their ids. Return how many were found: one that a trigger has written since then is at
--- another place.
+-- name: write_and_record
+-- Write the new state of all enrollments that have the same, and insert events. Return how many are stored as
+-- they were written. Arrays of ids are sent as text: asyncpg looks at each element of a list four times as long.
 WITH written AS (
-    {write_state} WHERE ctid = ANY ($1::text::tid[]) RETURNING 1
+    {write_state} WHERE id = ANY ($1::text::bigint[]) RETURNING {is_stored} AS is_stored
 ), recorded AS (
     INSERT INTO sequencer.events {event}
     {happened}
 )
-SELECT count(*) FROM written;
+SELECT count(*) FILTER (WHERE is_stored) FROM written;
+
+-- name: write_in_place
+-- Write and insert like `write_and_record`, but find the rows, which this transaction has locked, by their
+-- places instead of their ids. Return how many are stored as they were written: one that a trigger has
+-- written since then is at another place.
+WITH written AS (
+    {write_state} WHERE ctid = ANY ($1::text::tid[]) RETURNING {is_stored} AS is_stored
+), recorded AS (
+    INSERT INTO sequencer.events {event}
+    {happened}
+)
+SELECT count(*) FILTER (WHERE is_stored) FROM written;
 
 -- part: states
 -- Write the new states of enrollments that differ, each with its own. Their ids as text keep the planner
@@ -523,9 +531,18 @@ UPDATE sequencer.enrollments AS e
                         leased_by, failure, last_error, executed, expires_at, waits_until)) AS state
  WHERE e.id = state.id
 
+-- part: each_is_stored
+-- Whether a row is stored as `states` has set it: see `is_stored`.
+(e.status <> 'active' OR e.visit = state.visit AND e.leases = state.leases
+ AND e.leased_by IS NOT DISTINCT FROM state.leased_by
+ AND (e.wake_at > $17::timestamptz OR e.wake_at = state.wake_at))
+
 -- name: write_each
--- Write the new states of enrollments that differ.
-{states};
+-- Write the new states of enrollments that differ. Return how many are stored as they were written.
+WITH written AS (
+    {states} RETURNING {each_is_stored} AS is_stored
+)
+SELECT count(*) FILTER (WHERE is_stored) FROM written;
 
 -- part: number_unless_changed
 -- The number of this transaction, or NULL where triggers of others may have changed what it has written.
@@ -535,7 +552,8 @@ CASE WHEN NOT {has_triggers_of_others} THEN pg_current_xact_id()::text::bigint E
 -- Write the new states of a few enrollments and their events without a transaction around it: only if none
 -- has been written since the transactions $28 and none is locked by another session, and if their
 -- sequence $30 still has the revision $29. Return the number of this transaction, if what it has written
--- is what was asked for; NULL where triggers of others may have changed that.
+-- is what was asked for; NULL where triggers of others may have changed that. A division by zero undoes it
+-- all if a row is not stored as it was written.
 WITH free AS MATERIALIZED (
     SELECT e.id
       FROM unnest($1::text::bigint[], $28::text::xid[]) AS known (id, version)
@@ -545,13 +563,15 @@ WITH free AS MATERIALIZED (
 ), all_free AS MATERIALIZED (
     SELECT count(*) = cardinality($1::text::bigint[]) AS yes FROM free
 ), written AS (
-    {states} AND (SELECT yes FROM all_free)
+    {states} AND (SELECT yes FROM all_free) RETURNING {each_is_stored} AS is_stored
 ), recorded AS (
     INSERT INTO sequencer.events {event}
     SELECT * FROM ({happened}) AS happened WHERE (SELECT yes FROM all_free)
 )
 SELECT {number_unless_changed} AS number
- WHERE (SELECT yes FROM all_free);
+ WHERE CASE WHEN (SELECT yes FROM all_free)
+            THEN 1 / ((SELECT count(*) FILTER (WHERE is_stored) FROM written)
+                      = cardinality($1::text::bigint[]))::integer = 1 END;
 
 -- part: happened_to_each
 -- Events that are the same for each enrollment that was written.
@@ -569,12 +589,12 @@ WITH written AS (
                   WHERE e.id = $1 AND e.xmin = ANY ($26::text::xid[])
                     AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
                     FOR UPDATE OF e SKIP LOCKED)
-    RETURNING id
+    RETURNING id, {is_stored} AS is_stored
 ), recorded AS (
     INSERT INTO sequencer.events {event}
     {happened_to_each}
 )
-SELECT {number_unless_changed} AS number FROM written;
+SELECT {number_unless_changed} AS number FROM written WHERE 1 / coalesce(is_stored, false)::integer = 1;
 
 -- name: write_alike_unchanged
 -- Write the new state of enrollments that have the same, and insert the same events for each, like
@@ -589,12 +609,14 @@ WITH free AS MATERIALIZED (
     {write_state}
      WHERE ctid = ANY (ARRAY(SELECT ctid FROM free))
        AND (SELECT count(*) FROM free) = cardinality($1::text::bigint[])
-    RETURNING id
+    RETURNING id, {is_stored} AS is_stored
 ), recorded AS (
     INSERT INTO sequencer.events {event}
     {happened_to_each}
 )
-SELECT {number_unless_changed} AS number FROM written LIMIT 1;
+SELECT {number_unless_changed} AS number FROM written
+HAVING CASE WHEN count(*) > 0
+            THEN 1 / (count(*) FILTER (WHERE is_stored) = cardinality($1::text::bigint[]))::integer = 1 END;
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
