@@ -20,7 +20,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.quarantine import isolate
 from sequencerd.service.metrics import Metrics
-from sequencerd.storage import connections, evaluations, locking, writes
+from sequencerd.storage import connections, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 from sequencerd.storage.writes import Unchanged
 
@@ -49,7 +49,7 @@ class Leases:
         self.by_id: dict[int, Leased] = {}
         self.transactions: dict[int, int] = {}
         """The latest transactions that wrote leases and no data, as far as they are known, by the
-        number of the leases.
+        number of the leases. None whose rows triggers of others may have changed.
         """
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self._writing = 0  # batches
@@ -91,7 +91,7 @@ class Leases:
         ):
             yield connection
             if len(batch.leased) >= locking.MANY_LEASES and not batch.data:
-                number = batch.transaction or await evaluations.new_transaction(connection)
+                number = batch.transaction or await writes.number_of_writes(connection)
                 self._note(batch, number)
 
     @asynccontextmanager

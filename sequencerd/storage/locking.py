@@ -29,7 +29,8 @@ _PLACE_AND_NUMBER = 2  # the columns of a claim before those of the enrollment
 
 class Claimed(NamedTuple):
     """The enrollments that a claim has read, and the number of rows that it has locked; their
-    places and the number of the transaction, unless nodes have places and numbers of their own.
+    places and the number of the transaction, unless nodes have places and numbers of their own, or
+    triggers of others may change what is written.
     """
 
     enrollments: list[Enrollment]

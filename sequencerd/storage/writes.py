@@ -150,6 +150,14 @@ async def write_unchanged(
     return number
 
 
+async def number_of_writes(connection: asyncpg.Connection) -> int | None:
+    """Return the number of the present transaction: the version of the rows that it has written.
+    None if triggers of others may have changed these, or where each node has numbers of its own.
+    """
+    number: int | None = await connection.fetchval(QUERIES["number_of_writes"])
+    return number
+
+
 class NotWritten(Exception):  # noqa: N818 - not an error
     """What was read without a lock has changed or is locked, or cannot be written so."""
 

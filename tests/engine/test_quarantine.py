@@ -17,6 +17,8 @@ from structlog.testing import capture_logs
 
 from sequencerd.core.model import Answer, Result, Task
 from sequencerd.engine import quarantine
+from sequencerd.engine.backpressure import Backlog
+from sequencerd.engine.batch import MAX_UNLOCKED
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import locking, migrate, sequences
@@ -337,6 +339,40 @@ async def test_the_leases_of_other_rows_are_extended_beside_a_refused_row(
         gate.opened.set()
         await until(connection, ALL_ENDED)
     assert gate.begun == 2
+
+
+async def test_what_a_trigger_changes_with_a_lease_is_read_with_the_result(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if many are leased together, and their results are written in small batches."""
+    is_new = json.dumps(
+        {"lodashCommand": "isNil", "value": {"type": "get", "value": "data.touched"}}
+    )
+    await define(
+        connection,
+        "s",
+        ("call", "Note", "{}", "new"),
+        ("new", "Conditional", is_new, "more"),
+        ("more", "Note", "{}", None),
+    )
+    await connection.execute(
+        "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " NEW.data := '{\"touched\": true}'; RETURN NEW; END $$;"
+        "CREATE TRIGGER touch BEFORE UPDATE ON sequencer.enrollments FOR EACH ROW"
+        " WHEN (OLD.leased_by IS NULL AND NEW.leased_by IS NOT NULL) EXECUTE FUNCTION touch()"
+    )
+    count = MAX_UNLOCKED + 1
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject)"
+        " SELECT 's', 'u' || n FROM generate_series(1, $1::int) AS n",
+        count,
+    )
+    take = Backlog.take
+    monkeypatch.setattr(Backlog, "take", lambda self, most: take(self, min(most, count // 2)))
+    recorder = Recorder(batch_size=count)
+    async with running_engine(database, {"Note": recorder}):
+        await until(connection, ALL_ENDED)
+    assert len(recorder.keys) == count
 
 
 # --- locks, time-outs, rights and names are no row's fault

@@ -225,6 +225,16 @@ e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.
 -- The number of this transaction. None with Citus, where each node has numbers of its own.
 CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN pg_current_xact_id()::text::bigint END
 
+-- part: has_triggers_of_others
+-- Triggers of others may change what is written.
+EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
+         WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
+           AND f.pronamespace <> 'sequencer'::regnamespace)
+
+-- part: number_unless_changed
+-- The number of this transaction, or NULL where triggers of others may change what it writes.
+CASE WHEN NOT {has_triggers_of_others} THEN {transaction} END
+
 -- part: due_since
 -- The due enrollments of one step from a time on: see engine/cursors.py. None if the definition is not the
 -- known revision.
@@ -243,7 +253,7 @@ FROM sequencer.enrollments AS e
 -- Claim due enrollments of one step, the oldest first: none that a living daemon has leased, even if a lock
 -- kept that daemon from extending the lease. Large data are read separately. Nothing moves the rows from
 -- their places while they are locked.
-SELECT e.ctid::text AS place, (SELECT {transaction}) AS transaction, {enrollment}
+SELECT e.ctid::text AS place, (SELECT {number_unless_changed}) AS transaction, {enrollment}
   {due_since} AND {is_free}
  ORDER BY e.wake_at LIMIT $7
    FOR UPDATE OF e SKIP LOCKED;
@@ -424,19 +434,13 @@ SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
  ORDER BY e.id
    FOR UPDATE OF e SKIP LOCKED;
 
--- part: has_triggers_of_others
--- Others have triggers on enrollments, which may change what is written.
-EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
-         WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
-           AND f.pronamespace <> 'sequencer'::regnamespace)
-
 -- name: lock_unchanged
 -- Lock those enrollments of one sequence that are still as a transaction of this daemon has written them,
 -- and return their ids and places, the revision of the sequence, and the number of this transaction. None
--- where triggers of others may have changed what was written.
+-- where triggers of others may have changed what was written, or will change it.
 SELECT coalesce(array_agg(e.id), '{}') AS ids, coalesce(array_agg(e.place), '{}') AS places,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = $3) AS revision,
-       pg_current_xact_id()::text::bigint AS transaction
+       {number_unless_changed} AS transaction
   FROM (SELECT e.id, e.ctid::text AS place FROM sequencer.enrollments AS e
          WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $2::text::xid
            AND NOT {has_triggers_of_others}
@@ -544,10 +548,6 @@ WITH written AS (
 )
 SELECT count(*) FILTER (WHERE is_stored) FROM written;
 
--- part: number_unless_changed
--- The number of this transaction, or NULL where triggers of others may have changed what it has written.
-CASE WHEN NOT {has_triggers_of_others} THEN pg_current_xact_id()::text::bigint END
-
 -- name: write_unchanged
 -- Write the new states of a few enrollments and their events without a transaction around it: only if none
 -- has been written since the transactions $28 and none is locked by another session, and if their
@@ -617,6 +617,10 @@ WITH free AS MATERIALIZED (
 SELECT {number_unless_changed} AS number FROM written
 HAVING CASE WHEN count(*) > 0
             THEN 1 / (count(*) FILTER (WHERE is_stored) = cardinality($1::text::bigint[]))::integer = 1 END;
+
+-- name: number_of_writes
+-- Read the number of this transaction, unless triggers of others may have changed what it has written.
+SELECT {number_unless_changed};
 
 -- name: write_goals
 -- Write the goals that one enrollment has met, in its sequence and in those that it has left.
