@@ -133,11 +133,11 @@ class Leases:
             finally:
                 self._doubtful -= ids
             self._start(one for one in batch.leased if one.fence in held)
-            _give_back(one for one in batch.leased if one.fence not in held)
+            self._give_back(one for one in batch.leased if one.fence not in held)
             self._report(batch)
             raise
         except BaseException:
-            _give_back(batch.leased)
+            self._give_back(batch.leased)
             raise
         else:
             self._start(batch.leased)
@@ -167,6 +167,14 @@ class Leases:
             by_step.setdefault(key, []).append(one)
         for (executor, _, _), group in by_step.items():
             executor.start(group)
+
+    def _give_back(self, leased: Iterable[Leased]) -> None:
+        """Give back the slots of side effects that do not start, also to the steps that have found
+        none meanwhile: no result will wake these.
+        """
+        for one in leased:
+            one.executor.reserve(-1)
+        self._executors.resume()
 
     async def held(self, leased: Iterable[Leased]) -> set[Fence]:
         """Read which leases are valid in the database. Repeat the query until it is answered."""
@@ -202,8 +210,3 @@ class Leases:
         until = self._clock.now() + self._lease_time
         async with connections.borrow(self._pool) as connection:
             await writes.extend_leases(connection, ids, self._daemon, until)
-
-
-def _give_back(leased: Iterable[Leased]) -> None:
-    for one in leased:
-        one.executor.reserve(-1)

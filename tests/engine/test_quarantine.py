@@ -375,6 +375,35 @@ async def test_what_a_trigger_changes_with_a_lease_is_read_with_the_result(
     assert len(recorder.keys) == count
 
 
+async def test_slots_of_refused_leases_go_to_the_steps_that_found_none(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """At once: no result of the refused ones, and no sweep, wakes them."""
+    await connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " PERFORM pg_advisory_xact_lock_shared(1); RAISE 'refused'; END $$;"
+        "CREATE TRIGGER refuse BEFORE UPDATE ON sequencer.enrollments"
+        " FOR EACH ROW WHEN (NEW.sequence = 'bad') EXECUTE FUNCTION refuse()"
+    )
+    for name in ("bad", "good"):
+        await define(connection, name, ("note", "Note", "{}", None))
+    recorder = Recorder(batch_size=1, concurrency=1)
+    async with running_engine(database, {"Note": recorder}, sweep=3600) as engine:
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock(1)")
+            other = await asyncpg.connect(database)
+            await other.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " VALUES ('bad', 'a'), ('bad', 'b'), ('bad', 'c')"
+            )
+            await eventually(lambda: engine._executors.by_key["Note"].free_slots == 0)
+            await enroll(other, "good", "a")
+            await eventually(lambda: ("good", "note") in engine._executors.waiting())
+            await other.close()
+        await until(connection, DONE, 1)
+        await until(connection, QUARANTINED, 3)
+
+
 # --- locks, time-outs, rights and names are no row's fault
 
 
