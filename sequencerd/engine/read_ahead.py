@@ -85,7 +85,8 @@ class ReadAhead:
     async def read(self, step_key: StepKey, at: datetime) -> None:
         """Read what wakes at a step at a time, in batches, until that time."""
         self._of = step_key, at
-        self._planned.clear()
+        # a reading that is still in progress is not continued, also if it is of the same
+        plans = self._planned = deque()
         sequence, step = self._catalog.sequences.get(step_key[0]), self._catalog.step(step_key)
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return
@@ -109,12 +110,12 @@ class ReadAhead:
             ):
                 async for batch in batches:
                     is_over = self._stopping.is_set() or self._clock.now() >= at
-                    if is_over or not batch or not self.is_of(step_key, at):
+                    if is_over or not batch or self._planned is not plans:
                         break
                     planned = self._plan(batch, sequence, at)
                     if planned is None:
                         break
-                    self._planned.append(planned)
+                    plans.append(planned)
 
     def _plan(
         self, read: list[tuple[Enrollment, int]], sequence: Sequence, at: datetime

@@ -374,3 +374,14 @@ async def test_what_cannot_be_read_ahead_is_claimed(
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
     assert sum(claimed) == 5
+
+
+async def test_what_is_read_twice_at_the_same_time_is_kept_once(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """As when the loop turns before the first reading has begun."""
+    async with waking(database, connection, Recorder(), 5) as one:
+        assert one._read_ahead._of is not None
+        _, at = one._read_ahead._of
+        await asyncio.gather(one._read_ahead.read(STEP, at), one._read_ahead.read(STEP, at))
+        assert planned(one) == 5
