@@ -71,6 +71,8 @@ from sequencerd.definitions import drawing
 
 MAX_FORM = 100_000  # bytes, before the login
 MAX_FORM_OF_USERS = 4_000_000  # a megabyte of YAML can take three in a form
+MAX_DRAWN = 500  # steps of a graph: a browser takes a second or two for its layout
+MAX_STEPS = 500  # in the table of a page
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts
 
 OF_ENROLLMENTS = {"events": "id", "simulation": "enrollment"}
@@ -192,18 +194,29 @@ async def sequence(request: Request) -> Response:
         brakes=grouped(brakes),
         is_same=_is_same(context, name),
         places=await _places(context, query) if context.parts else None,
-        graph=json.dumps(_graph(definition, steps, step, flow, query)),
+        graph=json.dumps(_graph(definition, steps, step, flow, query))
+        if len(definition.steps) <= MAX_DRAWN
+        else None,
+        most_drawn=MAX_DRAWN,
         panel=beside,
         ranges=list(panel.RANGES),
         range=chosen_range,
         home=at("/sequence", sequence=name, range=query.get("range")),
-        steps=steps,
+        steps=steps and _part_of_steps(steps, query),
         step=step,
         enrollments=enrollments,
         revisions=revisions,
     )
     answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
     return answer
+
+
+def _part_of_steps(steps: Table, query: Query) -> Table:
+    """Return as many steps as a page shows."""
+    first = query.number("first", 0)
+    rows = steps.rows[first : first + MAX_STEPS]
+    more = {**query.given, "first": str(first + MAX_STEPS)}
+    return replace(steps, rows=rows, more=more if first + MAX_STEPS < len(steps.rows) else None)
 
 
 async def _places(context: PageContext, query: Query) -> Table:
