@@ -7,6 +7,7 @@ import csv
 import gc
 import io
 import json
+import re
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ import asyncpg
 import httpx
 import pytest
 
-from sequencerd.console import html, summary, views
+from sequencerd.console import html, pages, summary, views
 from sequencerd.console.live import POLL_INTERVAL
 from sequencerd.console.pages import FILES
 from sequencerd.console.tables import Column, Table, as_csv
@@ -821,3 +822,60 @@ async def test_a_timeline_is_complete_over_its_pages(
         page = await client.get(f"/enrollments/{waiting}")
         assert "skip=" in page.text
         assert (await client.get(f"/enrollments/{waiting}?skip=9999")).status_code == 422
+
+
+async def test_a_long_sequence_is_shown_in_parts(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 2 * pages.MAX_STEPS + 1
+    await define(
+        connection,
+        "s",
+        *((f"w{n}", "WaitForDuration", DAY, f"w{n + 1}") for n in range(steps - 1)),
+        (f"w{steps - 1}", "WaitForDuration", DAY, None),
+    )
+    asked = 0
+    says = Table._says
+
+    def counting(self: Table, column: Column) -> bool:
+        nonlocal asked
+        asked += 1
+        return says(self, column)
+
+    async with console(database) as client:
+        assert len(await counted(client, "steps", sequence="s")) == steps
+        monkeypatch.setattr(Table, "_says", counting)
+        path = "/sequence?sequence=s"
+        for rows in (pages.MAX_STEPS, pages.MAX_STEPS, 1):
+            page = await client.get(path)
+            assert "A graph of more than 500 steps is not drawn." in check(page)
+            assert 'id="graph' not in page.text
+            assert page.text.count('<td class="text step') == rows
+            following = re.search(r'href="/console([^"]+)">Next page', page.text)
+            path = following[1].replace("&amp;", "&") if following else ""
+        assert not following
+        assert asked < 100, "once for each column, not for each row"
+        assert "Waits for 1 day" in check(
+            await client.get(f"/sequence?sequence=s&step=w{steps - 1}")
+        )
+
+
+async def test_a_page_that_comes_again_does_so_without_a_script(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = '<noscript><meta http-equiv="refresh"'
+    line = Line(database)
+    async with line.open() as through, console(database, through=through) as client:
+        await counted(client, "health")
+        for path in ("/", "/failures", "/health", "/search"):
+            assert again not in (await client.get(path)).text, path
+
+        async def nothing(_: summary.Summary) -> None:
+            return None
+
+        with monkeypatch.context() as patched:
+            patched.setattr(summary.Summary, "get", nothing)
+            for path in ("/", "/failures", "/health"):
+                assert again in (await client.get(path)).text, path
+        line.cut()
+        assert again in (await page_once(client, "/search", 503)).text
