@@ -351,10 +351,18 @@ async def test_nonsense_in_filters(
             page = await client.get(path)
             assert page.status_code in (404, 422), path
             assert words in page.text.lower(), path
-        for empty in ("/search?sequence=none", "/search?step=none&sort=subject"):
+        for empty, words in (
+            ("/search?sequence=none", "There is no sequence none."),
+            ("/search?sequence=s&step=none", "The sequence s has no step none."),
+            ("/search?step=none&sort=subject", "No matching enrollments."),
+        ):
             page = await client.get(empty)
             assert page.status_code == 200
-            assert "No matching enrollments." in page.text
+            assert words in page.text
+        # a filter that matches nothing is seen, and not dropped by the next search
+        page = await client.get("/search?sequence=none&topic=gone")
+        assert "<option selected>none</option>" in page.text
+        assert "<option selected>gone</option>" in page.text
 
 
 async def test_a_masked_cause_is_masked_everywhere(

@@ -102,6 +102,8 @@ document.addEventListener("visibilitychange", follow);
 window.addEventListener("pagehide", () => source && source.close());
 window.addEventListener("pageshow", (event) => event.persisted && follow());
 
+  const found = document.querySelector("[data-said]")?.dataset.said;
+  if (found !== undefined) document.getElementById("said").textContent = found;
 showTimes(document);
 follow();
 // a page that says that something can't be reached is asked for again
