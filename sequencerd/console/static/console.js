@@ -35,6 +35,13 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
+// A row leads where its link leads. Its text is in front of the link, so that it can be selected.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("tbody tr")?.querySelector("td > a");
+  if (!link || event.target.closest("a, button, input, label") || !getSelection().isCollapsed) return;
+  link.dispatchEvent(new MouseEvent("click", event));
+});
+
 // One stream while the page is seen. The server tells that there is a newer version of what is
 // shown, and htmx fetches it. A stream that ends is opened again by the browser, and here where the
 // browser gives up.
@@ -95,6 +102,8 @@ document.addEventListener("htmx:after:swap", (event) => {
   const isFetched = isLive(event) && event.detail.ctx.response.status < 500;
   if (isFetched && source?.readyState === EventSource.OPEN) say("Live", false);
   showTimes(document);
+  const found = document.querySelector("[data-said]")?.dataset.said;
+  if (found !== undefined) document.getElementById("said").textContent = found;
   document.dispatchEvent(new Event("shown"));
 });
 
@@ -102,8 +111,6 @@ document.addEventListener("visibilitychange", follow);
 window.addEventListener("pagehide", () => source && source.close());
 window.addEventListener("pageshow", (event) => event.persisted && follow());
 
-  const found = document.querySelector("[data-said]")?.dataset.said;
-  if (found !== undefined) document.getElementById("said").textContent = found;
 showTimes(document);
 follow();
 // a page that says that something can't be reached is asked for again

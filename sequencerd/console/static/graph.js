@@ -18,7 +18,14 @@
     return made;
   }
 
-  const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+  // a letter may be several characters, such as an emoji or one with an accent
+  const letters = (text) => Array.from(new Intl.Segmenter().segment(text), ({ segment }) => segment);
+  // what is written from right to left stays apart from what is beside it
+  const apart = (text) => (/[^\0-\x7f]/.test(text) ? `\u2068${text}\u2069` : text);
+  const short = (text, most) => {
+    const all = letters(text);
+    return apart(all.length > most ? `${all.slice(0, most - 1).join("")}…` : text);
+  };
   const high = (node) => HEIGHT + (node.limit ? LINE : 0);
 
   // Write as much of a text as there is room for: letters differ in width.
@@ -26,11 +33,13 @@
     const key = `${room} ${text}`;
     if (place.dataset.text === key) return;
     place.dataset.text = key;
-    place.textContent = text;
-    let most = text.length;
+    place.textContent = apart(text);
+    if (place.getComputedTextLength() <= room) return;
+    const all = letters(text);
+    let most = all.length;
     while (most > 1 && place.getComputedTextLength() > room) {
       most = Math.min(most - 1, Math.floor((most * room) / place.getComputedTextLength()));
-      place.textContent = `${text.slice(0, most).trimEnd()}…`;
+      place.textContent = apart(`${all.slice(0, most).join("").trimEnd()}…`);
     }
   }
 
@@ -210,7 +219,9 @@
         ...ends,
         ...data.nodes.map((node, n) => box(graph, node, n)),
       ));
-      place.append(overview(graph, data, ends, width, height));
+      const map = overview(graph, data, ends, width, height);
+      map.style.setProperty("--ratio", width / height);
+      place.append(map);
       showButtons();
       const middle = data.nodes.find((node) => node.chosen) ?? data.nodes.find((node) => node.first) ?? data.nodes[0];
       view = viewport(place, { width, height, middle: graph.node(`step ${middle.name}`) });

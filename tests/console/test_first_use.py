@@ -1,0 +1,142 @@
+"""What a user tries who has read no manual, in a real browser: to copy from a row, names in other
+scripts, long names, and long lists before a question.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from tests.console.conftest import DAY, FAILED, Mended, console, people
+from tests.console.test_browser import LAYOUT, check_page, shows, text_of, window
+from tests.helpers.engines import define, enroll, until
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+PARTS = "[...document.querySelectorAll('#graph .step')].map((one) => one.textContent)"
+
+
+async def test_a_row_is_opened_and_its_text_can_be_copied(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        await page.goto("/console/search")
+        cell = page.locator("td.subject .value", has_text="ada")
+        box = await cell.bounding_box()
+        assert box is not None
+        middle = box["y"] + box["height"] / 2
+        await page.mouse.move(box["x"] + 1, middle)
+        await page.mouse.down()
+        await page.mouse.move(box["x"] + box["width"] - 1, middle, steps=4)
+        await page.mouse.up()
+        assert await page.evaluate("getSelection().toString()") == "ada"
+        assert page.url.endswith("/search")
+        await page.mouse.click(box["x"] + box["width"] + 40, middle)  # beside the text
+        await page.wait_for_url("**/enrollments/1")
+        await page.go_back()
+        await page.locator("td.step .value", has_text="wait").click()
+        await page.wait_for_url("**/enrollments/1")
+
+
+async def test_names_in_other_scripts(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    family = "👩‍👩‍👧‍👦"
+    await define(
+        connection,
+        "ترحيب (2026)!",
+        ("تذكير!", "WaitForDuration", DAY, family * 8),
+        (family * 8, "WaitForDuration", DAY, None),
+    )
+    await enroll(connection, "ترحيب (2026)!", "مستخدم-1!")
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        await page.goto("/console/sequence?sequence=ترحيب (2026)!")
+        await page.locator("#graph .node").first.wait_for()
+        reminder, families = await page.evaluate(PARTS)
+        assert reminder == "\u2068تذكير!\u2069"
+        # it is cut off between two families
+        assert set(families.strip("\u2068\u2069").split(family)) == {"", "…"}
+        await shows(page, "td.step", "تذكير!")
+        for selector in ("h1", "td.step > a"):
+            style = "(one) => getComputedStyle(one).unicodeBidi"
+            assert await page.locator(selector).first.evaluate(style) == "plaintext"
+        await check_page(page, page.url)
+
+
+async def test_many_causes_and_codes_fit_the_page(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    names = [f"a-sequence-with-quite-a-long-name-{n}" for n in range(5)]
+    for name in names:
+        await define(connection, name, ("wait-for-something", "WaitForDuration", DAY, None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, status, failure, last_error)"
+        " SELECT name, failure, 'failed', failure, '550 ' || repeat('y', 50)"
+        " FROM unnest($1::text[]) AS name,"
+        " unnest('{bad_data,error,loop,refused,outcome_unknown}'::text[]) AS failure",
+        names,
+    )
+    async with (
+        console(database, write=True, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto("/console/failures")
+        await shows(page, "td.steps", "and 2 more")
+        await check_page(page, page.url)
+        for width in (1280, 1920):
+            await page.set_viewport_size({"width": width, "height": 844})
+            scroll = await page.locator(".scroll").first.evaluate(
+                "(one) => one.scrollWidth - one.clientWidth"
+            )
+            assert scroll <= 0, "all columns are seen"
+        await page.set_viewport_size({"width": 360, "height": 780})
+        assert await page.evaluate(LAYOUT, True) == []
+        # the question is seen before what it is about
+        await page.set_viewport_size({"width": 1280, "height": 844})
+        await page.goto("/console/change?action=move&status=failed")
+        assert await page.evaluate("document.activeElement.name") == "to"
+        button = await page.get_by_role("button", name="Move 25 enrollments").bounding_box()
+        assert button is not None
+        assert button["y"] < 600
+        await page.locator("summary", has_text="25 rows").click()
+        await shows(page, "td", names[4])
+
+
+async def test_a_search_is_announced_by_one_sentence(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        await page.goto("/console/search")
+        await page.locator("#q").fill("ad")
+        await shows(page, "#said", "1 enrollment")
+        await page.locator("#q").fill("Ad")
+        await shows(page, "#said", "Is the subject written as here")
+        assert await page.locator("[aria-live]").count() == 0
+
+
+async def test_a_waiting_enrollment_is_reevaluated(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with (
+        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        await until(connection, FAILED)
+        await page.goto("/console/enrollments/1")
+        await page.get_by_role("button", name="Reevaluate").click()
+        await page.get_by_label("Reason").fill("the CRM has changed")
+        await page.get_by_role("button", name="Reevaluate 1 enrollment").click()
+        await shows(page, ".done", "Reevaluated 1 enrollment.")
+        await _has_buttons(page, "Move…", "Cancel…", "Reevaluate…")
+        await page.goto("/console/enrollments/2")
+        await _has_buttons(page, "Retry…", "Skip the step…", "Move…", "Cancel…")
+
+
+async def _has_buttons(page: Page, *names: str) -> None:
+    found = await page.locator(".actions button").all_text_contents()
+    assert found == [*names], await text_of(page, ".actions")
