@@ -71,7 +71,7 @@ async def plan_command(
             return await plan.make(connection, found, runners, moves=moves, prune=arguments.prune)
 
     answers = await ask(explain(arguments), shards, make)
-    made = plan_of_shards.merge({shard.name: one for shard, one in answers.found.items()}, moves)
+    made = plan_of_shards.merge(answers.found, moves)
     if arguments.json:
         say_json(made.as_dict())
     else:

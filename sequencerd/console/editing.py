@@ -315,9 +315,7 @@ async def change(request: Request) -> Response:
     edited = _Edit(context.simulator().runners, _shards(context), definitions, moves)
     try:
         answers = await _in_thread(context, edited.plan)
-        made = plan_of_shards.merge(
-            {shard.name: one for shard, one in answers.found.items()}, moves
-        )
+        made = plan_of_shards.merge(answers.found, moves)
         if lines := answers.lines(refusals=True):
             wrong = f"Nothing can be applied: {'; '.join(lines)}."
             return _page(request, name, stored, text, 503, made=made, moves=moves, wrong=wrong)

@@ -30,7 +30,7 @@ async def apply(
     definitions: Sequence[Definition],
     runners: Runners,
     *,
-    moves: Mapping[str, str] | None = None,
+    moves: Mapping[str, str],
     prune: bool = False,
     expected: str | None = None,
     brake: int | None = None,
@@ -57,7 +57,7 @@ async def apply(
     # in one order, so that two of these at the same time cannot deadlock
     await change.on_each(lock, at_once=1)
     plans = await change.on_each(make)
-    merged = merge({shard.name: one for shard, one in plans.items()}, moves or {})
+    merged = merge(plans, moves)
     plan.check(merged, expected)
     await change.on_each(write)
     return merged
@@ -71,7 +71,7 @@ def how_to_complete(how: str) -> str:
     )
 
 
-def merge(plans: Mapping[str | None, Plan], moves: Mapping[str, str]) -> Plan:
+def merge(plans: Mapping[Shard, Plan], moves: Mapping[str, str]) -> Plan:
     """Merge the plans of several shards; the plan of a single shard is returned unchanged."""
     first, *others = plans.values()
     if not others:
@@ -82,7 +82,7 @@ def merge(plans: Mapping[str | None, Plan], moves: Mapping[str, str]) -> Plan:
         for name in names
         for alike in _alike(
             {
-                str(shard): one
+                str(shard.name): one
                 for shard, plan in plans.items()
                 for one in plan.sequences
                 if one.sequence == name
@@ -91,7 +91,7 @@ def merge(plans: Mapping[str | None, Plan], moves: Mapping[str, str]) -> Plan:
     ]
     times = Counter(one.sequence for one in merged)
     differing = frozenset(name for name, count in times.items() if count > 1)
-    facts = "\n".join(f"{shard} {plan.fingerprint}" for shard, plan in plans.items())
+    facts = "\n".join(f"{shard.name} {plan.fingerprint}" for shard, plan in plans.items())
     return Plan(
         tuple(merged),
         tuple(sorted({name for plan in plans.values() for name in plan.archived})),
