@@ -628,29 +628,18 @@ async def apply(
     connection: asyncpg.Connection,
     definitions: Sequence[Definition],
     runners: Runners,
-    *,
-    moves: Mapping[str, str] | None = None,
-    prune: bool = False,
-    expected: str | None = None,
-    brake: int | None = None,
-    from_files: bool = True,
 ) -> Plan:
-    """Change the database's sequences to the definitions, in the caller's transaction.
-
-    `brake` is the number of side effects that may begin in an hour, for a day, in the sequences
-    that change.
-
-    Raises PlanError if the plan cannot be applied, or does not have the `expected` fingerprint;
-    FileError if the database rejects a definition.
+    """Change the database's sequences to the definitions, in the caller's transaction. Raises
+    PlanError if the plan cannot be applied; FileError if the database rejects a definition.
     """
     await connection.execute(QUERIES["lock_definitions"])
-    plan = await make(connection, definitions, runners, moves=moves, prune=prune)
-    check(plan, expected)
-    await write(connection, plan, definitions, brake=brake, from_files=from_files)
+    plan = await make(connection, definitions, runners)
+    check(plan)
+    await write(connection, plan, definitions)
     return plan
 
 
-def check(plan: Plan, expected: str | None) -> None:
+def check(plan: Plan, expected: str | None = None) -> None:
     """Raise PlanError if a plan cannot be applied, or does not have the `expected` fingerprint."""
     if expected is not None and plan.fingerprint != expected:
         raise PlanError(
@@ -669,7 +658,10 @@ async def write(
     brake: int | None = None,
     from_files: bool = True,
 ) -> None:
-    """Apply a plan of `make`, in the same transaction, which has locked the definitions."""
+    """Apply a plan of `make`, in the same transaction, which has locked the definitions. `brake` is
+    the number of side effects that may begin in an hour, for a day, in the sequences that change.
+    Raises FileError if the database rejects a definition.
+    """
     written = zip(plan.sequences, definitions, strict=True)
     # by name, like the brakes that daemons lock
     for one, definition in sorted(written, key=lambda pair: pair[0].sequence):

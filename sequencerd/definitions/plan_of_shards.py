@@ -36,7 +36,10 @@ async def apply(
     brake: int | None = None,
     from_files: bool = True,
 ) -> Plan:
-    """Apply a plan on every shard of a change, for the caller to commit: see `plan.apply`."""
+    """Make a plan on every shard of a change and apply it, for the caller to commit: see
+    `plan.make` and `plan.write`. Raises PlanError if the plan cannot be applied, or does not have
+    the `expected` fingerprint.
+    """
 
     async def lock(shard: Shard) -> None:
         await change.connections[shard].execute(QUERIES["lock_definitions"])

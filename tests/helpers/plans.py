@@ -7,10 +7,14 @@ from typing import Any
 
 import asyncpg
 
-from sequencerd.definitions import files, plan
+from sequencerd.definitions import files, plan, plan_of_shards
 from sequencerd.definitions.plan import Plan
+from sequencerd.errors import SequencerdError
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
+from sequencerd.storage import connections
+from sequencerd.storage.change_of_shards import Change
+from sequencerd.storage.connections import Shard
 from tests.helpers.engines import Recorder
 
 RUNNERS: dict[str, Runner] = {"Note": Recorder(), "Email": EmailRunner("smtp://127.0.0.1:9")}
@@ -37,5 +41,12 @@ class Applying:
     async def __call__(self, text: str, **options: Any) -> Plan:
         self.file.write_text(text)
         found = files.read_file(self.file, RUNNERS)
+        only = Shard("")
+        change = Change(_unexplained, [only], connections.connect)
+        change.connections[only] = self.connection  # in whose transaction all happens
         async with self.connection.transaction():
-            return await plan.apply(self.connection, found, RUNNERS, **options)
+            return await plan_of_shards.apply(change, found, RUNNERS, **{"moves": {}} | options)
+
+
+async def _unexplained(_: Shard, error: BaseException) -> SequencerdError:
+    raise error
