@@ -58,7 +58,7 @@ class BounceReport:
 
 def read_report(raw: bytes) -> BounceReport:
     """Read a message. If it is neither a bounce nor a complaint, `dead` is empty."""
-    raw = raw[:MAX_READ]
+    raw = re.sub(rb"\r\n?", b"\n", raw[:MAX_READ])
     parts = _parts(raw)
     marks = {
         MessageMark(int(enrollment), int(visit), tag.lower())
@@ -70,7 +70,7 @@ def read_report(raw: bytes) -> BounceReport:
     if feedback:
         return BounceReport("complaint", found, tuple(_complaints(feedback[0])))
     statuses = [part for part in parts if part.type in _STATUS_TYPES]
-    dead = [*_statuses(statuses)] if statuses else [*_plain(parts)]
+    dead = [*_statuses(statuses, parts)] if statuses else [*_plain(parts)]
     return BounceReport("bounce", found, tuple(dict.fromkeys(dead)))
 
 
@@ -131,9 +131,12 @@ def _text(part: _Part) -> str:
 
 
 def _fields(part: _Part) -> Iterator[Message]:
-    """Yield the groups of fields in a report."""
-    for group in re.split(r"\r?\n[ \t]*(?=\r?\n)", _text(part)):
-        yield message_from_string(group.lstrip())
+    """Yield the groups of fields in a report. Some have nothing between the groups."""
+    for block in re.split(r"\n[ \t]*(?=\n)", _text(part)):
+        names = _RECIPIENT.findall(block)
+        is_one = names.count(names[0]) == 1 if names else True
+        groups = [block] if is_one else re.split(rf"(?m)^(?={names[0]})", block)
+        yield from (message_from_string(group.lstrip()) for group in groups)
 
 
 def _field(fields: Message, name: str) -> str:
@@ -152,16 +155,23 @@ def _bare(address: str) -> str:
     return address.strip("'").rstrip(".")
 
 
+_RECIPIENT = re.compile(r"^(?:Original|Final)-Recipient:", re.IGNORECASE | re.MULTILINE)
 _INNER_REPLY = re.compile(r"\b5\d\d[ -]+[\"']?(5\.\d{1,3}\.\d{1,3}\b.*)")
 
 
-def _statuses(parts: list[_Part]) -> Iterator[UnknownAddress]:
-    """Yield the recipients that a delivery status notification (RFC 3464) reports as unknown."""
-    for fields in (group for part in parts for group in _fields(part)):
+def _statuses(reports: list[_Part], parts: list[_Part]) -> Iterator[UnknownAddress]:
+    """Yield the recipients that a delivery status notification (RFC 3464) reports as unknown. If it
+    has no reason at all, as by OpenSMTPD, that of its text counts.
+    """
+    for fields in (group for part in reports for group in _fields(part)):
         if str(fields.get("Action", "")).strip().lower() != "failed":
             continue
         status, said = _field(fields, "Status"), _field(fields, "Diagnostic-Code")
         status = status.split(" ")[0]
+        if status == "5.0.0" and not said:
+            recipients = _addresses(_field(fields, "Final-Recipient"))
+            yield from (dead for dead in _plain(parts) if dead.address in recipients)
+            continue
         inner = _INNER_REPLY.search(said)  # what the other server said, after words of this one
         reply = inner[1] if inner else re.sub(r"^\d{3}[ -]+", "", said)
         if says_unknown(reply if any(enhanced_code(reply)) else f"{status} {reply}"):

@@ -62,6 +62,7 @@ def failed(status: str, diagnostic: str = "", address: str = "ada@example.org") 
     "recipient",
     [
         failed("5.1.1"),
+        "Action: failed\nFinal-Recipient: rfc822; ada@example.org\nStatus: 5.1.1\n",
         failed("5.1.1 (bad destination mailbox address)"),
         failed("5.1.1", "smtp; 550 5.1.1 <ada@example.org>: User unknown in virtual table"),
         failed("5.0.0", "smtp; 550-5.1.1 The email account does not exist."),
@@ -296,6 +297,48 @@ def test_what_other_servers_said_in_words_of_their_own(status: str, diagnostic: 
 def test_groups_of_fields_may_be_separated_by_blanks() -> None:
     fields = failed("5.7.1", address="b@x.org") + " \t\n" + failed("5.1.1", address="c@x.org")
     assert [one.address for one in read_report(dsn(fields)).dead] == ["c@x.org"]
+
+
+def test_groups_of_fields_may_follow_each_other() -> None:
+    fields = (
+        failed("5.1.1") + failed("5.7.1", address="b@x.org") + failed("5.1.1", address="c@x.org")
+    )
+    found = [one.address for one in read_report(dsn(fields)).dead]
+    assert found == ["ada@example.org", "c@x.org"]
+
+
+@pytest.mark.parametrize("raw", [dsn(failed("5.1.1")), dsn(failed("5.0.0", "smtp; 550 5.1.1 no"))])
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_a_report_with_other_line_ends(raw: bytes, end: bytes) -> None:
+    report = read_report(raw.replace(b"\n", end))
+    assert [one.address for one in report.dead] == ["ada@example.org"]
+    assert report.marks == (MARK,)
+
+
+OPENSMTPD = DSN.replace(
+    "I'm sorry to have to inform you that your message could not be delivered.",
+    """\
+    An error has occurred while attempting to deliver a message for
+    the following list of recipients:
+
+ada@example.org: 550 5.1.1 <ada@example.org>: Recipient address rejected: User unknown
+bob@example.org: 552 5.2.2 <bob@example.org>: Recipient address rejected: Mailbox full
+eve@example.org: 550 5.1.1 User unknown
+
+    Below is a copy of the original message:""",
+)
+
+
+def test_a_report_without_reasons_is_explained_by_its_text() -> None:
+    """As by OpenSMTPD."""
+    fields = failed("5.0.0") + "\n" + failed("5.0.0", address="bob@example.org")
+    raw = OPENSMTPD.format(recipient=fields, to="shop@example.com", token=TOKEN).encode()
+    assert [one.address for one in read_report(raw).dead] == ["ada@example.org"]
+    explained = raw.replace(b"5.0.0", b"5.7.1")
+    assert read_report(explained).dead == ()
+    explained = raw.replace(b"Status: 5.0.0\n", b"Status: 5.0.0\nDiagnostic-Code: smtp; 550 no\n")
+    assert read_report(explained).dead == ()
+    assert read_report(raw.replace(b"Action: failed", b"Action: delayed")).dead == ()
 
 
 SENDMAIL = """\
