@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from array import array
 from collections.abc import Mapping
@@ -75,6 +76,11 @@ class BulkChange:
         return " ".join(f"{sentence}." for sentence in sentences)
 
 
+def first_number() -> int:
+    """Return a number that no change had before a restart: a page that was open shows no other."""
+    return int(time.time() * 1000)
+
+
 class BulkChanges:
     """The changes in progress, and those that ended last."""
 
@@ -82,6 +88,7 @@ class BulkChanges:
         self._log = log
         self._running: set[asyncio.Task[None]] = set()
         self._changes: dict[int, BulkChange] = {}
+        self._numbers = itertools.count(first_number())
 
     def report(self, nonce: str) -> str | None:
         """Return the report of the session's latest change, for a while after its end."""
@@ -113,7 +120,7 @@ class BulkChanges:
         """
         if len(self._running) >= MAX_RUNNING:
             raise UsageError("other changes are in progress; try again later")
-        number = max(self._changes, default=0) + 1
+        number = next(self._numbers)
         change = self._changes[number] = BulkChange(number, nonce, user, reason, action, to)
         change.errors += [
             f"Nothing was changed in the shard {name}: {why}" for name, why in without.items()

@@ -23,7 +23,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 
-from sequencerd.console import summary
+from sequencerd.console import actions, summary
 from sequencerd.console.app import ServedShard, make_console
 from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.definitions.simulator import Simulator
@@ -117,6 +117,12 @@ async def browser() -> AsyncIterator[Browser]:
 def counting_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the second count of a page come soon: some figures are not in the first."""
     monkeypatch.setattr(summary, "MIN_PAUSE", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def changes_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pages of changes have addresses that tests know."""
+    monkeypatch.setattr(actions, "first_number", lambda: 1)
 
 
 @asynccontextmanager
