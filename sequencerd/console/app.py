@@ -42,6 +42,7 @@ from sequencerd.console.context import (
     context_of,
     message_page,
     missing,
+    render,
     to_its_shard,
     unmasked,
 )
@@ -278,6 +279,11 @@ ROUTES_OF_PROGRAMS = (pages.table, pages.stream)
 """Routes for programs: without a login they answer 401 instead of a form, and errors as plain text.
 """
 
+SESSION_ENDED = "Your session has ended, so nothing was changed. What you entered is kept here."
+FORM_EXPIRED = (
+    "The form belongs to another session, or the daemon was restarted, so nothing was changed."
+    " What you entered is kept here; you are {user} now."
+)
 NOT_KNOWN = "It is not known whether the change was made: check before you repeat it."
 MAX_ERROR_LENGTH = 300  # characters of an error, which may quote a parameter
 
@@ -314,12 +320,18 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
     if visitor.user is None and role is not None:
         if page in ROUTES_OF_PROGRAMS:
             return PlainTextResponse("Log in first.\n", 401)
+        if _is_own_form(request):
+            request.state.form = await pages.form(request, pages.MAX_FORM)
+            return _with_session(request, _unsent(request, 401, SESSION_ENDED))
         to = str(request.url.replace(scheme="", netloc=""))
         return _with_session(request, RedirectResponse(at("/login", to=to), 303))
     if request.method == "POST":
         most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
         request.state.form = await pages.form(request, most)
         if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
+            if role is not None and _is_own_form(request):
+                text = FORM_EXPIRED.format(user=visitor.user)
+                return _with_session(request, _unsent(request, 403, text))
             text = "This form has expired or comes from another site. Reload the page."
             return message_page(request, 403, "Not done", text)
     if role in ("operator", "editor") and not context.settings.write:
@@ -328,6 +340,24 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
     if role is not None and not visitor.may(role):
         return message_page(request, 403, "Not allowed", _missing_role(visitor, role))
     return None
+
+
+def _is_own_form(request: Request) -> bool:
+    """Return whether the browser says that it sends a form of one of the console's pages: no other
+    site can make it say so.
+    """
+    return (
+        request.method == "POST"
+        and request.headers.get("sec-fetch-site") == "same-origin"
+        and request.headers.get("sec-fetch-dest") == "document"
+    )
+
+
+def _unsent(request: Request, status: int, text: str) -> Response:
+    """Return a page with what was entered in a form, to be sent again."""
+    return render(
+        request, "unsent.html", status, title="Not done yet", text=text, given=request.state.form
+    )
 
 
 async def _response(request: Request, page: pages.Page) -> Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import json
 import re
 from http.cookies import SimpleCookie
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import asyncpg
 import httpx
 import pytest
+import structlog
 
 from sequencerd import passwords
 from sequencerd.console import actions, auth, live
@@ -28,6 +31,7 @@ from tests.console.conftest import (
     people,
     token,
 )
+from tests.console.test_pages import check
 from tests.helpers.command_line import Command
 from tests.helpers.engines import until, way
 from tests.service.test_http_server import answers, daemon, is_ok
@@ -202,6 +206,77 @@ async def test_an_open_console_answers_to_its_own_names_alone(
 
 
 # --- changing something
+
+FROM_A_PAGE = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Dest": "document"}
+
+
+def fields(page: httpx.Response) -> dict[str, str]:
+    """What the hidden fields of a page have."""
+    found = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page.text)
+    return {name: html.unescape(value) for name, value in found}
+
+
+async def test_what_was_entered_is_kept_when_a_session_ends(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    waiting, _ = await people(connection)
+    data = '{"name": "Ada & <Co>",\r\n "plan": "pro"}'
+    name = f"SELECT data ->> 'plan' FROM sequencer.enrollments WHERE id = {waiting}"
+    async with console(database, password_hash=HASH, write=True) as client:
+        await log_in(client)
+        asked = await client.get(f"/data?id={waiting}")
+        form = {**fields(asked), "text": data, "action": "apply", "reason": "a typo"}
+        await connection.execute("UPDATE sequencer.console_sessions SET expires_at = now()")
+        for elsewhere in ({}, {**FROM_A_PAGE, "Sec-Fetch-Site": "same-site"}):
+            refused = await client.post("/data", data=form, headers=elsewhere)
+            assert refused.status_code == 303
+        kept = await client.post("/data", data=form, headers=FROM_A_PAGE)
+        assert kept.status_code == 401
+        assert "Your session has ended" in check(kept)
+        assert 'action="/console/data"' in kept.text
+        await log_in(client)  # in another tab
+        again = await client.post("/data", data=fields(kept), headers=FROM_A_PAGE)
+        assert again.status_code == 403
+        assert "you are Ada Lovelace now" in check(again)
+        assert await connection.fetchval(name) is None
+        forged = await client.post("/data", data=fields(kept))
+        assert "Send the form again" not in forged.text
+        done = await client.post("/data", data=fields(again), headers=FROM_A_PAGE)
+        assert done.status_code == 303, done.text
+        assert await connection.fetchval(name) == "pro"
+
+
+async def test_a_form_outlives_a_restart_of_an_open_console(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Without passwords, what signs forms is new with each start."""
+    waiting, _ = await people(connection)
+    path = f"/change?action=cancel&id={waiting}"
+    async with console(database, write=True) as client:
+        form = {**fields(await client.get(path)), "reason": "a duplicate"}
+    async with console(database, write=True) as client:
+        kept = await client.post("/change", data=form, headers=FROM_A_PAGE)
+        assert kept.status_code == 403
+        assert "the daemon was restarted" in check(kept)
+        done = await client.post("/change", data=fields(kept), headers=FROM_A_PAGE)
+        assert done.status_code == 303
+    assert await connection.fetchval(
+        "SELECT status FROM sequencer.enrollments WHERE id = $1", waiting
+    ) == ("cancelled")
+
+
+@pytest.mark.usefixtures("changes_from_one")
+async def test_a_page_that_outlives_a_restart_shows_no_other_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    log = structlog.get_logger()
+    numbers = []
+    for _ in range(2):
+        made = await actions.BulkChanges(log).make("n", "ada", "retry", {}, reason="r", to=None)
+        numbers.append(made.number)
+        await asyncio.sleep(0.01)
+    assert numbers[1] > numbers[0] > 10**12
 
 
 async def test_a_read_only_console_changes_nothing(
