@@ -129,6 +129,7 @@ class ReadAhead:
         finally:  # they are reserved when it is written
             for leased in batch.leased:
                 leased.executor.reserve(-1)
+            self._executors.resume()
         if not is_suited:
             return None
         versions = {one.id: version for one, version in read}

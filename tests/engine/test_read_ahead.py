@@ -376,6 +376,23 @@ async def test_what_cannot_be_read_ahead_is_claimed(
     assert sum(claimed) == 5
 
 
+async def test_what_was_read_keeps_no_other_from_a_free_slot(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """More than there are slots will reach the side effect."""
+    steps = (("a", "Conditional", IS_ODD, "odd"), ("odd", "Note", "{}", None))
+    recorder = Recorder(batch_size=1, concurrency=1)
+    async with waking(database, connection, recorder, 10, steps=steps) as one:
+        assert not one._executors.waiting()
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, step) VALUES ('s', 'now', 'odd')"
+        )
+        await eventually(lambda: recorder.visits)
+        let_an_hour_pass(one)
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 6
+
+
 async def test_what_is_read_twice_at_the_same_time_is_kept_once(
     database: str, connection: asyncpg.Connection
 ) -> None:
