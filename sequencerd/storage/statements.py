@@ -29,7 +29,11 @@ class AdvisoryLock(Enum):
         return f"{LOCK_CLASS}, {self.value}"
 
 
-_SMALL_DATA = "CASE WHEN pg_column_size(e.data) <= 2000 THEN e.data END AS data"
+# what PostgreSQL has compressed may be a hundred times as long
+_SMALL_DATA = (
+    "CASE WHEN pg_column_size(e.data) <= 2000 AND (pg_column_compression(e.data) IS NULL"
+    " OR octet_length(e.data::text) <= 8000) THEN e.data END AS data"
+)
 _COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
     "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
 }
