@@ -79,6 +79,10 @@ _ENHANCED_BEHIND = re.compile(r"\(#([245])\.(\d{1,3}\.\d{1,3})\b")  # as qmail w
 _REPEATED_CODE = re.compile(r"\n\s*[245]\.\d{1,3}\.\d{1,3}\b")
 _QUOTED = re.compile(r"<[^<>\s]*>|https?://\S+|\S+@\S+")  # not the server's own words
 
+_OF_LIST = re.compile(r"https?://\S*(?:dnsbl|spamhaus|[?&]ip=)", re.IGNORECASE)
+LIST = "urloflist"
+"""The word for a URL that tells why a host is listed."""
+
 # --- 1. enhanced codes
 
 _ADDRESS = frozenset({"1.1", "1.2", "1.3", "1.4", "1.6", "1.10", "2.1", "2.2", "2.3", "2.4"})
@@ -194,7 +198,7 @@ _NOT = (
     r"\b(?:reject\w*|not|no|\w+n't|denied|deny|block\w*|invalid\w*|un\w+ed|forbidden|fail\w*|refus\w*"
     r"|disallow\w*|prohibit\w*|black ?list\w*|suspend\w*|banned|disabled|must|need\w*|requir\w*"
     r"|expired|incorrect|wrong|bad|listed|unable|cannot|unknown|mismatch\w*|first"
-    r"|erforderlich|requ?is\w*|requiere\w*|richiest\w*)\b"
+    r"|turn on|erforderlich|requ?is\w*|requiere\w*|richiest\w*)\b"
 )
 _OPERATOR = _any(
     # login
@@ -214,9 +218,11 @@ _OPERATOR = _any(
         r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b(?! messages)",
         rf"{_NOT}|reputation",
     ),
-    r"reverse (?:dns|host|lookup)|\brdns\b|\bptr\b",
+    r"reverse (?:dns|host|lookup)|\brdns\b|\bptr\b|name lookup failed",
     _near(r"\byour access\b", _NOT),
 )
+
+_BLOCKED_HOST = re.compile(r"\bclient host (?:is )?blocked")
 
 _RECORDS = re.compile(  # in DNS
     r"\bdmarc\b|\bspf\b|\bdkim\b|unauthenticated (?:e-?mail|message)"
@@ -271,7 +277,9 @@ def enhanced_code(text: str) -> tuple[str, str]:
 
 def _own_words(text: str) -> str:
     """Return the server's own words, without quotations, as one line in lower case."""
-    said = _QUOTED.sub(" ", _REPEATED_CODE.sub(" ", text[:MAX_READ])).lower().replace("\u2019", "'")
+    text = _REPEATED_CODE.sub(" ", text[:MAX_READ])
+    said = _QUOTED.sub(lambda one: f" {LIST} " if _OF_LIST.match(one[0]) else " ", text)
+    said = said.lower().replace("\u2019", "'")
     return " ".join(said.split())
 
 
@@ -310,7 +318,9 @@ def says_unknown(text: str) -> bool:
     they block. A code with a text about a policy does not count either.
     """
     level, about = enhanced_code(text)
-    return level == "5" and about in _UNKNOWN and not _POLICY.search(_own_words(text))
+    said = _own_words(text)
+    is_about_sender = _POLICY.search(said) or _RATE.search(said)
+    return level == "5" and about in _UNKNOWN and not is_about_sender
 
 
 def _of_connection(code: int, about: str, said: str) -> RefusalMeaning:
@@ -344,7 +354,10 @@ def _of_message(
         return by_code
     if about in _QUOTA_CODES or _is_quota(code, about, said, stage):
         return RefusalMeaning.QUOTA
-    if code in _LOGIN_REPLIES or about in _OPERATOR_CODES:
+    is_login = code in _LOGIN_REPLIES and "disabled recipient" not in said
+    if is_login or about in _OPERATOR_CODES or _BLOCKED_HOST.search(said):
+        return RefusalMeaning.OPERATOR
+    if stage == "recipient" and LIST in said:  # nothing of the message is known yet
         return RefusalMeaning.OPERATOR
     if about in _SENDER_CODES or _RECORDS.search(said) or _ACCOUNT.search(said):
         return RefusalMeaning.SENDER

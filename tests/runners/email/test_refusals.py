@@ -83,6 +83,8 @@ def test_an_address_that_does_not_exist(text: str) -> None:
         "5.1.1 Sender address rejected",
         "5.1.2 Relay not allowed.",
         "5.1.1 We do not relay",
+        "5.1.1 <ada@example.com> - 203.0.113.222 has sent to too many recipients this hour. IB607",
+        "5.1.1 <ada@example.com>: too many messages from your network",
         "5.1.2 Relaying denied",
         "#5.1.0 Address rejected.",
     ],
