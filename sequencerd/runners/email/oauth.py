@@ -8,13 +8,14 @@ import shlex
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from sequencerd.core.model import OutageCause
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import HttpClient, Unreachable, check_url
+from sequencerd.runners.http_client import HttpClient, Unreachable, check_url, retry_after
 
 RENEWED_EARLY = 120.0
 """How many seconds before it expires a token is renewed; after half its lifetime if that is
@@ -26,11 +27,19 @@ UNKNOWN_LIFE = 60.0  # seconds for which a token is used if its lifetime is unkn
 
 
 class TokenError(Exception):
-    """No token is available. The message is the reason, and contains no secret."""
+    """No token is available. The message is the reason, and contains no secret; `retry_after` is
+    the wait that the endpoint asks for.
+    """
 
-    def __init__(self, message: str, cause: OutageCause = "failing") -> None:
+    def __init__(
+        self,
+        message: str,
+        cause: OutageCause = "failing",
+        retry_after: timedelta | None = None,
+    ) -> None:
         super().__init__(message)
         self.cause = cause
+        self.retry_after = retry_after
 
 
 class AccessToken(NamedTuple):
@@ -125,7 +134,7 @@ class TokenEndpoint:
             for secret in (client.client_secret, self._refresh_token):
                 said = said.replace(secret, "***") if secret else said
             text = f"the token endpoint answered {reply.status}: {one_line(said)}"
-            raise TokenError(text, "refused")
+            raise TokenError(text, "refused", retry_after(reply.headers))
         self._refresh_token = answer.refresh_token or self._refresh_token  # some servers change it
         return AccessToken(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
 

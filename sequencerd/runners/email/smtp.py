@@ -180,8 +180,10 @@ class MailTransport:
             is_servers = not attempt.begun or is_exhausted(error)
             fault: Attribution = "server" if is_servers else "unclear"
             text = f"{self._place}: {_describe(error)}"
-            cause = error.cause if isinstance(error, TokenError) else "unreachable"
-            failed = Failed(text, fault=fault, cause=cause)
+            if isinstance(error, TokenError):
+                failed = Failed(text, False, error.retry_after, fault, cause=error.cause)
+            else:
+                failed = Failed(text, fault=fault, cause="unreachable")
         finally:
             attempt.end()
         if failed is None:

@@ -592,6 +592,39 @@ async def test_an_endpoint_without_tokens_is_the_operators_fault() -> None:
     assert "the-secret" not in repr(made._source.__dict__)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_token_endpoint_may_ask_for_a_pause(status: int) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(status, b"later", {"Retry-After": "600"})
+
+    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
+        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        result = failed(await send(made))
+        await made.close()
+    assert (result.fault, result.retry_after) == ("server", timedelta(seconds=600))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"access_token": "token-9", "expires_in": "3599"}',
+        b'{"access_token": "token-9", "expires_in": -1, "token_type": "bearer", "scope": []}',
+        b'{"access_token": "token-9", "expires_in": 1e400}',
+        b'{"access_token": "token-9", "expires_in": NaN}',
+        b'{"access_token": "token-9"}',
+    ],
+)
+async def test_what_token_endpoints_write(body: bytes) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(body=body)
+
+    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
+        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        assert isinstance(await send(made), Answer)
+        await made.close()
+    assert bearers(server) == ["user=ada@example.com\1auth=Bearer token-9\1\1"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
