@@ -73,7 +73,7 @@ async def _provider(settings: OidcSettings) -> Diagnosis:
     try:
         reply = await web.call("GET", f"{issuer}/.well-known/openid-configuration", headers={})
     except Unreachable as error:
-        return Diagnosis(about, str(error), "error", f"start it, or {advice}")
+        return Diagnosis(about, str(error), "error", f"{_first(error)}, or {advice}")
     finally:
         await web.close()
     try:
@@ -119,11 +119,20 @@ async def _endpoint(about: str, url: str, allow_private: bool) -> Diagnosis:
     try:
         reply = await web.call("GET", url, headers={})
     except Unreachable as error:
-        advice = "start it" if error.cause == "unreachable" else "see its log"
-        return Diagnosis(about, str(error), "error", f"{advice}, or correct its url")
+        return Diagnosis(about, str(error), "error", f"{_first(error)}, or correct its url")
     finally:
         await web.close()
     return Diagnosis(about, f"reachable; responds to GET with {reply.status}")
+
+
+def _first(error: Unreachable) -> str:
+    """Return what to do first about a server without a usable answer."""
+    match error.cause:
+        case "unreachable":
+            return "start it"
+        case "refused":
+            return "correct its certificate or the settings"
+    return "see its log"
 
 
 async def _twilio(settings: Settings) -> Diagnosis:

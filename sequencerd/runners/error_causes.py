@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from collections.abc import Iterator
+
+from sequencerd.core.model import OutageCause
 
 EXHAUSTION_ERRORS = frozenset(
     {
@@ -34,6 +37,17 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             yield one
             below += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
             below += [one.__cause__, *one.args]
+
+
+def cause_of_no_connection(error: BaseException) -> OutageCause:
+    """Return why there is no connection. A server whose certificate is not accepted, or that does
+    not speak TLS, is there: someone must correct it, or a setting.
+    """
+    gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    is_wrong = any(
+        isinstance(one, ssl.SSLError) and not isinstance(one, gone) for one in causes(error)
+    )
+    return "refused" if is_wrong else "unreachable"
 
 
 def is_exhausted(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ import httpx
 
 from sequencerd.core.model import Attribution, Failed, OutageCause
 from sequencerd.runners.encodings import EncodingError, decode
-from sequencerd.runners.error_causes import causes, is_exhausted
+from sequencerd.runners.error_causes import cause_of_no_connection, causes, is_exhausted
 from sequencerd.runners.fields import one_line
 
 # httpcore imports it several times for each call; a search that finds nothing takes 30 us each time
@@ -224,6 +224,7 @@ class HttpClient:
                 f"{_place(named)}: {_reason(error)}",
                 sent=sent,
                 exhausted=is_exhausted(error),
+                cause=None if sent else cause_of_no_connection(error),
                 retired=_is_retired(error) and self._retired <= MAX_RETIRED,
             )
         if refusals:
@@ -264,7 +265,8 @@ class HttpClient:
             if not is_public(ip_address(address)):
                 raise Unreachable(
                     f"{url.host} has the private address {address}: "
-                    "set allow_private if that is intended"
+                    "set allow_private if that is intended",
+                    cause="refused",
                 )
         return [url.copy_with(host=address) for address in addresses]
 

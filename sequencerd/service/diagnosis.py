@@ -74,6 +74,8 @@ def advise(error: SequencerdError, setting: str) -> str:
             return "wait until it accepts connections, or see the log of the server"
         case ssl.SSLError():
             return f"correct sslmode and the certificates in {setting}"
+        case ConnectionError() as cause if "rejected SSL" in str(cause):  # asyncpg has no type
+            return f"correct sslmode in {setting}, or turn on TLS at the server"
         case OSError():
             return f"start it, or correct {setting}"
     return f"correct {setting}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -25,7 +26,7 @@ from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command, beside
 from tests.helpers.databases import make_login, shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
-from tests.helpers.servers import Answer, Request, http_server, smtp_server
+from tests.helpers.servers import Answer, Request, certificate, http_server, smtp_server
 
 READ_ONLY = (
     "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
@@ -365,6 +366,53 @@ async def test_an_endpoint_that_hangs_up_is_not_to_be_started(
         found = (await examine(database, runners={"Crm": {"url": server.url}}))["runner Crm"]
     assert found.level == "error"
     assert found.advice == "see its log, or correct its url"
+
+
+async def test_a_server_without_a_valid_certificate_is_not_to_be_started(
+    database: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Nor one that does not speak TLS."""
+
+    async def respond(_: Request) -> Answer:
+        return Answer()
+
+    async def answer_plainly(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    context, _ = certificate(tmp_path)
+    async with (
+        http_server(respond, context) as https,
+        await asyncio.start_server(answer_plainly, "127.0.0.1", 0) as plain,
+    ):
+        port = plain.sockets[0].getsockname()[1]
+        found = await examine(
+            database,
+            email={"url": https.url.replace("https:", "smtps:")},
+            runners={
+                "Untrusted": {"url": https.url},
+                "Plain": {"url": f"https://127.0.0.1:{port}/"},
+            },
+        )
+    for about in ("mail server", "runner Untrusted", "runner Plain"):
+        assert found[about].level == "error"
+        assert found[about].advice.startswith("correct "), found[about]
+
+
+async def test_a_database_without_tls_is_not_to_be_started() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(8)
+        writer.write(b"N")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"postgresql://ada@127.0.0.1:{port}/app?sslmode=require"
+        found = (await examine(url))["database"]
+    assert "rejected SSL upgrade" in found.seen
+    assert found.advice == "correct sslmode in database.url, or turn on TLS at the server"
 
 
 async def test_the_exit_code_says_whether_there_is_an_error(

@@ -28,7 +28,7 @@ from sequencerd.runners.email.smtp_dialogue import (
     SmtpReply,
 )
 from sequencerd.runners.email.smtp_url import parse_url
-from sequencerd.runners.error_causes import is_exhausted
+from sequencerd.runners.error_causes import cause_of_no_connection, is_exhausted
 from sequencerd.runners.fields import one_line
 
 IDLE_TIMEOUT = 20.0
@@ -183,7 +183,7 @@ class MailTransport:
             if isinstance(error, TokenError):
                 failed = Failed(text, False, error.retry_after, fault, cause=error.cause)
             else:
-                failed = Failed(text, fault=fault, cause="unreachable")
+                failed = Failed(text, fault=fault, cause=cause_of_no_connection(error))
         finally:
             attempt.end()
         if failed is None:
