@@ -32,6 +32,7 @@ MAX_FETCHES = 4  # messages whose attachments are fetched at the same time
 CALL_TIMEOUT = 30.0  # seconds, for one attachment
 FETCH_TIMEOUT = 60.0  # seconds, for all attachments of a message
 
+_COMPLETE = frozenset({200, 203})  # not 202, which means later, nor 204 and 206
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SOURCE = re.compile(r"(?:(https?)://)?([^/:?#@\s\[\]]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?(/\S*)?")
 _TYPE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,80}/[a-z0-9][a-z0-9.+-]{0,80}", re.IGNORECASE)
@@ -241,8 +242,8 @@ class Attachments:
         else:
             message = f"{place} redirects more than {MAX_REDIRECTS} times"
             raise AttachmentError(message, permanent=False)
-        if not 200 <= reply.status < 300:
-            raise AttachmentError(f"{place} answers {reply.status}", reply=reply)
+        if reply.status not in _COMPLETE:
+            raise AttachmentError(f"{place} answers {reply.status}", permanent=False, reply=reply)
         return reply.body, reply.headers.get("Content-Type", "")
 
     def _allowed(self, path: str, url: str) -> tuple[httpx.URL, UrlPattern]:

@@ -171,6 +171,9 @@ async def test_images_in_html() -> None:
 @pytest.mark.parametrize(
     ("status", "permanent", "wait"),
     [
+        (202, False, None),  # it is being made
+        (204, False, None),
+        (206, False, None),
         (404, True, None),
         (410, True, None),
         (400, True, None),
