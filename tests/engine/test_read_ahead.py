@@ -321,6 +321,7 @@ async def test_no_more_is_leased_than_there_are_slots(
         await eventually(lambda: free)
         let_an_hour_pass(one)
         await eventually(lambda: not planned(one))
+        free.append(one._executors.by_key["Note"].free_slots)
         holding.set()
         await until(connection, ALL_ENDED)
     assert len(recorder.visits) == len(set(recorder.visits)) == 31
