@@ -270,6 +270,33 @@ async def test_names_are_unique_and_a_subject_may_be_in_a_sequence_twice(
     assert [tuple(row) for row in policies] == [("Same 1", "always"), ("Same 2", "after_end")]
 
 
+async def test_a_title_may_be_the_name_of_another_sequence(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await original.execute(
+        """
+        UPDATE sequences SET title = 'Same';
+        INSERT INTO sequences (id, title, "firstStep")
+        VALUES (3, 'Same 1', 30), (4, 'Same 1 3', 40), (5, NULL, 50), (6, 'sequence 5', 60);
+        INSERT INTO steps (id, "sequenceId", type) SELECT id, id / 10, 'GoTo'
+          FROM unnest(ARRAY[30, 40, 50, 60]) AS id;
+        INSERT INTO runners SELECT id, 'zoe', id / 10, id, false, now(), now(), now()
+          FROM unnest(ARRAY[30, 40, 50, 60]) AS id;
+        """
+    )
+    sequencerd("import-original", "--apply")
+    rows = await original.fetch(
+        "SELECT sequence, step FROM sequencer.enrollments WHERE subject = 'zoe' ORDER BY step"
+    )
+    assert [tuple(row) for row in rows] == [
+        ("Same 1 3", "GoTo-30"),
+        ("Same 1 3 4", "GoTo-40"),
+        ("sequence 5", "GoTo-50"),
+        ("sequence 5 6", "GoTo-60"),
+    ]
+    assert "9 exist already and are not changed" in sequencerd("import-original", "--apply")
+
+
 async def test_the_original_may_be_in_another_database(
     sequencerd: Command, original: asyncpg.Connection, database: str
 ) -> None:

@@ -124,10 +124,14 @@ def _names(sequences: Iterable[asyncpg.Record]) -> dict[str, str]:
     """Return the name of each sequence by its id: its title, if that is unique."""
     titles = {row["id"]: (row["title"] or "").strip() for row in sequences}
     count = Counter(titles.values())
-    return {
-        id_: title if title and count[title] == 1 else f"{title or 'sequence'} {id_}"
-        for id_, title in titles.items()
-    }
+    numbered = {id_ for id_, title in titles.items() if not title or count[title] > 1}
+    while True:
+        names = {id_: f"{titles[id_] or 'sequence'} {id_}" for id_ in numbered}
+        taken = {*names.values()}  # a title may look like one of these
+        same = {id_ for id_, title in titles.items() if id_ not in numbered and title in taken}
+        if not same:
+            return titles | names
+        numbered |= same
 
 
 def _wanted(
