@@ -27,6 +27,7 @@ from sequencerd.core.javascript.templates import check_partial
 from sequencerd.core.languages import FILE, TEXT_SCHEMA, check_locale_path
 from sequencerd.core.model import (
     MAX_NAME,
+    NEXT,
     DefinitionError,
     Fault,
     InvalidStep,
@@ -38,6 +39,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import (
+    is_goal,
     is_instant,
     is_message,
     is_seeded,
@@ -540,6 +542,19 @@ def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
         source.add_finding(("steps", number), message, is_error=False)
 
 
+def _check_next(source: _SequenceSource, number: int, step: Step) -> None:
+    """Warn about a step that leads to a goal, and waits there, only because its next is omitted."""
+    following = source.steps[number + 1] if number + 1 < len(source.steps) else None
+    if is_goal(_text_at(following, "type") or "") and any(
+        exit_.path == NEXT.path for exit_ in step.behaviour.exits
+    ):
+        message = (
+            f"leads to the goal {step.next_step!r}, where enrollments wait until it is met: write "
+            "next, with a step or null"
+        )
+        source.add_finding(("steps", number), message, is_error=False)
+
+
 def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContext) -> list[Step]:
     """Read the steps that can be read, each name once, and report the errors of their configs."""
     steps: dict[str, Step] = {}
@@ -564,6 +579,8 @@ def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContex
         )
         if parsed.alt_next is None and "alt_next" not in parsed.model_fields_set:
             _check_alt_next(source, number, step)
+        if "next" not in parsed.model_fields_set:
+            _check_next(source, number, step)
         if parsed.seed is not None and not is_seeded(parsed.type):
             message = f"a {parsed.type} is not decided by a seed: leave it out"
             source.add_finding(("steps", number, "seed"), message)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from sequencerd.core.config import in_order
-from sequencerd.core.step_types import config_in_order, may_take_alt_next
+from sequencerd.core.step_types import config_in_order, is_goal, may_take_alt_next
 from sequencerd.definitions.diff import SequenceDocument
 from sequencerd.definitions.files import FileSequence
 
@@ -64,8 +64,7 @@ def to_yaml(document: SequenceDocument) -> str:
         recheck = timedelta(seconds=float(sequence["recheck"]))
         sequence["recheck"] = TypeAdapter(timedelta).dump_python(recheck, mode="json")
     steps = document["steps"]
-    following = [*(step["name"] for step in steps[1:]), None]
-    sequence["steps"] = [_step(*pair) for pair in zip(steps, following, strict=False)]
+    sequence["steps"] = [_step(*pair) for pair in zip(steps, [*steps[1:], None], strict=True)]
     sequence = in_order(sequence, FileSequence)
     made = _dump(sequence, allow_unicode=True)
     if all(line.isprintable() for line in made.split("\n")):
@@ -96,13 +95,14 @@ def quoted(text: str) -> str:
     return made.rstrip("\n")
 
 
-def _step(step: SequenceDocument, following: str | None) -> dict[str, Any]:
+def _step(step: SequenceDocument, following: SequenceDocument | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": step["name"], "type": step["type"]}
     if step["config"]:
         shown["config"] = config_in_order(step["type"], step["config"])
-    if step["next"] != following:
+    # `check` warns if next is omitted before a goal, and altNext where a side effect may take it
+    default = None if following is None else following["name"]
+    if step["next"] != default or (following is not None and is_goal(following["type"])):
         shown["next"] = step["next"]
-    # null is the default, but `check` warns if it is not written where a side effect may take it
     if step["altNext"] is not None or may_take_alt_next(step["type"], step["config"]):
         shown["altNext"] = step["altNext"]
     if "seed" in step:

@@ -132,6 +132,7 @@ steps:
       to: "{{data.email}}"
       subject: "{{data.nmae}}, {{data.user.city}}"
       text: "{{data.greeted}} {{data.tags.[0]}} {{data.user.town}} {{default data.nick data.name}}"
+    next: null
   - name: paid
     type: Goal
     config:
@@ -144,7 +145,7 @@ UNKNOWN = [
     (9, "subject: no data has the path 'data.nmae'; did you mean 'data.name'?"),
     (9, "subject: no data has the path 'data.user.city'"),
     (10, "text: no data has the path 'data.nick'"),
-    (15, "value.value: no data has the path 'data.paid'"),
+    (16, "value.value: no data has the path 'data.paid'"),
 ]
 
 
@@ -216,6 +217,21 @@ def test_only_messages_have_a_link_to_unsubscribe_and_only_with_its_settings(
     assert [(one.line, one.message) for one in told] == [
         (10, "text: unsubscribe_url would be empty: set unsubscribe.url and unsubscribe.keys")
     ]
+
+
+def test_an_exported_step_that_leads_to_a_goal_says_so(sequencerd: Command, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "name: s\nsteps:\n"
+        "  - {name: jump, type: GoTo, config: {step: week}}\n"
+        "  - {name: week, type: WaitForDuration, config: {amount: 1, unit: week}, next: paid}\n"
+        "  - name: paid\n    type: Goal\n"
+        "    config: {lodashCommand: has, value: {type: get, value: data}}\n"
+    )
+    sequencerd("apply", str(file))
+    file.write_text(sequencerd("export", "s"))
+    assert "next: paid" in file.read_text()
+    assert "0 errors, 0 warnings" in sequencerd("check", str(file))
 
 
 def test_a_custom_runner_may_add_data_but_no_typing_errors(tmp_path: Path) -> None:
@@ -546,8 +562,12 @@ AT_NINE = "{name: wait, type: WaitForDateComparison, config: {attribute: hour, v
         ([AT_NINE], "warning", 'wait does not wait if it matches already (write "occurrence'),
         (["{name: wait, type: WaitForDate, config: {date: 2026-01-01}}"], "error", "never waits"),
         (["{name: wait, type: WaitForDate, config: {date: '{{data.d}}'}}"], "warning", "is past"),
-        ([f"{{name: wait, type: WaitForCondition, config: {HOLDS}}}"], "warning", "if it is true"),
-        ([f"{{name: wait, type: Goal, config: {HOLDS}}}"], "warning", "if it is true"),
+        (
+            [f"{{name: wait, type: WaitForCondition, config: {HOLDS}}}"],
+            "warning",
+            "if its condition is true",
+        ),
+        ([f"{{name: wait, type: Goal, config: {HOLDS}}}"], "warning", "if its condition is true"),
         (
             ["{name: wait, type: WaitForDuration, config: {amount: 0, unit: days}}"],
             "error",

@@ -112,7 +112,7 @@ def _goal(config: GoalConfig) -> InstantStep:
     is_met = compile_condition(config, waits=True)
     return InstantStep(
         lambda context: Action.NEXT if is_met(context) else Stay(NEVER),
-        (NEXT._replace(condition=config, at_once="sometimes", reason="if it is true"),),
+        (NEXT._replace(condition=config, at_once="sometimes", reason="if its condition is true"),),
         met=is_met,
         repeats=config.repeat,
     )

@@ -137,7 +137,9 @@ def _wait_for_condition(config: WaitForConditionConfig) -> InstantStep:
         until = end(context)
         return Action.ALT_NEXT if until <= context.now else Stay(until)
 
-    exits = [NEXT._replace(condition=config, at_once="sometimes", reason="if it is true")]
+    exits = [
+        NEXT._replace(condition=config, at_once="sometimes", reason="if its condition is true")
+    ]
     if config.timeout is not None:
         exits.append(_after(config.timeout, ALT_NEXT))
     return InstantStep(answer, tuple(exits))
