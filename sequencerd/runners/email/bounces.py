@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email import message_from_bytes, message_from_string
 from email.message import Message
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from sequencerd.runners.email.plain import plain_text
@@ -20,12 +21,15 @@ from sequencerd.runners.email.refusals import enhanced_code, says_unknown
 from sequencerd.runners.fields import one_line
 
 MAX_READ = 1_000_000  # bytes of a message; a returned message may be large, and is not needed
+MAX_TEXT = 100_000  # characters of a bounce that is no report
 MAX_DEPTH = 5  # messages within messages
 
 _MARK = re.compile(
     r"(?<![0-9.])(\d{1,18})\.(\d{1,9})\.([0-9a-f]{16})[0-9a-f]{16}(?![0-9a-f])", re.IGNORECASE
 )
-_ADDRESS = re.compile(r"(?:\"(?:[^\"\\\n]|\\.)+\"|[^\s<>\"(),:;\[\]]+)@[^\s<>\"(),:;\[\]]+")
+_ADDRESS = re.compile(  # of a long text, each character is read a few times
+    r"(?:\"(?:[^\"\\\n]|\\.){1,64}\"|(?<![^\s<>\"(),:;\[\]])[^\s<>\"(),:;\[\]]+)@[^\s<>\"(),:;\[\]]+"
+)
 _ESCAPED = re.compile(r"\\x\{([0-9A-Fa-f]{2,5})\}")
 _COMPLAINTS = frozenset({"abuse", "fraud", "opt-out"})
 
@@ -133,6 +137,8 @@ def _text(part: _Part) -> str:
 def _fields(part: _Part) -> Iterator[Message]:
     """Yield the groups of fields in a report. Some have nothing between the groups."""
     for block in re.split(r"\n[ \t]*(?=\n)", _text(part)):
+        if not block.strip():
+            continue
         names = _RECIPIENT.findall(block)
         is_one = names.count(names[0]) == 1 if names else True
         groups = [block] if is_one else re.split(rf"(?m)^(?={names[0]})", block)
@@ -163,6 +169,7 @@ def _statuses(reports: list[_Part], parts: list[_Part]) -> Iterator[UnknownAddre
     """Yield the recipients that a delivery status notification (RFC 3464) reports as unknown. If it
     has no reason at all, as by OpenSMTPD, that of its text counts.
     """
+    explained: list[UnknownAddress] | None = None
     for fields in (group for part in reports for group in _fields(part)):
         if str(fields.get("Action", "")).strip().lower() != "failed":
             continue
@@ -170,7 +177,8 @@ def _statuses(reports: list[_Part], parts: list[_Part]) -> Iterator[UnknownAddre
         status = status.split(" ")[0]
         if status == "5.0.0" and not said:
             recipients = _addresses(_field(fields, "Final-Recipient"))
-            yield from (dead for dead in _plain(parts) if dead.address in recipients)
+            explained = [*_plain(parts)] if explained is None else explained
+            yield from (dead for dead in explained if dead.address in recipients)
             continue
         inner = _INNER_REPLY.search(said)  # what the other server said, after words of this one
         reply = inner[1] if inner else re.sub(r"^\d{3}[ -]+", "", said)
@@ -208,16 +216,18 @@ def _plain(parts: list[_Part]) -> Iterator[UnknownAddress]:
         return
     texts = {part.type: _text(part) for part in reversed(list(parts[0].walk()))}
     text = texts.get("text/plain") or plain_text(texts.get("text/html", "")) or ""
+    text = text[:MAX_TEXT]
     if returned := _RETURNED.search(text):
         text = text[: returned.start()]
-    addresses = [(*found.span(), _bare(found[0])) for found in _ADDRESS.finditer(text)]
-    for number, (_, begin, name) in enumerate(addresses):
-        others = (start for start, _, other in addresses[number + 1 :] if other != name)
-        end = min(next(others, len(text)), begin + _NEAR)
-        about = text[begin:end]
-        codes = [*_REPLY.findall(about), *_REPLY_OF_QMAIL.findall(about)]
-        if codes and all(map(says_unknown, codes)):
-            yield UnknownAddress(name, one_line(codes[0]))
+    named = groupby(_ADDRESS.finditer(text), lambda address: _bare(address[0]))
+    places = [(name, [*same]) for name, same in named]
+    ends = [same[0].start() for _, same in places[1:]]
+    for (name, same), end in zip(places, [*ends, len(text)], strict=False):
+        for address in same:
+            about = text[address.end() : min(end, address.end() + _NEAR)]
+            codes = [*_REPLY.findall(about), *_REPLY_OF_QMAIL.findall(about)]
+            if codes and all(map(says_unknown, codes)):
+                yield UnknownAddress(name, one_line(codes[0]))
 
 
 def _is_from_mail_system(message: Message) -> bool:

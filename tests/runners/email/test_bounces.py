@@ -435,6 +435,13 @@ def test_a_message_that_is_nested_deeply_is_no_report(level: str) -> None:
     assert read_report((nested + DSN).encode()).dead == ()
 
 
+@pytest.mark.parametrize("piece", ["a", '\\"', "1.", "a@b.org ", "a@b.org 5.1.1\n"])
+def test_no_message_takes_long(piece: str) -> None:
+    """Anyone can write to the address of bounces; these took from minutes to an hour."""
+    head = EXIM.partition("\n\n")[0] + '\n\n"'
+    read_report((head + piece * (1_000_000 // len(piece))).encode())
+
+
 PIECES = [
     DSN,
     QMAIL,
