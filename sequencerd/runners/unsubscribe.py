@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ NAME = "unsubscribe_url"
 """The name that templates read."""
 
 MAX_TOKEN = 2000  # characters
+_BEHIND = re.compile(r"[^A-Za-z0-9_-]+$")
 MAX_LANGUAGE = 35
 
 
@@ -47,11 +49,13 @@ class UnsubscribeLinks:
         return f"{self._url}{PATH}{self._tokens.dumps([*subscription])}"
 
     def read(self, token: str) -> Subscription | None:
-        """Return the subscription in a token; None if no key verifies it."""
+        """Return the subscription in a token, without what may follow it in a text; None if no key
+        verifies it.
+        """
         if len(token) > MAX_TOKEN:
             return None
         try:
-            return Subscription(*self._tokens.loads(token))
+            return Subscription(*self._tokens.loads(_BEHIND.sub("", token)))
         except (BadData, TypeError):
             return None
 

@@ -79,6 +79,12 @@ def test_no_token_can_be_changed() -> None:
         assert LINKS.read(wrong) is None
 
 
+@pytest.mark.parametrize("behind", [".", ",", ")", ">", ">.", "\u201d", "!", "=", "*", " "])
+def test_a_link_may_be_copied_with_what_follows_it(behind: str) -> None:
+    subscription = Subscription("sms", "+49151123456", "news")
+    assert LINKS.read(token(LINKS.link(subscription)) + behind) == subscription
+
+
 def test_a_message_has_the_link_in_its_text_and_its_header() -> None:
     found = headers(MAIL, task(email="Ada@X.org", locale="de-AT"))
     link = found["List-Unsubscribe"].strip("<>")
