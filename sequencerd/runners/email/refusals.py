@@ -105,7 +105,8 @@ _PASSING_LOGIN = 454
 
 # --- 2. to 4.
 
-_GREYLISTED = re.compile(r"gr[ea]y.?list|\btriplet\b|will be (?:allowed|accepted)")
+_GREYLISTED = re.compile(r"gr[ea]y.?list|\btriplet\b")
+_SOON = re.compile(r"will be (?:allowed|accepted)")
 
 _TOO_MANY_RECIPIENTS = _any(
     r"too many (?:\w+ )?(?:recipients|rcpts?\b|destinations)",
@@ -252,7 +253,7 @@ _SENDER = _any(
     _near(r"\b(?:e-?mail )?(?:address|domains?)\b", r"\b(?:not|un) ?verified|unregistered"),
     r"domain of (?:the )?sender|sandbox|verified sender",
     # relaying
-    _near(r"\brelay\w*|rcpthosts", _NOT),
+    _near(r"\brelay\w*\b(?!=)|rcpthosts", _NOT),
     r"open relay|as a relay",
 )
 
@@ -346,7 +347,8 @@ def _of_message(
         return by_code
     if about in _RULE_OF_RECIPIENT or _RULE_OF_GROUP.search(said):
         return by_code
-    if _GREYLISTED.search(said):
+    is_passing = by_code is RefusalMeaning.PASSING
+    if _GREYLISTED.search(said) or (is_passing and _SOON.search(said)):
         return RefusalMeaning.PASSING
     if not _RATE.search(said) and (about == _RECIPIENTS or _TOO_MANY_RECIPIENTS.search(said)):
         return RefusalMeaning.RECIPIENTS if stage == "recipient" else by_code
@@ -366,7 +368,6 @@ def _of_message(
             return RefusalMeaning.OPERATOR
         if _SENDER.search(said):
             return RefusalMeaning.SENDER
-    is_passing = by_code is RefusalMeaning.PASSING
     if is_passing and (about in _SYSTEM_CODES or _BUSY.search(said)):
         return RefusalMeaning.UNAVAILABLE
     if code == 421 and stage != "message":
