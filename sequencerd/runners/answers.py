@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -51,11 +50,6 @@ class ActionAnswer(BaseModel):
     data: dict[str, Any] | None = None
     retry_after: Annotated[float, Field(ge=0, le=MAX_RETRY_AFTER)] | None = None
     wake_at: datetime | None = None
-
-    @field_validator("retry_after", mode="before")
-    @classmethod
-    def _round(cls, value: object) -> object:
-        return float(value) if isinstance(value, Decimal) else value
 
     @field_validator("wake_at", mode="before")
     @classmethod

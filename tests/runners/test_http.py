@@ -148,6 +148,12 @@ async def test_every_kind_of_answer() -> None:
     ]
 
 
+async def test_a_wait_may_have_more_digits_than_a_float() -> None:
+    body = b'[{"id": 7, "action": "noop", "retryAfter": 90.50000000000000000001}]'
+    (result,) = await run(servers.Answer(200, body))
+    assert result == Answer(Action.NOOP, retry_after=timedelta(seconds=90.5))
+
+
 @pytest.mark.parametrize(
     ("item", "says"),
     [
