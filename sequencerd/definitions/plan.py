@@ -45,7 +45,7 @@ from sequencerd.definitions.diff import (
 )
 from sequencerd.definitions.drawing import Edge, edges
 from sequencerd.errors import FileError, PlanError
-from sequencerd.storage import server, sources
+from sequencerd.storage import connections, server, sources
 from sequencerd.storage.statements import QUERIES
 
 BATCH_SIZE = 5000  # enrollments read at a time
@@ -585,8 +585,14 @@ async def _count(
     count = WaitingCounts(name)
     now = await server.server_time(connection)
     async with connection.transaction():  # a cursor needs one
-        cursor = await connection.cursor(QUERIES["enrollments_at"], one.sequence, old_name)
-        while rows := await cursor.fetch(BATCH_SIZE):
+        async for rows in connections.batches(
+            connection,
+            "waiting",
+            QUERIES["enrollments_at"],
+            one.sequence,
+            old_name,
+            size=BATCH_SIZE,
+        ):
             for row in rows:
                 enrollment = Enrollment(*row)
                 if name != old_name:

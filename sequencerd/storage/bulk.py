@@ -22,7 +22,7 @@ import asyncpg
 from sequencerd.core.describe import counted
 from sequencerd.core.model import MAX_SUBJECT
 from sequencerd.errors import UsageError
-from sequencerd.storage.connections import counting
+from sequencerd.storage.connections import batches, counting
 from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
 
@@ -142,8 +142,13 @@ async def select(
     """Return the ids that an action applies to, in order, without enrollments at `to`."""
     found: list[int] = []
     async with counting(connection):
-        cursor = await connection.cursor(QUERIES["select"], *_parameters(action, selection, to))
-        while rows := await cursor.fetch(FETCH_SIZE):
+        async for rows in batches(
+            connection,
+            "selected_ids",
+            QUERIES["select"],
+            *_parameters(action, selection, to),
+            size=FETCH_SIZE,
+        ):
             found.extend(row[0] for row in rows)
     return array("q", sorted(found))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -239,6 +239,21 @@ async def counting(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyn
     async with transaction(on, readonly=True, **options):
         await on.execute(QUERIES["without_jit"])
         yield on
+
+
+async def batches(
+    on: asyncpg.Connection, name: str, statement: str, *parameters: object, size: int
+) -> AsyncGenerator[list[asyncpg.Record], None]:
+    """Read the rows of a statement in batches, in the present transaction, by a cursor of a name
+    that belongs to the statement.
+
+    A cursor of asyncpg has a prepared statement with a name, which a pooler in transaction mode
+    leaves in the session for the next client, whose names are the same.
+    """
+    await on.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {statement}", *parameters)
+    while rows := await on.fetch(f"FETCH {size:d} FROM {name}"):
+        yield rows
+    await on.execute(f"CLOSE {name}")
 
 
 @asynccontextmanager

@@ -69,4 +69,4 @@ def brief(error: BaseException) -> str:
 def with_hint(error: asyncpg.PostgresError) -> str:
     """Return the database's error, with its hint."""
     hint = getattr(error, "hint", None)
-    return f"{error.args[0]}; {hint}" if hint else str(error.args[0])
+    return f"{error.args[0]}; {' '.join(hint.split())}" if hint else str(error.args[0])

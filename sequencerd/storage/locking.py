@@ -102,8 +102,9 @@ async def read_ahead(
     what `peek` could read then.
     """
     async with connections.transaction(connection):
-        cursor = await connection.cursor(QUERIES["peek"], *waking, False)
-        while rows := await cursor.fetch(page):
+        async for rows in connections.batches(
+            connection, "peeked", QUERIES["peek"], *waking, False, size=page
+        ):
             yield [
                 (Enrollment._make(row[3:]), int(row["version"]))
                 for row in rows

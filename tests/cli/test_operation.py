@@ -10,6 +10,7 @@ import pty
 import signal
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -19,6 +20,7 @@ from sequencerd.core.model import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until, way
+from tests.helpers.pooler import pgbouncer
 from tests.helpers.waiting import PATIENCE
 
 DAYS = '{"amount": 3, "unit": "days"}'
@@ -446,3 +448,23 @@ async def test_enrollments_at_a_step_that_was_removed_can_be_named(
     assert "ada" in sequencerd("list", "--sequence", "s", "--step", "send")
     told = json.loads(sequencerd("cancel", "--sequence", "s", "--step", "send", "--yes", "--json"))
     assert told["changed"] == 1
+
+
+@pytest.mark.slow
+def test_commands_work_through_a_pooler_after_others(
+    applied: Command, database: str, tmp_path: Path
+) -> None:
+    """Each is a process of its own, whose prepared statements would have the same names."""
+    with pgbouncer(database, tmp_path) as through:
+        applied.variables["SEQUENCERD_DATABASE"] = through
+        applied.program("enroll", "s", "ada")
+        file = tmp_path / "s.yaml"
+        file.write_text(file.read_text().replace("amount: 3", "amount: 4"))
+        for command in (
+            ["reevaluate", "--subject", "ada"],
+            ["plan", "s.yaml"],
+            ["move", "--subject", "ada", "--to", "second"],
+            ["cancel", "--subject", "ada"],
+        ):
+            applied.program(*command)
+            assert not applied.errors

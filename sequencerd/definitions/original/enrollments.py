@@ -19,7 +19,7 @@ from sequencerd.definitions.original.report import ImportedSequence, ImportRepor
 from sequencerd.definitions.original.translate import ImportChoices, is_past
 from sequencerd.storage import server
 from sequencerd.storage.change_of_shards import Change
-from sequencerd.storage.connections import Shard
+from sequencerd.storage.connections import Shard, batches
 from sequencerd.storage.statements import QUERIES
 
 BATCH_SIZE = 5000  # enrollments in memory
@@ -99,11 +99,11 @@ async def apply(
     query = source.query("original_runners", await source.optional())
     async with source.connection.transaction(readonly=True):
         await source.connection.execute(QUERIES["use_utc"])
-        async for values in source.connection.cursor(query, prefetch=BATCH_SIZE):
-            row = OriginalEnrollment(*values)
-            shard = by_number.get(shard_of(row.subject or "", shards))
-            if shard is not None and writers[shard].add(row):
-                await change.on(shard, writers[shard].flush)
+        async for rows in batches(source.connection, "runners", query, size=BATCH_SIZE):
+            for row in map(OriginalEnrollment._make, rows):
+                shard = by_number.get(shard_of(row.subject or "", shards))
+                if shard is not None and writers[shard].add(row):
+                    await change.on(shard, writers[shard].flush)
     for shard, writer in writers.items():
         await change.on(shard, writer.flush)
     result = merge({str(shard.name): one for shard, one in found.items()})
