@@ -112,7 +112,7 @@ def _known_texts(documents: Collection[str]) -> list[TextRow]:
         own = {str(text["value"]) for text in found if text["is_own"]}
         if len(documents) > 1:
             texts += found
-        others = set().union(*map(other_notations, own)) - own
+        others = set().union(*map(other_notations, own)) - {one.strip().lower() for one in own}
         texts += [{"value": notation, "is_own": True} for notation in sorted(others)]
     return texts
 
