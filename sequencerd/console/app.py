@@ -399,7 +399,9 @@ def _failed(
     log.warning("the console cannot reach the database", error=brief(error))
     is_read = request.method != "POST"
     what = "This page retries automatically." if is_read else NOT_KNOWN
-    made = message_page(request, 503, "The database cannot be reached", what, retry=is_read)
+    is_slow = isinstance(error, TimeoutError | asyncpg.QueryCanceledError)
+    title = "The database does not answer in time" if is_slow else "The database cannot be reached"
+    made = message_page(request, 503, title, what, retry=is_read)
     made.headers["Retry-After"] = "5"
     return made
 

@@ -23,7 +23,7 @@ from structlog.typing import FilteringBoundLogger
 from sequencerd.core.model import StepKey
 from sequencerd.service.diagnosis import CHECKS, Diagnosis, run_check
 from sequencerd.storage.connections import borrow, counting, read, reading
-from sequencerd.storage.database_errors import brief
+from sequencerd.storage.database_errors import LOST_ERRORS, brief
 from sequencerd.storage.statements import QUERIES
 
 MAX_FAILED = 1_000_000  # failed enrollments that are counted
@@ -150,22 +150,25 @@ class Summary:
                 self._wanted.clear()
                 continue
             begun, self._details_took = time.monotonic(), 0.0
-            failed = True
+            least, factor = ERROR_PAUSE, PAUSE_FACTOR
             try:
                 self._counts = await self._count()
-                failed, self._error = False, None
+                least, self._error = MIN_PAUSE, None
             except (TimeoutError, asyncpg.QueryCanceledError) as error:
                 # it is slow, but available: the previous counts are still worth showing
+                self._error = None
                 self._log.warning("the console can't count in time", error=brief(error))
             except Exception as error:  # the pages say that counting failed
                 if self._error is None:
                     self._log.warning("the console can't count", error=brief(error))
                 self._error = error
+                if isinstance(error, LOST_ERRORS):
+                    factor = 0  # however long it took: no page is shown until the next count
             done, self._next = self._next, asyncio.get_running_loop().create_future()
             done.set_result(None)
             self.changed()
             took = time.monotonic() - begun - self._details_took
-            await asyncio.sleep(max(ERROR_PAUSE if failed else MIN_PAUSE, PAUSE_FACTOR * took))
+            await asyncio.sleep(max(least, factor * took))
 
     async def _count(self) -> Counts:
         (clock,) = await read(self._pool, "server_time")

@@ -879,3 +879,48 @@ async def test_a_page_that_comes_again_does_so_without_a_script(
                 assert again in (await client.get(path)).text, path
         line.cut()
         assert again in (await page_once(client, "/search", 503)).text
+
+
+async def test_pages_are_back_with_the_database(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt to count that found no database is followed by a short pause, however long it
+    took.
+    """
+    await people(connection)
+    line = Line(database)
+    count, failed = summary.Summary._count, asyncio.Event()
+
+    async def recording(self: summary.Summary) -> summary.Counts:
+        try:
+            return await count(self)
+        except Exception:
+            failed.set()
+            raise
+
+    monkeypatch.setattr(summary.Summary, "_count", recording)
+    monkeypatch.setattr(summary, "ERROR_PAUSE", 0.05)
+    async with line.open() as through, console(database, through=through) as client:
+        await counted(client, "overview")
+        line.cut()
+        await failed.wait()
+        monkeypatch.setattr(summary, "PAUSE_FACTOR", 1_000_000)
+        failed.clear()
+        await failed.wait()
+        line.is_cut = False
+        await page_once(client, "/", 200)
+
+
+async def test_a_slow_database_is_not_said_to_be_away(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await people(connection)
+
+    async def late(*_: object) -> None:
+        raise TimeoutError
+
+    async with console(database) as client:
+        monkeypatch.setattr(views, "journey", late)
+        page = await client.get("/enrollments/1")
+        assert page.status_code == 503
+        assert "The database does not answer in time" in check(page)
