@@ -73,6 +73,8 @@ def read_report(raw: bytes) -> BounceReport:
     feedback = [part for part in parts if part.type == "message/feedback-report"]
     if feedback:
         return BounceReport("complaint", found, tuple(_complaints(feedback[0])))
+    if complaints := [*_complaints_of_microsoft(parts)]:
+        return BounceReport("complaint", found, tuple(complaints))
     statuses = [part for part in parts if part.type in _STATUS_TYPES]
     dead = [*_statuses(statuses, parts)] if statuses else [*_plain(parts)]
     return BounceReport("bounce", found, tuple(dict.fromkeys(dead)))
@@ -197,6 +199,17 @@ def _complaints(part: _Part) -> Iterator[UnknownAddress]:
         recipients = [str(value) for value in fields.get_all("Original-Rcpt-To", [])]
         found: list[str | None] = [a for value in recipients for a in _addresses(value)]
         yield from (UnknownAddress(address, f"abuse report: {kind}") for address in found or [None])
+
+
+def _complaints_of_microsoft(parts: list[_Part]) -> Iterator[UnknownAddress]:
+    """Yield the recipients of Outlook.com that complain: its reports are the message itself, with
+    the recipient in a header.
+    """
+    if not parts or "staff@hotmail.com" not in str(parts[0].get("From", "")).lower():
+        return
+    for part in parts[1:]:
+        for address in _addresses(str(part.get("X-HmXmrOriginalRecipient", ""))):
+            yield UnknownAddress(address, "abuse report")
 
 
 _NEAR = 400  # characters after an address in which the reply is expected

@@ -166,6 +166,35 @@ def test_abuse_reports(kind: str, recipient: str, dead: list[str | None]) -> Non
     assert report.marks == (MARK,)
 
 
+MICROSOFT = """\
+From: <staff@hotmail.com>
+Subject: complaint about message from 192.0.2.1
+MIME-Version: 1.0
+Content-Type: multipart/mixed; boundary="b"
+
+--b
+Content-Type: message/rfc822
+
+X-HmXmrOriginalRecipient: ada@hotmail.com
+X-Reporter-IP: 192.0.2.22
+From: <shop@example.com>
+To: <ada@hotmail.com>
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+
+Buy now
+
+--b--
+"""
+
+
+def test_abuse_reports_of_microsoft() -> None:
+    report = read_report(MICROSOFT.encode())
+    assert [one.address for one in report.dead] == ["ada@hotmail.com"]
+    assert (report.kind, report.marks) == ("complaint", (MARK,))
+    assert read_report(MICROSOFT.replace("staff@", "eve@").encode()).dead == ()
+    assert read_report(MICROSOFT.replace("X-HmXmr", "X-").encode()).dead == ()
+
+
 QMAIL = """\
 Return-Path: <>
 From: MAILER-DAEMON@mx.example.org
