@@ -19,6 +19,8 @@ PAGE = Path(__file__).parents[1] / "docs/recipes.md"
 SETTINGS = """
 [runners.Score]
 url = "http://localhost:1"
+[runners.SelfTest]
+url = "http://localhost:1"
 [sms]
 account_sid = "AC00000000000000000000000000000000"
 auth_token = "secret"

@@ -78,6 +78,8 @@ WORKDAYS = {"unit": "business days", "holidays": "DE"}
         ({}, "2026-12-01 10:00:00 UTC", "2026-12-01T10:00:00Z"),
         ({}, "20261201", "2026-11-30T23:00:00Z"),
         ({"every": "year"}, "1990-05-05", "2026-05-04T22:00:00Z"),
+        ({"every": "month", "at": "09:00"}, "1990-01-31", "2026-03-31T07:00:00Z"),
+        ({"every": "month", "at": "12:00"}, "2019-12-02", "2026-03-02T11:00:00Z"),
         ({"every": "year", "at": "09:00"}, "1990-03-02", "2027-03-02T08:00:00Z"),  # it is 11:00
         ({"every": "year", "at": "12:00"}, "1990-03-02", "2026-03-02T11:00:00Z"),
         ({"every": "year", "at": "09:00"}, "2024-02-29", "2027-02-28T08:00:00Z"),
@@ -182,7 +184,7 @@ def test_data_that_do_not_fit_fail_with_the_value(
         ("WaitForDate", {"date": "2026-12-01", "format": "X"}, "'2026-12-01' is not a number"),
         ("WaitForDate", {**DUE, "format": "YYYY"}, "format: must be 'X' or 'x'"),
         ("WaitForDate", {**DUE, "at": "noon"}, "at: must be a time of day"),
-        ("WaitForDate", {**DUE, "every": "month"}, "every: must be 'year'"),
+        ("WaitForDate", {**DUE, "every": "week"}, "every: must be 'year' or 'month'"),
         ("WaitForDate", {**DUE, "every": "year", "past": "altNext"}, "past is for dates that come"),
         ("WaitForDate", {**DUE, "offset": {"amount": "3", **DAYS}}, "offset.amount: must be a num"),
         (
@@ -256,6 +258,11 @@ def test_a_step_waits_for_a_window() -> None:
             "WaitForDate",
             {**DUE, "offset": {"amount": -3, **DAYS}, "at": "09:00"},
             "waits for 3 days before the date {{data.due}} at 09:00",
+        ),
+        (
+            "WaitForDate",
+            {**DUE, "every": "month", "at": "01:00"},
+            "waits for the next monthly anniversary of {{data.due}} at 01:00",
         ),
         ("WaitForDate", {**DUE, "every": "year"}, "waits for the next anniversary of {{data.due}}"),
         (

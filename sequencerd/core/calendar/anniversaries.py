@@ -1,4 +1,4 @@
-"""Anniversaries: a date that recurs each year, such as a birthday."""
+"""Anniversaries: a date that recurs each year, such as a birthday, or each month."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ def next_anniversary(
     after: datetime,
     tz: ZoneInfo,
     moved: Callable[[datetime], datetime] = lambda at: at,
+    *,
+    months: int = 12,
 ) -> datetime:
     """Return the first anniversary of a date, the date itself included, that comes `after`.
 
-    An anniversary is on the same day and at the same time of its zone; that of 29 February is 28
-    February in common years. `moved` is what counts instead of each, such as three days before it;
-    it must keep their order. Raise EvaluationError (bad_data) beyond the year 9999.
+    Anniversaries are some `months` apart, on the same day and at the same time of the zone; in a
+    month that is too short, on its last day: that of 29 February is 28 February in common years.
+    `moved` is what counts instead of each, such as three days before it; it must keep their order.
+    Raise EvaluationError (bad_data) beyond the year 9999.
     """
-    wall = to_wall(first, tz)
+    wall, end = to_wall(first, tz), to_wall(after, tz)
 
-    def of(year: int) -> datetime:
-        if year == wall.year:  # it may have been the second of a time that occurs twice
+    def anniversary(number: int) -> datetime:
+        if number == 0:  # it may have been the second of a time that occurs twice
             return moved(first)
         try:
-            return moved((wall + relativedelta(year=year)).replace(fold=0).astimezone(UTC))
+            on_day = wall + relativedelta(months=number * months)
+            return moved(on_day.replace(fold=0).astimezone(UTC))
         except (OverflowError, ValueError) as error:
             raise EvaluationError("bad_data", OUT_OF_RANGE) from error
 
-    year = max(to_wall(after, tz).year, wall.year)
-    while year > wall.year and of(year) > after:
-        year -= 1
-    while (found := of(year)) <= after:
-        year += 1
+    number = max(0, ((end.year - wall.year) * 12 + end.month - wall.month) // months)
+    while number > 0 and anniversary(number) > after:
+        number -= 1
+    while (found := anniversary(number)) <= after:
+        number += 1
     return found

@@ -169,9 +169,9 @@ class WaitForDateConfig(Config):
     """An ISO 8601 date, or a template that renders one, such as {{data.due}}."""
     format: Literal["X", "x"] | None = None
     """X: the date is a Unix time in seconds; x: in milliseconds."""
-    every: Literal["year"] | None = None
-    """year: wait for the next anniversary of the date, such as a birthday; 29 February becomes
-    28 February in common years."""
+    every: Literal["year", "month"] | None = None
+    """year: wait for the next anniversary of the date, such as a birthday; month: for the same day
+    of the next month. In a month without that day, it is the last one."""
     offset: DurationConfig | None = None
     """Time to add to the date, such as {amount: -3, unit: days} for three days before it."""
     at: Annotated[str, AfterValidator(_clock)] | None = None
@@ -238,7 +238,8 @@ def _compile_end(config: WaitForDateConfig) -> Callable[[Context], datetime]:
         if config.every is None:
             return moved(first)
         since = max(context.entered_at, context.now - MAX_DELAY_OF_DATES)
-        return next_anniversary(first, since, tz, moved)
+        months = 12 if config.every == "year" else 1
+        return next_anniversary(first, since, tz, moved, months=months)
 
     return end
 
@@ -260,8 +261,9 @@ def _describe_date(config: Mapping[str, Any]) -> str:
     if "date" not in config:
         return ""
     what = f"the date {config['date']}"
-    if config.get("every"):
-        what = f"the next anniversary of {config['date']}"
+    if every := config.get("every"):
+        monthly = "monthly " if every == "month" else ""
+        what = f"the next {monthly}anniversary of {config['date']}"
     match config.get("offset"):
         case {"amount": int() | float() as amount, "unit": str() as unit}:
             what = f"{in_words(abs(amount), unit)} {'before' if amount < 0 else 'after'} {what}"
