@@ -302,7 +302,7 @@ async def test_a_refusal_counts_although_its_body_cannot_be_read(
 
 async def test_a_refusal_counts_although_its_body_does_not_end() -> None:
     chunk = servers.Answer(400, b"a\r\nthe reason\r\n", {"Transfer-Encoding": "chunked"})
-    bad = failed((await run(chunk, timeout=0.5))[0])
+    bad = failed((await run(chunk, timeout=2))[0])
     assert (bad.permanent, bad.message) == (True, "Crm answered 400 the reason")
 
 
