@@ -91,6 +91,14 @@ def read_secret_file(name: str, folder: str | None) -> str:
 Secret = Annotated[SecretStr, BeforeValidator(_read_secret)]
 
 
+def _unless_empty(value: SecretStr | None) -> SecretStr | None:
+    """Return None for an empty text: a variable without a value is not set."""
+    return value or None
+
+
+OptionalUrl = Annotated[Secret | None, AfterValidator(_unless_empty)]
+
+
 def _read_duration(value: object) -> timedelta:
     try:
         duration = TypeAdapter(timedelta).validate_python(value)
@@ -175,8 +183,8 @@ class DatabaseSettings(Section):
     `listen_url` is the server's own address if `url` is a pooler's.
     """
 
-    url: Secret | None = None
-    listen_url: Secret | None = None
+    url: OptionalUrl = None
+    listen_url: OptionalUrl = None
     schema_name: SchemaName = Field(default=SCHEMA, alias="schema")
     listen: bool = True
     connections: int = Field(default=5, ge=2, le=100)

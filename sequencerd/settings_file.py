@@ -27,6 +27,8 @@ DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 _PREFIX = "SEQUENCERD_"
 _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
 _NO_SETTING = {"CONFIG", "INSTANCE"}
+_TABLES = ("RUNNERS", "LOOKUPS", "SHARDS", "CONSOLE_USERS", "CONSOLE_OIDC", "EMAIL_OAUTH")
+"""Tables that only the file can have."""
 
 
 def load(
@@ -122,8 +124,12 @@ def _from_environment(
             return *place, read_secret_file(text, folder)
         except ValueError as error:
             raise SettingsError(f"{name}: {error}") from error
+    table = next((one for one in _TABLES if short.startswith(f"{one}_")), None)
     near = get_close_matches(short, known, n=1)
-    hint = f"; did you mean {_PREFIX}{near[0]}?" if near else ""
+    if table is not None:
+        hint = f"; write [{table.lower().replace('_', '.')}] in the settings file"
+    else:
+        hint = f"; did you mean {_PREFIX}{near[0]}?" if near else ""
     raise SettingsError(f"{name} is not a setting{hint}")
 
 

@@ -44,6 +44,13 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
     assert load({"SEQUENCERD_ENGINE_BATCH": "50"}).engine.batch == 50
 
 
+def test_the_url_of_a_database_that_is_empty_is_not_set() -> None:
+    """As a variable that refers to another one, in compose.yaml."""
+    settings = load({"SEQUENCERD_DATABASE": "", "SEQUENCERD_DATABASE_LISTEN_URL": ""})
+    assert (settings.database.url, settings.database.listen_url) == (None, None)
+    assert not settings.database.pooled
+
+
 def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
     secret = tmp_path / "token"
     secret.write_text("top-secret\n")
@@ -57,6 +64,8 @@ def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
     ("variable", "value", "words"),
     [
         ("SEQUENCERD_SMPT_URL", "x", "did you mean SEQUENCERD_SMTP_URL"),
+        ("SEQUENCERD_RUNNERS_CRM_URL", "x", r"write \[runners\] in the settings file$"),
+        ("SEQUENCERD_EMAIL_OAUTH_SCOPE", "x", r"write \[email\.oauth\] in the settings file$"),
         ("SEQUENCERD_ENGINE_BATCH", "many", "engine.batch: must be a whole number$"),
         ("SEQUENCERD_ENGINE_LEASE", "0", "engine.lease: must be 1 or more$"),
         ("SEQUENCERD_LOG_LEVEL", "loud", "log.level: .*'debug'"),
