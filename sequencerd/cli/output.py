@@ -35,10 +35,10 @@ def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: i
     write(shown + end, to)
 
 
-def say_lines(lines: object, *, to: TextIO | None = None) -> None:
+def say_lines(lines: object) -> None:
     """Print a text of several lines that contains no values of users; lines are not wrapped."""
     for line in str(lines).removesuffix("\n").split("\n"):
-        write(visible(line) + "\n", to)
+        write(visible(line) + "\n")
 
 
 def _width(stream: TextIO) -> int | None:

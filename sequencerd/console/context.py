@@ -90,7 +90,7 @@ def context_of(request: Request) -> PageContext:
     return unmasked
 
 
-def definition_of(context: PageContext, name: str, step: str | None = None) -> model.Sequence:
+def definition_of(context: PageContext, name: str, step: str | None) -> model.Sequence:
     """Return a sequence; if a step is named, one that has it. Raises NotFoundError."""
     definition = context.simulator().definitions.get(name)
     if definition is None:

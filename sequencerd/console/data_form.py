@@ -37,7 +37,6 @@ async def _page(
     *,
     lines: list[dict[str, Any]] | None = None,
     wrong: str | None = None,
-    version: str | None = None,
 ) -> Response:
     context = context_of(request)
     row = await _read(context, id_)
@@ -49,7 +48,7 @@ async def _page(
         title=f"Data of {shown}",
         id=id_,
         text=await _shown(context, row) if text is None else text,
-        version=version or row["version"],
+        version=row["version"],
         lines=lines,
         wrong=wrong,
     )
