@@ -13,6 +13,7 @@ _ID = re.compile(r"([^/\s]+)/[0-9]+")
 
 ROWS_PER_PAGE = 50
 MAX_ROWS = 1000  # of a table that a program asks for
+LAST_CHARACTER = "\U0010ffff"  # ends a search by the beginning of a text
 
 
 class NotFoundError(Exception):

@@ -17,7 +17,7 @@ from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, message_page, query_of, render
 from sequencerd.console.mask import MASKED_VALUE, MaskedRow
 from sequencerd.console.merging import in_all, matching_rows, say_where_missing
-from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import LAST_CHARACTER, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.model import Undeliverable
 from sequencerd.runners.sms.numbers import normalise
@@ -36,7 +36,6 @@ MASKED_REMARK = "Addresses are masked, so they are not searched"
 
 _CHANNEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _TOPIC = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
-_LAST_CHARACTER = "\U0010ffff"
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ async def read(context: PageContext, visitor: Visitor, query: Query) -> Suppress
             "console_suppressions",
             channels,
             prefixes,
-            _LAST_CHARACTER,
+            LAST_CHARACTER,
             query.get("topic"),
             query.get("source"),
             after,

@@ -13,7 +13,7 @@ import asyncpg
 from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
 from sequencerd.console.mask import MaskedRow, MaskRow, read_data
-from sequencerd.console.query import MAX_ROWS, NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import LAST_CHARACTER, MAX_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
@@ -30,7 +30,6 @@ NOT_ALL_SEARCHED = (
     f"Addresses were searched in the latest {EMAILS_SEARCHED:,} enrollments only, so others may"
     " have this one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
 )
-LAST_CHARACTER = "\U0010ffff"
 
 
 # --- counts

@@ -27,15 +27,17 @@ def parse_clock(text: str) -> time:
     return time(hour, minute, second)
 
 
-def _start(text: str) -> str:
+def _time_of_day(text: str) -> str:
     parse_clock(text)
     return text
 
 
 def _end(text: str) -> str:
-    if text != "24:00":
-        parse_clock(text)
-    return text
+    return text if text == "24:00" else _time_of_day(text)
+
+
+TimeOfDay = Annotated[str, AfterValidator(_time_of_day)]
+"""A text such as 09:00."""
 
 
 class SpreadConfig(Config):
@@ -56,7 +58,7 @@ class WindowConfig(Config):
         default=None, min_length=1
     )
     """The days on which the window opens. Default: every day."""
-    from_: Annotated[str, AfterValidator(_start)] = Field(default="00:00", alias="from")
+    from_: TimeOfDay = Field(default="00:00", alias="from")
     """The time at which it opens, such as 09:00."""
     to: Annotated[str, AfterValidator(_end)] = "24:00"
     """The time at which it closes, such as 17:00; on the next day if that is not after `from`."""

@@ -47,6 +47,7 @@ from sequencerd.core.step_types import (
 )
 from sequencerd.core.step_types.condition_config import ConditionConfig, commands
 from sequencerd.core.step_types.record import texts
+from sequencerd.runners import unsubscribe
 
 ROOT_KEYS = (
     "id",
@@ -64,9 +65,6 @@ ROOT_KEYS = (
     "startStep",
 )
 """The first keys of paths: those of model.view."""
-
-UNSUBSCRIBE_URL = "unsubscribe_url"
-"""A name that the templates of messages can read as well."""
 
 FORMER_KEYS = {
     "createdAt": "write startSequence",
@@ -338,7 +336,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
             if problem and not any(keys[: len(other)] == other for other in reported):
                 yield Remark(step.name, keys, str(error), is_error=True)
             continue
-        others = {UNSUBSCRIBE_URL} if is_message(step.type) else set()
+        others = {unsubscribe.NAME} if is_message(step.type) else set()
         yield from _check_reads(step.name, keys, source, template.surely_reads - others, sequence)
 
 
@@ -397,7 +395,7 @@ def check_partials(sequence: Sequence) -> Iterator[Remark]:
         if name in sure:
             with suppress(DefinitionError):
                 template = compile_template(source, escape=False, partials=partials)
-                reads = template.surely_reads - {UNSUBSCRIBE_URL}
+                reads = template.surely_reads - {unsubscribe.NAME}
                 yield from _check_reads("", keys, source, reads, sequence)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, time
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, Field, StrictInt
+from pydantic import Field, StrictInt
 
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
@@ -32,7 +32,7 @@ from sequencerd.core.step_types.data import compile_item, data_paths
 from sequencerd.core.step_types.durations import Duration, compile_move, in_words, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
-from sequencerd.core.window_config import parse_clock
+from sequencerd.core.window_config import TimeOfDay, parse_clock
 
 # --- other enrollments
 
@@ -110,11 +110,6 @@ def _subject(source: str | None, faults: Faults) -> Callable[[Context], str]:
 # --- items
 
 
-def _time_of_day(text: str) -> str:
-    parse_clock(text)
-    return text
-
-
 class CollectConfig(Config):
     """Collects items that sequencer.collect() adds to data.items, then moves them to data.batch."""
 
@@ -122,7 +117,7 @@ class CollectConfig(Config):
     """Ends the collection when no item has arrived for this time, such as {minutes: 10}."""
     most: Duration | None = None
     """Ends the collection this long after the first item at the latest, such as {hours: 1}."""
-    at: Annotated[str, AfterValidator(_time_of_day)] | None = None
+    at: TimeOfDay | None = None
     """Instead of quiet and most: the local time at which the collection ends, such as "08:00"."""
     at_most: StrictInt = Field(default=1000, ge=1, le=10_000, alias="at_most")
     """The number of items to keep; further items are only counted."""
