@@ -173,8 +173,10 @@ def test_data_that_do_not_fit_fail(change: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a": {"add": "one"}}, "data.a: must be a number, or a template"),
-        ({"a": {"add": True}}, "data.a: add must be a number"),
+        ({"a": {"add": "one"}}, "data.a.add: must be a number, or a template"),
+        ({"a": {"add": True}}, "data.a.add: must be a number, or a template"),
+        ({"a": {"add": "{{#if}}"}}, "data.a.add: line 1"),
+        ({"a": {"get": ""}}, "data.a: get must be a path"),
         ({"a": {"remove": False}}, "data.a: remove must be true"),
         ({"a": {"b": {"add": 1}}}, "data.a.b: add changes a key of data itself"),
         ({"a": {"append": {"remove": True}}}, "data.a.append: remove changes a key"),
@@ -185,7 +187,8 @@ def test_data_that_do_not_fit_fail(change: dict[str, Any], message: str) -> None
 def test_an_operation_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DefinitionError) as error:
         compile_step("UpdateData", {"data": change})
-    assert message in str(error.value)
+    [fault] = error.value.faults
+    assert message in str(fault)
 
 
 def test_paths_of_the_lookup_that_are_read_are_known() -> None:

@@ -105,7 +105,7 @@ def _compile_nested(
         with faults.at(*within):
             found = _compile_get(value["get"])
             return _required(path, value["get"], found) if strict else found
-    if operation is not None:
+    elif operation is not None:
         with faults.at(*within):
             raise DefinitionError(f"{operation} changes a key of data itself, not one within it")
     match value:
@@ -173,9 +173,13 @@ def _child(value: Any, key: str) -> Any:
 
 
 def _compile_add(path: KeyPath, amount: Any, strict: bool) -> NewValue:
-    if isinstance(amount, bool) or not isinstance(amount, int | float | str):
-        raise DefinitionError("add must be a number, or a template that gives one")
-    number = compile_number((*path, "add"), amount, strict=strict)
+    faults = Faults()
+    number: Callable[[Context], int | float] = lambda _: 0  # noqa: E731
+    with faults.at("add"):
+        if isinstance(amount, bool) or not isinstance(amount, int | float | str):
+            raise DefinitionError("must be a number, or a template that gives one")
+        number = compile_number((*path, "add"), amount, strict=strict)
+    faults.check()
 
     def add(context: Context, present: Any) -> Any:
         present = 0 if present is None else present
