@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from tests.console.conftest import DAY, FAILED, Mended, console, people
-from tests.console.test_browser import LAYOUT, check_page, shows, text_of, window
+from tests.console.test_browser import (
+    LAYOUT,
+    check_accessible,
+    check_page,
+    shows,
+    text_of,
+    window,
+)
 from tests.helpers.engines import define, enroll, until
 
 if TYPE_CHECKING:
@@ -140,3 +147,39 @@ async def test_a_waiting_enrollment_is_reevaluated(
 async def _has_buttons(page: Page, *names: str) -> None:
     found = await page.locator(".actions button").all_text_contents()
     assert found == [*names], await text_of(page, ".actions")
+
+
+async def test_rows_and_timelines_with_more_than_fits(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await people(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, status, ended_at)"
+        " SELECT 's', 'some.address' || n || '@example.com', 'note', 'completed',"
+        " now() FROM generate_series(1, 60) AS n"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)"
+        " SELECT $1, now() - n * interval '1 hour', 's', 'wait', 1, 'next', 'answer ' || n"
+        " FROM generate_series(1, 60) AS n",
+        waiting,
+    )
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        for path in ("/console/search?q=some.address", f"/console/enrollments/{waiting}"):
+            await page.goto(path)
+            await shows(page, ".more", "Next page")
+            await check_page(page, path)
+
+
+async def test_a_long_text_is_edited_by_keyboard(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    steps = [(f"w{n}", "WaitForDuration", DAY, f"w{n + 1}") for n in range(40)]
+    await define(connection, "s", *steps, ("w40", "WaitForDuration", DAY, None))
+    async with (
+        console(database, write=True, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto("/console/edit?sequence=s")
+        await page.locator(".cm-scroller").wait_for()
+        await check_accessible(page)

@@ -89,7 +89,7 @@
         EditorView.cspNonce.of(area.dataset.nonce),
         EditorView.contentAttributes.of({
           "aria-labelledby": "text-label", "aria-describedby": "text-keys", spellcheck: "false",
-          autocapitalize: "off",
+          autocapitalize: "off", tabindex: "0",
         }),
         EditorState.tabSize.of(2), indentUnit.of("  "),
         lineNumbers(), foldGutter(), lintGutter(), highlightActiveLine(), highlightSpecialChars(),
