@@ -42,6 +42,8 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
     assert settings.database.connections == 7
     assert settings.runners["Score"].url == "http://localhost:9/score"
     assert load({"SEQUENCERD_ENGINE_BATCH": "50"}).engine.batch == 50
+    assert load({"SEQUENCERD_CONFIG": "nowhere"}, file).database.connections == 7
+    assert load({"ENGINE_BATCH": "50", "PATH": "/bin"}).engine.batch == 1000
 
 
 def test_the_url_of_a_database_that_is_empty_is_not_set() -> None:
