@@ -345,6 +345,26 @@ async def send_reminder(original: asyncpg.Connection, alt_next: int | None = 31)
     )
 
 
+async def test_the_altnextstep_of_a_step_that_waits_leads_nowhere(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    await send_reminder(original)
+    await original.execute(
+        """
+        UPDATE steps SET "altNextStep" = 40 WHERE id = 30;
+        INSERT INTO sequences (id, title, "firstStep") VALUES (4, 'Wrong', 40);
+        INSERT INTO steps (id, "sequenceId", type) VALUES (40, 4, 'Nothing')
+        """
+    )
+    leads = "step 30 leads to step 40 of a sequence that is not imported"
+    assert leads in sequencerd("import-original", code=1)
+    text = sequencerd("import-original", "--conditional", "wait", code=1)
+    assert leads not in text
+    assert "Reminder (sequence 3): Conditional-30: its altNextStep is never taken" in text
+    assert "GoTo-40" not in text
+    assert "Reminder: would be created; enrollments: 1 active" in text
+
+
 @pytest.mark.parametrize("alt_next", [31, None])
 async def test_a_conditional_with_enrollments_needs_a_choice(
     sequencerd: Command, original: asyncpg.Connection, database: str, alt_next: int | None

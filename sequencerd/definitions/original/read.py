@@ -21,6 +21,7 @@ from sequencerd.definitions.original.translate import (
     ImportChoices,
     OriginalStep,
     in_order,
+    leads_to,
     step_name,
     translate,
 )
@@ -280,7 +281,7 @@ class _ImportReader:
                 id_: (row, target)
                 for id_ in self._new
                 for row in self._rows[id_]
-                for target in (row.next, row.alt_next)
+                for target in leads_to(row, self._source.choices)
                 if target is not None and target not in here
             }
             if not left:

@@ -120,21 +120,26 @@ def translate(
 
     for row in rows:
         type_, config = _translate_step(row, choices, today, names[row.id], made)
-        alt_next = target(row, "altNextStep", row.alt_next)
-        if type_ == "WaitForCondition" and alt_next is not None:
+        following, alternative = leads_to(row, choices)
+        if row.alt_next is not None and alternative is None:
             made.warnings.append(f"{names[row.id]}: its altNextStep is never taken, and dropped")
-            alt_next = None
         made.steps.append(
             {
                 "name": names[row.id],
                 "type": type_,
                 "config": config,
-                "next": target(row, "nextStep", row.next),
-                "altNext": alt_next,
+                "next": target(row, "nextStep", following),
+                "altNext": target(row, "altNextStep", alternative),
             }
         )
     made.steps += jumps.values()
     return made
+
+
+def leads_to(row: OriginalStep, choices: ImportChoices) -> tuple[str | None, str | None]:
+    """Return nextStep and altNextStep of a step. One that waits does not take the latter."""
+    waits = row.type == "Conditional" and choices.conditional == "wait"
+    return row.next, None if waits else row.alt_next
 
 
 def _translate_step(
