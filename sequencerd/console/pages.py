@@ -442,7 +442,7 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "revisions":
             return await revisions_in_all(context, query)
         case "search":
-            return (await _found(context, without_usual_columns(query))).table
+            return _with_remark(await _found(context, without_usual_columns(query)))
         case "shards" if context.parts:
             return await _places(context, query)
         case "events" if not context.parts:
@@ -455,6 +455,15 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "simulation":
             return (await simulating.run(context, query)).table
     return None
+
+
+def _with_remark(page: EnrollmentPage) -> Table:
+    """Return the table of a list, which says in which shards there are more matches."""
+    if not page.further:
+        return page.table
+    urls = [url.replace("/search?", "/tables/search.json?", 1) for url in page.further.values()]
+    remark = f"These are the first matches of each shard. More are at {' and '.join(urls)}"
+    return replace(page.table, remark=" ".join(filter(None, (page.table.remark, remark))))
 
 
 class NotYetError(Exception):

@@ -205,6 +205,13 @@ async def test_lists_are_merged(filled: Command) -> None:
             rows = (await client.get(f"/tables/search.json?{query}")).json()["rows"]
             assert [row["id"] for row in rows] == wanted
         assert (await client.get("/search?before=c/1")).status_code == 422
+        # a search without one order over all shards says where it continues
+        answer = (await client.get("/tables/search.json?sort=subject&limit=1")).json()
+        assert [row["id"] for row in answer["rows"]] == ["a/1", "b/1"]
+        later: list[dict[str, str]] = []
+        for url in re.findall(r"/console(/\S+)", answer["remark"]):
+            later += (await client.get(f"{url}&limit=1")).json()["rows"]
+        assert [row["subject"] for row in later] == ["a2", "b2"]
 
 
 async def test_a_shard_that_is_away_is_a_notice(filled: Command, shards_url: str) -> None:
