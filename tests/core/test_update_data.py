@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.advance import advance
-from sequencerd.core.model import REMOVED, DefinitionError, Fail, merge_data
+from sequencerd.core.model import REMOVED, DefinitionError, Fail, LookupAnswer, merge_data
 from sequencerd.core.step_types import compile_step, roots
 from tests.core.test_advance import NOW, at, sequence, step
 
@@ -121,6 +122,18 @@ def test_numbers_that_no_float_holds_are_copied_to_the_last_digit(
     data = '{"huge": 1e400, "list": [0.1000000000000000000001]}'
     advanced = advance(definitions, at("set", data), NOW)
     assert advanced.enrollment.data.endswith(f', "new": {written}}}')
+
+
+def test_ids_of_the_lookup_are_copied_to_the_last_digit() -> None:
+    copied = {"id": {"get": "external.id"}, "first": {"get": "external.ids[0]"}}
+    setting = replace(step("set", "UpdateData", {"data": copied}), reads_external=True)
+    definitions = {"s": replace(sequence(setting)["s"], lookup="ids")}
+    found = LookupAnswer({"id": 1234567890123456789, "ids": [1234567890123456789]})
+    advanced = advance(definitions, at("set"), NOW, found)
+    assert json.loads(advanced.enrollment.data) == {
+        "id": 1234567890123456789,
+        "first": 1234567890123456789,
+    }
 
 
 @pytest.mark.parametrize(

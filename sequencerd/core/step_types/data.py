@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
@@ -14,7 +13,7 @@ from pydantic import Field, StrictBool
 
 from sequencerd.core import exact_json
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.javascript.conditions import Operand, compile_predicate, path_keys
+from sequencerd.core.javascript.conditions import path_keys
 from sequencerd.core.model import (
     REMOVED,
     Context,
@@ -131,17 +130,10 @@ def _compile_get(path: object) -> ReadValue:
     """Compile the value at a path of the view; null where there is none."""
     if not isinstance(path, str | list) or not path:
         raise DefinitionError("get must be a path such as data.points")
-    predicate = compile_predicate("isNil", Operand(type="get", value=path), None)
-    first, *keys = path_keys(path) or [""]
-
-    if first == "data":  # numbers of JavaScript have 16 digits, ids may have more
-        return lambda context: reduce(_child, keys, parse_data(context.enrollment.data, exact=True))
-
-    def value(context: Context) -> Any:
-        text, _ = predicate.operands(context.json(predicate.roots))
-        return None if text is None else json.loads(text)
-
-    return value
+    keys = path_keys(path)
+    root = frozenset(keys[:1])
+    # not by lodash: numbers of JavaScript have 16 digits, ids may have more
+    return lambda context: reduce(_child, keys, parse_data(context.json(root), exact=True))
 
 
 def _required(path: KeyPath, read: object, found: ReadValue) -> ReadValue:
