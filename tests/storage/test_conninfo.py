@@ -122,10 +122,13 @@ def test_the_string_precedes_the_service_and_the_environment(home: Path) -> None
 
 def test_a_password_file_with_escapes(home: Path) -> None:
     file = home / "passwords"
-    file.write_text("# none\nh:*:*:x:no\nh:5432:a\\:b:ada:p\\:a\\\\:s\n/run/pg:*:*:*:socket\n")
+    file.write_text(
+        "# none\nh:*:*:x:no\nh:5432:a\\:b:ada:p\\:a\\\\:s\n/own:*:*:*:own\nlocalhost:*:*:*:socket\n"
+    )
     file.chmod(0o600)
     variables = {"PGPASSFILE": str(file), "PGUSER": "ada"}
     assert arguments("postgresql://h/a%3Ab", **variables)["password"] == r"p:a\:s"
+    assert arguments("host=/own", **variables)["password"] == "own"
     assert arguments("host=/run/pg", **variables)["password"] == "socket"
     assert "password" not in arguments("postgresql://other/a", **variables)
     file.chmod(0o644)
