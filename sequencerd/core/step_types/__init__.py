@@ -1,7 +1,7 @@
 """The built-in step types: one record each, from which everything else is derived.
 
 A family of types has a file: their configs, and what they do. Names and keys are the original's.
-All other rooms look up step types by name here.
+All other packages look up step types by name here.
 """
 
 from __future__ import annotations
