@@ -215,13 +215,15 @@ def health(counts: Counts, query: Query, mask: MaskRow) -> Table:
         {
             "level": one.level,
             "about": one.about,
+            # "b: failed" on a page of all shards
+            "url": at("/failures") if one.about.rpartition(" ")[2] == "failed" else None,
             "message": mask({"message": one.seen})["message"],
             "advice": mask({"message": one.advice})["message"] or None,
         }
         for one in found
     ]
     columns = (
-        Column("about", "Check"),
+        Column("about", "Check", link="url"),
         Column("level", "Result", "code"),
         Column("message", "Found"),
         Column("advice", "What to do", optional=True),

@@ -235,6 +235,7 @@ async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Co
         assert found["roles"]["level"] == "warning"
         assert found["server"]["level"] == found["clock"]["level"] == "ok"
         assert "ask ada@example.com" in found["steps"]["message"]
+        assert '<a href="/console/failures">failed</a>' in (await client.get("/health")).text
         page = check(await client.get("/health"))
         assert page.index("ENABLE TRIGGER ALL") < page.index("this user is a superuser")
         await counted(masked, "health")
@@ -262,6 +263,9 @@ async def test_problems_are_described_by_their_kind(
         await counted(client, "health")
         for path in ("/health", "/"):
             page = " ".join(check(await client.get(path)).split())
+            made = (await client.get(path)).text
+            assert '<a href="/console/enrollments/7">Enrollment 7</a>' in made
+            assert 'The sequence <a href="/console/sequence?sequence=s">s</a>' in made
             for words in (
                 f"The runner Email has been down {since}, 1 enrollment waiting: refused",
                 f"Enrollment 7 at s/note has been quarantined {since}: denied",
