@@ -41,6 +41,7 @@ from sequencerd.core.model import (
     TopicLimits,
     Window,
     no_holidays,
+    printable,
 )
 from sequencerd.core.schedule import EnrollConfig
 from sequencerd.core.step_types import BUILT_IN
@@ -436,7 +437,8 @@ def reads_external(
 
 
 def problems(sequence: Sequence, known: Mapping[StepKey, str]) -> dict[StepKey, str | None]:
-    """Return the problems of steps, and None for those with a `known` problem that is over.
+    """Return the problems of steps, limited in length, and None for those with a `known` problem
+    that is over.
     Problems of a step that other daemons execute are reported by those, unless it is only known
     that this daemon cannot execute it.
     """
@@ -444,7 +446,7 @@ def problems(sequence: Sequence, known: Mapping[StepKey, str]) -> dict[StepKey, 
     for step in sequence.steps.values():
         behaviour = step.behaviour
         if isinstance(behaviour, InvalidStep):
-            found[step.sequence, step.name] = behaviour.message
+            found[step.sequence, step.name] = printable(behaviour.message)
         elif (
             known  # is empty in most cases
             and (problem := known.get((step.sequence, step.name))) is not None

@@ -684,3 +684,20 @@ async def test_the_first_wake_times_are_searched_while_definitions_are_read(
     monkeypatch.setattr(sequences, "read_some", some)
     async with running_engine(database):
         await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments")
+
+
+async def test_the_problem_of_a_step_with_very_many_errors_is_limited(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    config = json.dumps({"any": [{"bad": number} for number in range(1000)]})
+    await define(connection, "s", ("a", "Conditional", config, None))
+    async with running_engine(database) as engine:
+        problem = await connection.fetchval("SELECT problem FROM sequencer.steps")
+        assert problem.startswith("any.0.bad: an any has no key 'bad'")
+        assert len(problem) == model.MAX_MESSAGE + len("...")
+        # it is known, and not reported again
+        version = "SELECT xmin::text FROM sequencer.steps"
+        before = await connection.fetchval(version)
+        engine.catalog._unfinished.add("s")
+        await engine.reload()
+        assert await connection.fetchval(version) == before
