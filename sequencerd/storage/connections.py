@@ -159,6 +159,7 @@ async def connect_pool(
     else:
         # for the lifetime of the connection: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
+        options["init"] = _end_abandoned_statements
     return await open_pool(
         shard,
         name="sequencerd",
@@ -169,6 +170,15 @@ async def connect_pool(
         command_timeout=COMMAND_TIMEOUT,
         **options,
     )
+
+
+async def _end_abandoned_statements(connection: asyncpg.Connection) -> None:
+    """Have the server end what waits for a lock on behalf of a connection that was closed, as after
+    COMMAND_TIMEOUT: repeated for as long as a table is locked, it would use up the server's
+    connections.
+    """
+    with suppress(asyncpg.PostgresError):  # a server on Windows cannot do it
+        await connection.execute(QUERIES["check_client"])
 
 
 async def close_pool(pool: asyncpg.Pool, seconds: float) -> None:

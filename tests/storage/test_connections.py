@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import cast
+
 import asyncpg
 import pytest
 
 from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
 from tests.helpers.databases import shard
+from tests.helpers.engines import until
 
 
 @pytest.mark.parametrize("runs_others", [True, False])
@@ -45,3 +50,31 @@ def test_the_reason_of_a_failed_connection_is_a_line() -> None:
     error.detail, error.hint = "others hold them", "Close some."
     assert "\n" in str(error)
     assert connections.explain(error) == "no more connections; Close some."
+
+
+async def test_the_server_ends_what_was_abandoned_while_it_waits_for_a_lock(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the table stays locked, so that repeated statements do not use up all connections."""
+    soon = QUERIES["check_client"].replace("5s", "50ms")
+    monkeypatch.setitem(cast("dict[str, str]", QUERIES), "check_client", soon)
+    monkeypatch.setattr(connections, "COMMAND_TIMEOUT", 0.3)
+    await connection.execute("CREATE TABLE held ()")
+    pool = await connections.connect_pool(shard(database), 1)
+    other = await asyncpg.connect(database)
+    async with other.transaction():
+        await other.execute("LOCK TABLE held")
+        pids = []
+        with suppress(TimeoutError):
+            async with connections.borrow(pool) as borrowed:
+                pids.append(borrowed.get_server_pid())
+                await borrowed.execute("SELECT FROM held")
+                pids.clear()
+        assert pids
+        await until(
+            connection,
+            "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY ($1))",
+            pids,
+        )
+    await other.close()
+    await pool.close()

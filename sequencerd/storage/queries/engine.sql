@@ -19,6 +19,10 @@ EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
 -- Check whether Citus has distributed the tables, so that triggers on its nodes cannot notify.
 SELECT {on_citus};
 
+-- name: check_client
+-- Have the server check regularly during a statement that its client is still connected.
+SELECT set_config('client_connection_check_interval', '5s', false);
+
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
 SELECT clock_timestamp();
