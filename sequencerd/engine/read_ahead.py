@@ -90,8 +90,9 @@ class ReadAhead:
         sequence, step = self._catalog.sequences.get(step_key[0]), self._catalog.step(step_key)
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return
-        limit = self._executors.claimable(step, MAX_BATCHES * self._batch)
-        if not limit:
+        # of a side effect, half of the slots: for so many, a step is woken that waits for slots
+        page = self._executors.claimable(step, self._batch, 2)
+        if not page:
             return
         waking = DueEnrollments(
             *step_key,
@@ -99,10 +100,9 @@ class ReadAhead:
             self._daemon,
             self._quarantine.ids(step_key),
             sequence.revision,
-            limit,
+            MAX_BATCHES * page,
             at,
         )
-        page = min(limit, self._batch)
         with suppress(Exception):  # what cannot be read is claimed, and then reported
             async with (
                 connections.borrow(self._pool) as connection,
@@ -157,10 +157,13 @@ class ReadAhead:
     async def _write_all(self, step_key: StepKey, at: datetime) -> None:
         with suppress(Exception):  # what cannot be written is claimed, and then reported
             while not self._stopping.is_set() and self.is_of(step_key, at) and self._planned:
-                planned = self._planned.popleft()
-                if not self._reserve(step_key, planned):
+                planned = self._planned[0]
+                sequence = planned.sequence
+                if self._catalog.sequences.get(sequence.name) is not sequence:
                     self._planned.clear()
+                if not self._planned or not self._reserve(step_key, planned.batch):
                     return
+                self._planned.popleft()
                 with suppress(NotWritten):
                     now = self._clock.now()
                     async with self._leases.without_lock(planned.batch) as connection:
@@ -169,19 +172,18 @@ class ReadAhead:
                         )
                     self._metrics.claimed(step_key, [at] * len(planned.read.versions), now)
 
-    def _reserve(self, step_key: StepKey, planned: _Planned) -> bool:
-        """Reserve the slots of a batch. Return False if not all are free, if others wait for them,
-        or if the definition has changed.
+    def _reserve(self, step_key: StepKey, batch: Batch) -> bool:
+        """Reserve the slots of a batch. If some are missing, return False: the step then waits for
+        them, or what was read is left to claims, which take fewer.
         """
-        sequence, leased = planned.sequence, planned.batch.leased
-        needed = Counter(one.executor for one in leased)
-        if (
-            self._catalog.sequences.get(sequence.name) is not sequence
-            or self._executors.is_waited_for(step_key)
-            or (leased and self._backlog.is_full)
-            or any(executor.free_slots < count for executor, count in needed.items())
-        ):
-            return False
+        needed = Counter(leased.executor for leased in batch.leased)
+        for executor, count in needed.items():
+            if self._backlog.is_full or executor.free_slots < count:
+                if executor.is_worth_claiming and not self._backlog.is_full:
+                    self._planned.clear()
+                else:
+                    executor.waiting.add(step_key)
+                return False
         for executor, count in needed.items():
             executor.reserve(count)
         return True
