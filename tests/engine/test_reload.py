@@ -427,7 +427,7 @@ async def test_an_edit_reads_its_sequence_alone(
 ) -> None:
     """An edit costs the same beside ten thousand other sequences."""
     await many_sequences(connection, 100)
-    async with running_engine(database) as engine:
+    async with running_engine(database, sweep=3600) as engine:
         assert sum(reads.sequences) == 100
         reads.revisions.clear()
         reads.sequences.clear()
