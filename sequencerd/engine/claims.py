@@ -42,9 +42,9 @@ PREPARE_TIME = 1.0  # seconds
 
 
 class Claims:
-    """Claims enrollments. `push` schedules a step for a time, `reload` reads the definitions of
-    sequences if they have changed, and `probe` raises the error that keeps every row from being
-    written.
+    """Claims enrollments. `push` schedules a step for a time, `request_reload` requests to read
+    the definitions of sequences that have changed, and `probe` raises the error that keeps every
+    row from being written.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Claims:
         cursors: Cursors,
         read_ahead: ReadAhead,
         push: Callable[[StepKey, datetime], None],
-        reload: Callable[[Iterable[str]], Awaitable[object]],
+        request_reload: Callable[[Iterable[str]], None],
         probe: Callable[[], Awaitable[None]],
         stopping: asyncio.Event,
         daemon: str,
@@ -77,7 +77,7 @@ class Claims:
         self._moves = moves
         self._quarantine = quarantine
         self._push = push
-        self._reload = reload
+        self._request_reload = request_reload
         self._probe = probe
         self._stopping = stopping
         self._daemon = daemon
@@ -157,7 +157,7 @@ class Claims:
         if step_key in self._resting:
             await self._rest(step_key)
         if self._catalog.should_load(step_key[0]):
-            await self._reload([step_key[0]])
+            self._request_reload([step_key[0]])
         sequence = self._catalog.sequences.get(step_key[0])
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return False
@@ -174,7 +174,7 @@ class Claims:
             count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
         if count == 0:
             # nothing is claimed with a definition that has changed
-            await self._reload([step_key[0]])
+            self._request_reload([step_key[0]])
         return count == limit
 
     async def _claim_batch(

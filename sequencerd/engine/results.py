@@ -45,8 +45,8 @@ DIFFERING_FOR = timedelta(seconds=5)
 
 
 class Results:
-    """Writes results. `definitions` belong to the catalog; `reload` reads those of sequences that
-    have changed. `probe` raises the error that keeps every row from being written.
+    """Writes results. `definitions` belong to the catalog; `request_reload` requests to read those
+    of sequences that have changed. `probe` raises the error that keeps all rows from being written.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Results:
         *,
         backlog: Backlog,
         quarantine: Quarantine,
-        reload: Callable[[Iterable[str]], Awaitable[object]],
+        request_reload: Callable[[Iterable[str]], None],
         probe: Callable[[], Awaitable[None]],
         clock: Clock,
         batch: int,
@@ -70,7 +70,7 @@ class Results:
         self._leases = leases
         self._moves = moves
         self._quarantine = quarantine
-        self._reload = reload
+        self._request_reload = request_reload
         self._probe = probe
         self._clock = clock
         self._batch = batch
@@ -136,10 +136,7 @@ class Results:
         possible, or to a failure.
         """
         try:
-            while changed := await self._try_batch(
-                results, result_only=result_only, failure=failure
-            ):
-                await self._reload(changed)
+            await self._try_batch(results, result_only=result_only, failure=failure)
         except LOST_ERRORS:
             results[:] = await self._still_held(results)
             raise
@@ -152,27 +149,31 @@ class Results:
 
     async def _try_batch(
         self, results: Sequence[Finished], *, result_only: bool, failure: Exception | None
-    ) -> list[str]:
-        """Write results by the known definitions, unless these have changed. Return the sequences
-        whose definitions have.
+    ) -> None:
+        """Write results by the known definitions. Those of sequences whose definitions have changed
+        are written when these have been read.
         """
         now = self._clock.now()
         if failure is None and not result_only and await self._write_unlocked(results, now):
-            return []
+            return
         known = [leased.enrollment for leased, _ in results]
         batch = Batch()
-        later: list[Finished] = []  # locked by another session, or left over by slow evaluations
+        # of changed sequences, locked by another session, or left over by slow evaluations
+        later: list[Finished] = []
         pause = LOCKED_PAUSE
         async with self._leases.writing(batch) as connection:
             locked = await locking.lock(connection, known, self._leases.transactions)
             revisions = locked.revisions.items()
-            if changed := [name for name, at in revisions if self._revision(name) != at]:
-                return changed
+            if changed := {name for name, at in revisions if self._revision(name) != at}:
+                self._request_reload(changed)
             batch.places, batch.transaction = locked.places, locked.transaction
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked.ids]
             exist = await locking.existing(connection, missing) if missing else set()
             slow = SlowEvaluations()
             for number, (leased, result) in enumerate(results, 1):
+                if leased.enrollment.sequence in changed or leased.enrollment.id in exist:
+                    later.append((leased, result))
+                    continue
                 enrollment = locked.unchanged.get(leased.enrollment.id)
                 # an enrollment may have been leased again since
                 if enrollment is not None and enrollment.leases == leased.enrollment.leases:
@@ -192,8 +193,6 @@ class Results:
                         later += results[number:]
                         pause = SLOW_PAUSE
                         break
-                elif leased.enrollment.id in exist:
-                    later.append((leased, result))
                 elif leased.enrollment.id not in locked.ids:
                     self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.executor.is_lookup:
@@ -209,7 +208,6 @@ class Results:
         self._leases.forget(leased for leased, _ in ended)
         if later:
             asyncio.get_running_loop().call_later(pause, self._backlog.add, later)
-        return []
 
     async def _write_unlocked(self, results: Sequence[Finished], now: datetime) -> bool:
         """Write results in one statement, if they are few or have the same outcome, nothing has

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import asyncpg
@@ -28,7 +28,7 @@ from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
 from sequencerd.storage import sequences, wakes
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import PATIENCE, eventually
 
 
@@ -429,6 +429,9 @@ async def test_an_edit_reads_its_sequence_alone(
     await many_sequences(connection, 100)
     async with running_engine(database, sweep=3600) as engine:
         assert sum(reads.sequences) == 100
+        # while other sessions of the server commit, earlier notifications arrive after LISTEN
+        await connection.execute(EDIT, "s7", 4)
+        await eventually(lambda: amount(engine, "s7") == 4)
         reads.revisions.clear()
         reads.sequences.clear()
         await connection.execute(EDIT, "s7", 5)
@@ -596,36 +599,85 @@ async def test_silent_edits_are_found_by_the_sweep(
         assert engine.catalog.sequences.keys() == {"s1"}
 
 
-async def test_others_proceed_while_a_large_template_is_read(
-    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun, go = threading.Event(), threading.Event()
-    held_up: list[str] = []
+@pytest.fixture
+def slow_template(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiling]:
+    """Large templates are not compiled until `go` is set."""
+    one = Compiling(threading.Event(), threading.Event(), [])
     ask = sandbox.ask
 
     def slowly(maker: Any, text: str) -> str:
-        begun.set()
+        one.begun.set()
         if threading.current_thread() is threading.main_thread():
-            held_up.append(text)
+            one.held_up.append(text)
         else:
-            assert go.wait(PATIENCE)
+            assert one.go.wait(PATIENCE)
         return ask(maker, text)
 
     monkeypatch.setattr(sandbox, "ask", slowly)
+    yield one
+    one.go.set()
+
+
+class Compiling(NamedTuple):
+    """A template that is compiled: what has `begun`, may `go` on, and was compiled in the loop."""
+
+    begun: threading.Event
+    go: threading.Event
+    held_up: list[str]
+
+
+def large_template(word: str) -> tuple[str, str, str, None]:
+    """A step with a template, which is compiled once in each process."""
+    return "a", "Write", json.dumps({"text": f"{{{{data.{word}}}}}" * 500}), None
+
+
+async def test_others_proceed_while_a_large_template_is_read(
+    database: str, connection: asyncpg.Connection, slow_template: Compiling
+) -> None:
+    """Also at a step of which a claim finds nothing, as if the clock were behind."""
     await define(connection, "other", ("a", "GoTo", "{}", None))
-    async with running_engine(database, {"Write": Writer()}):
-        await define(
-            connection, "s", ("a", "Write", json.dumps({"text": "{{data.large}}" * 500}), None)
-        )
-        await eventually(begun.is_set)
+    async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
+        await define(connection, "s", large_template("large"))
+        await eventually(slow_template.begun.is_set)
+        engine._push_now(("other", "a"))
+        await eventually(lambda: engine._cursors.empty_claims(("other", "a")))
         other = await enroll(connection, "other", "ada")
         ended = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
         await until(connection, ended, other)
-        go.set()
+        slow_template.go.set()
         await enroll(connection, "s", "ada")
         await until(connection, ALL_ENDED)
     assert await connection.fetchval("SELECT bool_and(failure IS NULL) FROM sequencer.enrollments")
-    assert not held_up
+    assert not slow_template.held_up
+
+
+async def test_results_of_others_are_written_while_a_large_template_is_read(
+    database: str, connection: asyncpg.Connection, slow_template: Compiling
+) -> None:
+    """Though they end together with those of a sequence that has changed."""
+    work = Held()
+    await define(connection, "edited", ("a", "Work", "{}", None))
+    await define(connection, "other", ("a", "Work", "{}", None))
+    runners = {"Write": Writer(), "Work": Recorder(work, batch_size=1, concurrency=20)}
+    async with running_engine(database, runners, sweep=3600):
+        for n in range(5):
+            await enroll(connection, "edited", f"u{n}")
+            await enroll(connection, "other", f"u{n}")
+        await until(
+            connection,
+            "SELECT count(*) = 10 FROM sequencer.enrollments WHERE leased_by IS NOT NULL",
+        )
+        await define(connection, "s", large_template("larger"))
+        await eventually(slow_template.begun.is_set)
+        await connection.execute(
+            "UPDATE sequencer.steps SET config = '{\"new\": 1}' WHERE sequence = 'edited'"
+        )
+        work.released.set()
+        ended = "SELECT count(*) = 5 FROM sequencer.events WHERE action = 'next' AND sequence = $1"
+        await until(connection, ended, "other")
+        slow_template.go.set()
+        await until(connection, ended, "edited")
+        await until(connection, ALL_ENDED)
 
 
 async def test_a_template_that_once_took_too_long_is_read_again_by_the_sweep(
