@@ -1,4 +1,4 @@
-"""A shard moves to another server under load, by the commands of docs/scaling.md."""
+"""A shard moves to another server under load, by the commands of docs/moving-shards.md."""
 
 from __future__ import annotations
 
@@ -50,9 +50,8 @@ def urls() -> Iterator[tuple[str, str]]:
 
 def recipe(repository: Path, way: str) -> list[list[str]]:
     """The scripts of a way, without the names of its servers, and systemctl's lines apart."""
-    page = (repository / "docs/scaling.md").read_text()
-    (section,) = re.findall("^### Moving a shard.*?^### ", page, re.MULTILINE | re.DOTALL)
-    blocks = re.findall("^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    page = (repository / "docs/moving-shards.md").read_text()
+    blocks = re.findall("^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 6
     chosen = [blocks[number] for number in WAYS[way]]
     chosen[0] = re.sub("^OLD=.*\n", "", chosen[0])

@@ -18,7 +18,7 @@ def fdw_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.shard:
         raise UsageError("leave out --shard: the front has all shards, numbered in their order")
     if not settings.shards:
-        raise UsageError("there are no [shards] in the settings; see docs/scaling.md")
+        raise UsageError("there are no [shards] in the settings; see docs/shards.md")
     return _print(arguments, settings)
 
 

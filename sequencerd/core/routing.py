@@ -21,7 +21,7 @@ def shard_of(subject: str, shards: int) -> int:
     """Return the number of a subject's shard, from 0 to `shards` - 1.
 
     It is the first four bytes of the SHA-256 of the subject in UTF-8, as a big-endian number,
-    modulo `shards`: the same as `sequencer.shard_of`, and as the examples of docs/scaling.md in
+    modulo `shards`: the same as `sequencer.shard_of`, and as the examples of docs/shards.md in
     other languages.
     """
     return int.from_bytes(sha256(subject.encode()).digest()[:4]) % shards

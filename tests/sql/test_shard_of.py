@@ -1,4 +1,4 @@
-"""The shard of a subject in SQL and in the languages of docs/scaling.md; reevaluations as rows."""
+"""The shard of a subject in SQL and in the languages of docs/shards.md; reevaluations as rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ GO_IMPORTS = 'import (\n\t"encoding/json"\n\t"os"\n\t"strconv"\n'
 
 def example(repository: Path, language: str) -> str:
     """The function of the page that says how to find a shard."""
-    page = (repository / "docs/scaling.md").read_text()
+    page = (repository / "docs/shards.md").read_text()
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (found,) = [block for block in blocks if re.search("shard_?of", block, re.IGNORECASE)]
     return str(found)

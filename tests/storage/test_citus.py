@@ -1,4 +1,4 @@
-"""Shards as schemas of Citus: a coordinator and two workers, by the recipe of docs/scaling.md."""
+"""Shards as schemas of Citus: a coordinator and two workers, by the recipe of docs/citus.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.helpers.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.slow
 
-PAGE = Path(__file__).parents[2] / "docs/scaling.md"
+PAGE = Path(__file__).parents[2] / "docs/citus.md"
 DAYS = '{"amount": 3, "unit": "days"}'
 SEQUENCE = """
 name: s
@@ -52,8 +52,8 @@ class Citus(NamedTuple):
 @pytest.fixture(scope="module")
 def citus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Citus]:
     """A cluster made as the page says, with the shards a and b."""
-    section = PAGE.read_text().partition("### Shards as schemas of Citus")[2]
-    sql, toml, commands = re.findall(r"^```\w+\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[:3]
+    page = PAGE.read_text()
+    sql, toml, commands = re.findall(r"^```\w+\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:3]
     with citus_nodes() as nodes:
         for number, node in enumerate(nodes):
             asyncio.run(execute(node.url, "CREATE EXTENSION citus"))
