@@ -255,12 +255,24 @@ def report(figures: Figures, names: Iterable[str]) -> str:
         lines.append(f"| {shown_name} | " + " | ".join(cells) + " |")
     lines += ["", *alone(medians), ""]
     lines += [f"- {line}" for line in behind(medians)]
-    spread = [
-        f"{name} {work} {figure} {shown(min(values))} to {shown(max(values))}"
-        for (name, work, figure), values in figures.items()
-        if len(values) > 1 and (work, figure) in {column[:2] for column in COLUMNS}
-    ]
-    return "\n".join([*lines, *(["", "Ranges: " + "; ".join(spread)] if spread else [])])
+    return "\n".join([*lines, *ranges(figures)])
+
+
+def ranges(figures: Figures) -> Iterator[str]:
+    """Yield the table of the lowest and highest values of what was measured several times."""
+    spread = {
+        key: f"{shown(min(values))} to {shown(max(values))}"
+        for key, values in figures.items()
+        if len(values) > 1
+    }
+    if not spread:
+        return
+    yield ""
+    yield "| lowest and highest | " + " | ".join(heading for _, _, heading, _ in COLUMNS) + " |"
+    yield "| --- |" + " ---: |" * len(COLUMNS)
+    for name in dict.fromkeys(name for name, _, _ in spread):
+        cells = (spread.get((name, work, figure), "-") for work, figure, _, _ in COLUMNS)
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def shown(value: float) -> str:
@@ -295,7 +307,7 @@ def behind(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
             and (value > ours if is_rate else value < ours)
         ]
         if ahead:
-            yield f'behind in "{heading}", with {shown(ours)}: {", ".join(ahead)}'
+            yield f'ahead of sequencerd in "{heading}" ({shown(ours)}): {", ".join(ahead)}'
 
 
 def machine(version: str) -> str:
