@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -28,6 +30,7 @@ MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
 UNTIMED_STEPS = 100  # compiled steps that are made without reading the time
 THREADED_STEPS = 500  # steps from which on a sequence is assembled in a thread
 THREADED_CHARACTERS = 2000  # of a config; templates take up to 40 ms for as many
+MAX_COMPILING = 1.0  # seconds for large configs, then all others that have changed are read first
 STEPS_PER_READ = 5_000  # steps that are read or reported at a time, in whole sequences
 _Configs = dict[tuple[str, str], StoredConfig]  # by type and text
 MAX_UNKNOWN = 10_000  # missing names that are remembered until definitions change
@@ -53,12 +56,16 @@ class Catalog:
         self._daemon = daemon
         self._others: frozenset[str] = frozenset()  # types that other daemons serve
         self._unfinished: set[str] = set()  # sequences that must be read once more
+        self._set_aside: dict[str, int] = {}  # those with large configs left, and their turn
+        # of all sequences that are read, by what the messages of a sequence share
+        self._compiled: defaultdict[model.MessageContext, _Configs] = defaultdict(dict)
         self._refused: set[str] = set()  # sequences with steps that may compile later
         self._outdated: frozenset[str] = frozenset()  # types to be compiled again in these
         self._reschedule = reschedule
         self._clock = clock
         self._log = log
         self._loading = asyncio.Lock()
+        self._compile_until: float | None = None  # for large configs, in the loop's time
         self._pause_at = 0.0  # when to let the loop do other work, in its time
         self._wanted: set[str] | None = set()  # sequences to check for changes; None: all
         self._unknown: set[str] = set()  # missing names that were looked up
@@ -92,6 +99,11 @@ class Catalog:
             if len(self._wanted) > MAX_WANTED:
                 self._wanted = None
 
+    @property
+    def is_due(self) -> bool:
+        """Return whether a reload has something to read."""
+        return self._wanted != set()
+
     def mark_refused(self) -> None:
         """Have the next reload compile again what could not be compiled within the limits."""
         self._unfinished |= self._refused
@@ -99,7 +111,7 @@ class Catalog:
 
     async def reload(self) -> list[str]:
         """Read the wanted definitions that have changed. Return the names of their sequences, also
-        of those that no longer exist.
+        of those that no longer exist. If compiling takes long, a reload of the rest `is_due`.
 
         Of the calls that wait while another one reads, the first one reads for all.
         """
@@ -134,15 +146,17 @@ class Catalog:
             or self.sequences[name].revision != revision
         ]
         if changed:
+            changed.sort(key=lambda name: self._set_aside.get(name, -1))
             await self._load(connection, changed, self._runners)
             self._unknown.clear()
-        return [*changed, *gone]
+        return [*(name for name in changed if name not in self._set_aside), *gone]
 
     def _set_other_types(self, types: frozenset[str]) -> None:
         """Set the step types that other daemons serve. Steps of changed types are recompiled."""
         others, self._others = self._others, types
         if outdated := (others ^ types) - self.served_types:
             self._outdated |= outdated
+            self._compiled.clear()
             self._unfinished |= {
                 name
                 for name, sequence in self.sequences.items()
@@ -162,20 +176,28 @@ class Catalog:
 
         async with self._loading, connections.borrow(self._pool) as connection:
             names = list(await sequences.read_revisions(connection))
-            await self._load(connection, names, runners, begin)
+            self._compiled.clear()
+            try:
+                await self._load(connection, names, runners, begin)
+            finally:
+                self._compiled.clear()
 
     async def _load(
         self,
         connection: asyncpg.Connection,
         names: Sequence[str],
         runners: Runners,
-        begin: Callable[[], None] = lambda: None,
+        begin: Callable[[], None] | None = None,
     ) -> None:
+        """Read sequences, and those with many large configs in several calls, unless all of them
+        must `begin` together.
+        """
         made: list[model.Sequence] = []
         known: dict[StepKey, str] = {}
         changed: list[StepKey] = []  # that are to be rescheduled
-        # of all sequences that are loaded, by what the messages of a sequence share
-        configs: defaultdict[model.MessageContext, _Configs] = defaultdict(dict)
+        late: list[str] = []
+        turns = {name: turn for turn, name in enumerate(names)}
+        self._compile_until = None if begin is None else math.inf
         async with sequences.snapshot(connection):
             # in pages, as rows take more memory than what is made of them
             first, size = 1, 1
@@ -193,20 +215,30 @@ class Catalog:
                             known[row["sequence"], row["name"]] = row["problem"]
                         if row["reschedule"]:
                             changed.append((row["sequence"], row["name"]))
-                    made += [
-                        await self._make(row, steps[row["name"]], runners, configs)
-                        for row in sequence_rows
-                    ]
+                    for row in sorted(sequence_rows, key=lambda row: turns[row["name"]]):
+                        sequence = await self._make(row, steps[row["name"]], runners)
+                        if sequence is None:
+                            late.append(row["name"])
+                        else:
+                            made.append(sequence)
                     sequence_rows, step_rows = await reading
-        begin()
+        if begin is not None:
+            begin()
         for sequence in made:
             self.sequences[sequence.name] = sequence
         self._unfinished.update(names)  # if the report fails, all of it is repeated
         if made:
             await self._report(connection, made, known)
         for step_key in changed:
-            self._reschedule(step_key)
-        self._unfinished.difference_update(names)
+            if step_key[0] not in late:
+                self._reschedule(step_key)
+        self._unfinished.difference_update(set(names).difference(late))
+        # the first one has taken the time, and is now the last one
+        self._set_aside = {name: turn for turn, name in enumerate(late[1:] + late[:1])}
+        if late:
+            self.mark_for_reload(late)
+        else:
+            self._compiled.clear()
         if not self._unfinished:
             self._outdated = frozenset()
 
@@ -268,23 +300,29 @@ class Catalog:
         row: asyncpg.Record,
         steps: Sequence[asyncpg.Record],
         runners: Runners,
-        configs: Mapping[model.MessageContext, _Configs],
-    ) -> model.Sequence:
-        """Make a sequence from its rows.
+    ) -> model.Sequence | None:
+        """Make a sequence from its rows. Return None if large configs are left for the next call.
 
-        Steps that were compiled before, or for another sequence (`configs`), are not compiled
-        again, and the loop is blocked for some milliseconds at most, however many steps there are.
+        Steps that were compiled before, or for another sequence, are not compiled again, and the
+        loop is blocked for some milliseconds at most, however many steps there are.
         """
         shared = shared_of(row)
-        compiled = configs[shared]
-        before = self._compiled(row["name"], shared) if runners is self._runners else {}
+        compiled = self._compiled[shared]
+        before = self._compiled_before(row["name"], shared) if runners is self._runners else {}
         made = []
         elsewhere = self._others - served_types(runners)
         for number, step in enumerate(steps):
             key = (step["type"], step["config"])
             config = compiled.get(key)
             if config is None:
-                config = before.get(key) or await _compile(step, runners, shared, elsewhere)
+                config = before.get(key)
+                if config is None:
+                    is_large = _is_large(step, shared)
+                    if is_large and not self._may_compile():
+                        return None
+                    work = partial(compile_row, step, runners, shared, elsewhere)
+                    # templates take seconds at worst
+                    config = await asyncio.to_thread(work) if is_large else work()
                 compiled[key] = config
                 await self._pause()
             elif number % UNTIMED_STEPS == 0:
@@ -296,6 +334,13 @@ class Catalog:
             return make_sequence(row, made)
         return await asyncio.to_thread(make_sequence, row, made)
 
+    def _may_compile(self) -> bool:
+        """Return whether to compile a large config now: the first one, and more for a while."""
+        now = asyncio.get_running_loop().time()
+        if self._compile_until is None:
+            self._compile_until = now + MAX_COMPILING
+        return now <= self._compile_until
+
     async def _pause(self) -> None:
         """Let the loop do other work if compiling has blocked it for some milliseconds."""
         loop = asyncio.get_running_loop()
@@ -303,7 +348,7 @@ class Catalog:
             await asyncio.sleep(0)
             self._pause_at = loop.time() + MAX_BLOCKING
 
-    def _compiled(self, name: str, shared: model.MessageContext) -> _Configs:
+    def _compiled_before(self, name: str, shared: model.MessageContext) -> _Configs:
         """Return the compiled configs of a sequence, but for those that must be compiled again."""
         sequence = self.sequences.get(name)
         if sequence is None or sequence.shared != shared:
@@ -317,17 +362,12 @@ class Catalog:
         }
 
 
-async def _compile(
-    row: asyncpg.Record, runners: Runners, shared: model.MessageContext, elsewhere: frozenset[str]
-) -> StoredConfig:
-    """Compile a config, in a thread if that may take long: templates take seconds at worst."""
-    text = row["config"]
-    size = len(text)
-    if "{{" in text:
-        size += sum(len(partial) for _, partial in shared.partials)
-    if size < THREADED_CHARACTERS:
-        return compile_row(row, runners, shared, elsewhere)
-    return await asyncio.to_thread(compile_row, row, runners, shared, elsewhere)
+def _is_large(row: asyncpg.Record, shared: model.MessageContext) -> bool:
+    """Return whether compiling the config of a step may take long."""
+    size = len(row["config"])
+    if "{{" in row["config"]:
+        size += sum(len(text) for _, text in shared.partials)
+    return size >= THREADED_CHARACTERS
 
 
 def _may_pass(config: StoredConfig) -> bool:

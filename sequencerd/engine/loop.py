@@ -425,7 +425,7 @@ class Engine:
         async with concurrently(self._first_wakes(whole=whole)) as searching:
             self.catalog.mark_for_reload()
             self.catalog.mark_refused()
-            changed = await self.catalog.reload()
+            changed = await self._read_definitions()
             self._report_braked()
             async with connections.borrow(self._pool) as connection:
                 self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
@@ -512,10 +512,10 @@ class Engine:
 
     async def reload(self, names: Iterable[str] | None = None) -> bool:
         """Read the definitions of these sequences that have changed, and of those that were
-        requested; by default, of all. Return whether there were any.
+        requested; by default, of all. Return whether any have changed, or remain to be read.
         """
         self.catalog.mark_for_reload(names)
-        changed = {*await self.catalog.reload()}
+        changed = {*await self._read_definitions()}
         fixed = {*self._fixed}
         if changed:
             self._report_braked()
@@ -525,7 +525,14 @@ class Engine:
                 names = changed | {sequence for sequence, _ in fixed}
                 self._report_wakes(await first_wakes_of(connection, names), is_later=True)
         self._fixed -= fixed
-        return bool(changed)
+        return bool(changed) or self.catalog.is_due
+
+    async def _read_definitions(self) -> list[str]:
+        """Read the wanted definitions, and request what remains to be read."""
+        changed = await self.catalog.reload()
+        if self.catalog.is_due:
+            self._reloads.request()
+        return changed
 
     def _request_reload(self, names: Iterable[str] | None) -> None:
         """Read the definitions of these sequences, or of all, soon, if they have changed."""

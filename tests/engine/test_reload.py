@@ -680,6 +680,47 @@ async def test_results_of_others_are_written_while_a_large_template_is_read(
         await until(connection, ALL_ENDED)
 
 
+@pytest.mark.parametrize("another", ["wait", "template"])
+async def test_others_are_read_between_the_large_templates_of_a_sequence(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, another: str
+) -> None:
+    """The others have changed meanwhile. What was compiled is not compiled again."""
+    permits, compiled = threading.Semaphore(0), Counter[str]()
+    ask = sandbox.ask
+
+    def slowly(maker: Any, text: str) -> str:
+        if "hostile" in text:
+            compiled[text] += 1
+            assert permits.acquire(timeout=PATIENCE)
+        return ask(maker, text)
+
+    monkeypatch.setattr(sandbox, "ask", slowly)
+    monkeypatch.setattr(catalog, "MAX_COMPILING", 0.0)
+    count = 6
+    steps = [
+        (name, "Write", json.dumps({"text": f"{{{{data.hostile{another}{name}}}}}" * 200}), None)
+        for name in map(str, range(count))
+    ]
+    async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
+        await define(connection, "hostile", *steps)
+        await eventually(lambda: compiled)
+        if another == "wait":
+            await define(connection, "other", ("a", "WaitForDuration", DAYS, None))
+        else:
+            await define(connection, "other", large_template(another))
+        await enroll(connection, "other", "ada")
+        for _ in range(2):  # the one that is compiled, and the next one
+            permits.release()
+        await eventually(lambda: engine.catalog.step(("other", "a")))
+        await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments")
+        assert "hostile" not in engine.catalog.sequences
+        permits.release(count)
+        await eventually(lambda: "hostile" in engine.catalog.sequences)
+        assert not engine.catalog.is_due
+    assert set(compiled.values()) == {1}
+    assert len(compiled) == count
+
+
 async def test_a_template_that_once_took_too_long_is_read_again_by_the_sweep(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
