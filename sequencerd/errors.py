@@ -5,8 +5,8 @@
     ├── DatabaseError          the database can't be used: unreachable, refused, too old
     │   └── MigrationError     the schema is missing, older, newer or changed
     ├── FileError              a file of definitions is wrong
-    ├── PlanError              a plan cannot be applied, or holds no longer
-    ├── ShardsError            of several shards, a line for each
+    ├── PlanError              a plan cannot be applied, or is out of date
+    ├── ShardsError            errors of several shards, a line for each
     └── UsageError             wrong use of a command
         └── ArgumentError      by its arguments alone
 
@@ -41,7 +41,7 @@ class FileError(SequencerdError):
 
 
 class PlanError(SequencerdError):
-    """A plan cannot be applied, or holds no longer."""
+    """A plan cannot be applied, or is out of date."""
 
 
 class ShardsError(SequencerdError):

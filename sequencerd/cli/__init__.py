@@ -23,8 +23,7 @@ from sequencerd.errors import (
     ShardsError,
 )
 
-# What printing and settings import takes longer than everything else here, so it waits until it is
-# needed: not for --help.
+# Printing and settings import slow modules, so they are imported only when needed: not for --help.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

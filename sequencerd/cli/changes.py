@@ -153,7 +153,8 @@ def _revisions(
     by_shard: Mapping[Shard, Sequence[asyncpg.Record]],
 ) -> list[tuple[asyncpg.Record, dict[str, int]]]:
     """Return the revisions of all shards, the latest first, each with its number in the shards that
-    have it: a change that all have made is one revision, whose number may differ.
+    have it: a change that all have made is one revision, although its number may differ between
+    them.
     """
     found: dict[tuple[object, ...], tuple[asyncpg.Record, dict[str, int]]] = {}
     for shard, rows in by_shard.items():

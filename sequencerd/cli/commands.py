@@ -300,8 +300,8 @@ async def connected(
 
 @asynccontextmanager
 async def reading(shard: Shard) -> AsyncIterator[asyncpg.Connection]:
-    """Connect to a database with our schema, to read a consistent state. Of several shards, one
-    that does not answer is left out.
+    """Connect to a database with our schema, to read a consistent state. If there are several
+    shards, those that do not answer are left out.
     """
     seconds = None if shard.name is None else STATEMENT_TIMEOUT
     async with connected(shard, seconds=seconds) as connection:

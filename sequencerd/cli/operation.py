@@ -121,8 +121,8 @@ async def _select(
     to: str | None,
     is_dry_run: bool,
 ) -> tuple[Sequence[int], list[asyncpg.Record]]:
-    """Return the ids of the selected enrollments, and their counts. A dry run needs no ids, unless
-    to report wrong ones among those that were given.
+    """Return the ids of the selected enrollments, and their counts. A dry run needs ids only to
+    report wrong ones among those that were given.
     """
     with busy("selecting"):
         async with connections.counting(connection, isolation="repeatable_read"):

@@ -109,7 +109,7 @@ def say_raw(content: str) -> None:
 
 
 def use_utf8() -> None:
-    """Print in UTF-8 to a file or a program, whatever the locale: files are read so."""
+    """Print in UTF-8 to a file or a program, whatever the locale: files are read as UTF-8."""
     if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")
 

@@ -77,7 +77,9 @@ class BulkChange:
 
 
 def first_number() -> int:
-    """Return a number that no change had before a restart: a page that was open shows no other."""
+    """Return a number that no change had before a restart, so that a page that is still open does
+    not show another change.
+    """
     return int(time.time() * 1000)
 
 

@@ -95,7 +95,8 @@ def make_console(served: ServedShard, log: FilteringBoundLogger) -> Starlette:
     open.
     """
 
-    # while a page is made, the engine waits for its turn so long; Python's own 5 ms are too many
+    # the engine waits this long for its turn while a page is made; Python's default, 5 ms, is too
+    # long
     sys.setswitchinterval(SWITCH_INTERVAL)
 
     @asynccontextmanager
@@ -108,7 +109,7 @@ def make_console(served: ServedShard, log: FilteringBoundLogger) -> Starlette:
             min_size=0,
             max_size=MAX_CONNECTIONS,
             command_timeout=TIMEOUT,
-            statement_cache_size=0,  # each is planned for what is asked; it may lead to a pooler
+            statement_cache_size=0,  # plans depend on the arguments; may be a pooler
             init=read_all_times,
         ) as pool:
             summary = Summary(pool, log)
@@ -239,7 +240,7 @@ def _routes_of_access(log: FilteringBoundLogger) -> list[Route]:
 
 
 class WithHeaders:
-    """Add headers to every response, before which no shard is missing."""
+    """Begin each request without missing shards, and add headers to its response."""
 
     def __init__(self, app: Any) -> None:
         self._app = app

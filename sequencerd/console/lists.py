@@ -207,10 +207,8 @@ def _columns(query: Query) -> list[Column]:
 async def _search(
     pool: asyncpg.Pool, selection: Selection, before: int, most: int
 ) -> tuple[list[asyncpg.Record], int]:
-    """Return the latest that match, and the id down to which was searched: 1 for all.
-
-    Filters that no index serves are applied to a bounded range of ids at a time, for as long as
-    there is time.
+    """Return the latest matches, and the lowest id that was searched: 1 if all were. Filters that
+    no index serves are applied to a limited range of ids at a time, until the time is up.
     """
     rows: list[asyncpg.Record] = []
     begun = time.perf_counter()

@@ -159,8 +159,8 @@ async def in_all(
     *,
     only: Collection[str] | None = None,
 ) -> dict[str | None, _T]:
-    """Return what all shards answer, or `only` some, by name; of one database alone, its answer.
-    The page says which are missing. Raises the error if none answers.
+    """Return the answers of all shards, or of `only` some, by name; with a single database, its
+    answer. The page says which shards are missing. Raises the error if none answers.
     """
     if not context.parts:
         return {None: await work(context)}
@@ -215,8 +215,8 @@ def grouped(found: Mapping[str | None, _T | None]) -> list[tuple[str | None, _T]
 def matching_rows(
     found: Mapping[str | None, Iterable[SummaryRow]], key: Callable[[SummaryRow], object]
 ) -> list[dict[str | None, SummaryRow]]:
-    """Return the rows of shards, those that several have as one: the nth with a key is in all of
-    them the same.
+    """Return the rows of all shards; a row that several shards have is returned once. The nth row
+    with a key is the same in all of them.
     """
     merged: dict[tuple[object, int], dict[str | None, SummaryRow]] = {}
     for name, rows in found.items():
@@ -283,8 +283,8 @@ def _next_of(
 
 
 async def revisions_in_all(context: PageContext, query: Query) -> Table:
-    """Return the changes of a sequence, the latest first: one that several shards have had is one
-    row, with its number in each where these differ.
+    """Return the changes of a sequence, the latest first: a change that several shards have is one
+    row, with its number in each shard if these differ.
     """
 
     async def of(part: PageContext) -> Table:

@@ -38,7 +38,7 @@ UNITS = {"hour": timedelta(hours=1), "day": timedelta(days=1)}
 DEFAULT_RANGES = {"hour": timedelta(hours=48), "day": timedelta(days=14)}  # that is shown
 MAX_UNITS = 400
 MAX_COUNT_ROWS = 100_000  # counts of a sequence that are read
-MAX_LATENESS_ROWS = 20_000  # claims and hours of a sequence of which the lateness is read
+MAX_LATENESS_ROWS = 20_000  # rows of lateness of a sequence that are read
 
 
 @dataclass(frozen=True)

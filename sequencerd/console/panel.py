@@ -237,8 +237,8 @@ async def _wakes(pool: asyncpg.Pool, sequence: str, step: str) -> tuple[list[Wak
 def _added_up(
     parts: Collection[tuple[list[WakeBar], int, bool]],
 ) -> tuple[list[WakeBar], int, bool]:
-    """Return the same for several shards, whose periods are not the same: each is counted in the
-    one that has its middle.
+    """Return the same for several shards, whose periods differ: each bar is counted in the period
+    that contains its middle.
     """
     if len(parts) == 1:
         return next(iter(parts))

@@ -50,9 +50,9 @@ class Query:
         return value
 
     def of_shard(self, name: str, shards: Collection[str]) -> Query | None:
-        """Return what a query over all shards asks of one: with the numbers of its ids such as
-        b/17, and where its own page begins, as `skip.b` says. None if it names enrollments of
-        others alone. Raises WrongQueryError for an id that is in no shard.
+        """Return the part of a query over all shards that concerns one of them: ids such as b/17
+        become numbers, and `skip.b` says where its own page begins. None if the query names only
+        enrollments of other shards. Raises WrongQueryError for an id that is in no shard.
         """
         given: dict[str, str] = {}
         for key, value in self.given.items():

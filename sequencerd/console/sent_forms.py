@@ -25,8 +25,8 @@ class SentForms:
     async def process(
         self, user: str, form: Mapping[str, str], work: Coroutine[Any, Any, Response]
     ) -> Response:
-        """Do the work of a form, unless it is being done or was done: then lead to where that led.
-        What led nowhere, as it found an error, is done again.
+        """Do the work of a form. If it is in progress or done, redirect to the same page instead.
+        Work that did not end with a redirect, because it found an error, is done again.
         """
         key = hashlib.sha256(json.dumps([user, sorted(form.items())]).encode()).hexdigest()
         if known := self._sent.get(key):

@@ -28,8 +28,8 @@ from sequencerd.storage.statements import QUERIES
 
 MAX_FAILED = 1_000_000  # failed enrollments that are counted
 MAX_DUE = 100_000  # enrollments of a step that are due
-MAX_CAUSES = 50_000  # failed enrollments of which the cause is found
-COMING_PERIOD = timedelta(days=1)  # ahead of which is shown what is checked
+MAX_CAUSES = 50_000  # failed enrollments whose cause is determined
+COMING_PERIOD = timedelta(days=1)  # how far ahead upcoming checks are shown
 MAX_COMING = 100_000  # of a step
 MAX_PROBLEMS = 100  # of those that daemons report
 HISTORY_DAYS = 14
@@ -129,8 +129,8 @@ class Summary:
         self._wanted.set()
 
     async def get(self, first: float = PAGE_WAIT) -> Counts | None:
-        """Return the latest counts; None if there are none after so many seconds. Raises what keeps
-        them from being made.
+        """Return the latest counts; None if there are none after so many seconds. Raises the error
+        that prevents counting.
         """
         was_idle = not self._wanted.is_set()
         self.record_view()

@@ -268,8 +268,8 @@ async def enrollments(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
 def _next(
     rows: Sequence[Mapping[str, Any]], key: str, first: datetime, skip: int
 ) -> tuple[str, str] | None:
-    """Return where the next page begins: at the time of the last row, after those with it. None if
-    these are too many. This page begins at `first`, after so many.
+    """Return where the next page begins: the time of the last row, and how many rows with this time
+    to skip. None if they are too many. This page begins at `first`, after `skip` rows.
     """
     last = rows[-1][key]
     skip = sum(row[key] == last for row in rows) + (skip if last == first else 0)

@@ -151,7 +151,7 @@ class Cancellation(NamedTuple):
 
 
 RefusalKey = str | tuple[str, str, str]
-Refusals = Mapping[Any, str]  # by RefusalKey, in which a mapping by names is one, too
+Refusals = Mapping[Any, str]  # by RefusalKey, or by sequence name alone
 """Refusals with the codes of their reasons: jumps by their sequence, and others by their key."""
 
 StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation

@@ -4,13 +4,14 @@ Without that, a claim begins at the earliest wake time that the step has ever ha
 version of a row since then that VACUUM cannot remove yet: while another session keeps a snapshot
 open, each claim takes longer than the one before.
 
-A claim skips what another session has locked. So a cursor keeps two times: claims begin at `next`,
-where the last one ended, and a check of what is due from `since` on, made with the last claim and
-every second, brings both to where something was left. Whatever becomes due at an earlier time is
-reported: by the daemon's own writes, by notifications, by polls and by the sweep.
+A claim skips rows that another session has locked, so a cursor keeps two times. Claims begin at
+`next`, where the last one ended. With the last claim and every second, a check reads what is due
+from `since` on, and moves both times to the first row that was left. Whatever becomes due at an
+earlier time is reported: by the daemon's own writes, by notifications, by polls and by the sweep.
 
-When the next one wakes is not read with each claim either: a lease that has ended leaves a dead
-version with its end as the wake time, and so there are as many as side effects in that time.
+The next wake time is not read with each claim either. Each lease that has ended leaves a dead row
+version whose wake time is the end of the lease, so there may be as many of these as side effects in
+that time.
 """
 
 from __future__ import annotations

@@ -74,10 +74,9 @@ def begin(
     since: datetime,
     share: Callable[[], float] = lambda: 0.0,
 ) -> datetime:
-    """Return when something that has waited `since` then may begin: now, or later.
-
-    `share` (0 to 1) says where in the spread. What has come in an open window begins at once; what
-    has waited for its opening begins at its share, even if it is looked at before.
+    """Return when something that waits since `since` may begin: now, or later. `share` (0 to 1) is
+    its position in the spread. What arrived while the window was open begins at once; what waited
+    for the opening begins at its position, even if it is evaluated earlier.
     """
     opens = opening(window, now, tz, holidays)
     if not window.spread:

@@ -101,11 +101,9 @@ class _Sandbox:
 
 
 class _RefusedText:
-    """A text that could not be compiled or analysed within the limits. That may be over later: the
-    CPU time is that of all threads.
-
-    So that is tried again, each time after twice as many uses: it is refused about as often again
-    as it could not be compiled, and a thousand uses cost ten attempts.
+    """A text that could not be compiled or analysed within the limits. It may succeed later,
+    because the limit counts the CPU time of all threads. So it is tried again, each time after
+    twice as many uses: a thousand uses cost ten attempts.
     """
 
     def __init__(self) -> None:

@@ -26,8 +26,8 @@ _RANK = {name: rank for rank, names in enumerate(_SIZES) for name in names}
 def in_a_row(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
     """Say what is wrong with a WaitForDateComparison that follows another; None if nothing is.
 
-    The first may match already, and then no longer when the second does; a first that waits for the
-    start of a day is right before an hour.
+    The first may match on arrival, and no longer when the second one does. A first one that waits
+    for the start of a day is correct before an hour.
     """
     one, other = (full_name(config["attribute"]) or "" for config in (first, second))
     if _RANK[one] == _RANK[other]:

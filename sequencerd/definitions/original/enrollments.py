@@ -37,7 +37,7 @@ _NOT_A_ROWS = (
 
 
 class ImportedEnrollment(NamedTuple):
-    """An enrollment to be, in the columns of `import_enrollments`."""
+    """An enrollment to create, in the columns of `import_enrollments`."""
 
     original_id: str
     sequence: str
@@ -52,7 +52,7 @@ class ImportedEnrollment(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """An enrollment to be, and where it was."""
+    """An enrollment to create, and where it was in the original."""
 
     placed: ImportedEnrollment
     at: StepPlace
@@ -77,8 +77,8 @@ class OriginalEnrollment(NamedTuple):
 async def apply(
     source: ImportSource, change: Change, found: Mapping[Shard, ImportReport], runners: Runners
 ) -> ImportReport:
-    """Write what was read for each shard, for the caller to commit; count it all, and ask what is
-    open. Of some shards only, the rows of the others are passed over.
+    """Write the enrollments of each shard, for the caller to commit, count them, and collect the
+    open questions. If only some shards are given, the rows of the others are skipped.
     """
 
     async def begin(shard: Shard) -> _Writer:

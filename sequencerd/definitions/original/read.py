@@ -56,7 +56,7 @@ _TABLES = {
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
-    """Where the original's tables are, and what of them is wanted."""
+    """Where the original's tables are, and which sequences to import."""
 
     connection: asyncpg.Connection
     schema: str = "public"

@@ -1,8 +1,9 @@
 -- Statements that change enrollments and sequences by hand.
 
 -- part: cause
--- The cause in an error: what is the same for all enrollments that meet it. Addresses, quoted texts,
--- numbers and ids are replaced; a reply code of SMTP or HTTP remains, marked meanwhile.
+-- The cause of an error: the part of its message that is the same for all enrollments. Addresses, quoted
+-- texts, numbers and ids are replaced. A reply code of SMTP or HTTP is kept: it is marked until the numbers
+-- are replaced.
 replace(regexp_replace(regexp_replace(regexp_replace(regexp_replace(left(coalesce(e.last_error, ''), 300),
     '((?<=^|: |[(]|HTTP |status |answered )[1-5][0-9]{2}|'
         || '(?<=[1-5][0-9]{2}[ -])[245]\.[0-9]{1,3}\.[0-9]{1,3})(?=$|[ :,;-])',
@@ -14,8 +15,8 @@ replace(regexp_replace(regexp_replace(regexp_replace(regexp_replace(left(coalesc
     chr(57344), '')
 
 -- part: matching
--- Whether an enrollment e is selected, by the fields of a Selection; NULL restricts nothing. LIKE spares
--- most errors the regular expressions of the cause.
+-- Whether an enrollment e is selected, by the fields of a Selection; NULL restricts nothing. LIKE comes
+-- first, because the regular expressions of the cause are slow.
 ($1::bigint[] IS NULL OR e.id = ANY ($1)) AND ($2::text IS NULL OR e.subject = $2)
    AND ($3::text IS NULL OR e.sequence = $3) AND ($4::text IS NULL OR e.step = $4)
    AND ($5::text IS NULL OR e.failure = $5) AND ($6::text IS NULL OR e.status = $6)
@@ -67,8 +68,8 @@ SELECT sequence, step, status, failure, count(*)
 SELECT sequence FROM sequencer.steps WHERE name = $1 AND sequence = ANY ($2::text[]);
 
 -- name: set_reason
--- Write the statement that sets the reason which the events of a transaction record. Citus sends SET LOCAL
--- to its nodes, and no set_config.
+-- Make the statement that sets the reason for the events of a transaction. It is a SET LOCAL, which Citus
+-- sends to its nodes, unlike a call of set_config.
 SELECT format('SET LOCAL sequencer.reason = %L', $1::text);
 
 -- name: retry

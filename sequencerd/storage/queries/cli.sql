@@ -1,8 +1,7 @@
 -- Statements of the command line.
 
 -- name: without_jit
--- Have the statements of this transaction run as they are: to compile one takes longer than to count a
--- million rows.
+-- Do not compile the statements of this transaction: that takes longer than counting a million rows.
 SET LOCAL jit = off;
 
 -- name: status
@@ -82,8 +81,8 @@ SELECT at, sequence, step, visit, action, message, revision
   FROM sequencer.events WHERE enrollment_id = $1 ORDER BY visit, at;
 
 -- name: events_since
--- Read the events after a time, for `tail`, which reads with some overlap: rows are committed in
--- another order than they are made.
+-- Read the events after a time, for `tail`, which reads with some overlap, because rows are not committed in
+-- the order of their times.
 SELECT v.at, v.enrollment_id, e.subject, v.sequence, v.step, v.visit, v.action, v.message
   FROM sequencer.events AS v LEFT JOIN sequencer.enrollments AS e ON e.id = v.enrollment_id
  WHERE v.at > $1 AND ($2::text IS NULL OR v.sequence = $2)

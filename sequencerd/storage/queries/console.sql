@@ -1,12 +1,12 @@
 -- Statements of the console.
 
 -- name: refusing
--- Find the sequences that would refuse a jump of one enrollment, as its subject is enrolled there.
+-- Find the sequences that would refuse a jump of an enrollment, because its subject is enrolled there.
 SELECT DISTINCT sequence FROM sequencer.enrollments
  WHERE subject = $1 AND entry = 0 AND id <> $2;
 
 -- name: without_parallel_workers
--- Have the statements of this transaction take one process of the server, however much they read.
+-- Let each statement of this transaction use only one process of the server.
 SET LOCAL max_parallel_workers_per_gather = 0;
 
 -- name: console_sequences
@@ -15,7 +15,7 @@ SELECT name, description, status, timezone, first_step, revision FROM sequencer.
 
 -- name: console_steps
 -- Count the enrollments of each step that are due within the hour, and those overdue; in a paused sequence
--- none is due. It reads only this part of the index of due enrollments, and of each step at most the limit.
+-- none is due. It reads only this part of the index of due enrollments, and at most the limit for each step.
 SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.config, s.problem,
        a.soon, a.overdue
   FROM sequencer.steps AS s JOIN sequencer.sequences AS q ON q.name = s.sequence
@@ -30,13 +30,13 @@ SELECT s.sequence, s.name AS step, s.type, s.next_step, s.alt_next_step, s.confi
 
 -- name: console_active
 -- Count the active enrollments of each step, in one pass: through the index where VACUUM has been, else
--- through the table. Step by step, the table would be read once for each.
+-- through the table. A query for each step would read the table once per step.
 SELECT sequence, step, count(*) AS active
   FROM sequencer.enrollments WHERE status = 'active' GROUP BY sequence, step;
 
 -- name: console_next
--- Count the enrollments that are checked next, in periods of ten minutes from a time on; of each step at
--- most the limit are read, from the index of due enrollments.
+-- Count the enrollments that are checked next, in periods of ten minutes from a time on. At most the limit
+-- are read for each step, from the index of due enrollments.
 SELECT date_bin('10 minutes', a.wake_at, $1) AS at, s.sequence, count(*) AS enrollments
   FROM sequencer.steps AS s
   JOIN sequencer.sequences AS q ON q.name = s.sequence AND q.status <> 'paused'
@@ -79,7 +79,7 @@ SELECT e.id, e.subject, e.sequence, e.step, e.status, e.wake_at, e.entered_at, e
  ORDER BY e.id DESC LIMIT $20;
 
 -- name: console_flow
--- Count the events at steps between two times, by day; of branches, each branch.
+-- Count the events at steps between two times, by day; the events of branches are counted by branch.
 SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step,
        CASE WHEN action = 'branch' THEN 'branch ' || message ELSE action END AS action,
        count(*) AS times
@@ -89,8 +89,8 @@ SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step,
  GROUP BY 1, 2, 3, 4;
 
 -- name: console_stays
--- Measure the length of visits that ended between two times, in seconds: of one enrollment in so many,
--- and at most the limit.
+-- Measure the length of visits that ended between two times, in seconds, for a sample: one enrollment in so
+-- many, and at most the limit.
 SELECT v.sequence, v.step, extract(epoch FROM v.at - (
            SELECT max(p.at) FROM sequencer.events AS p
             WHERE p.enrollment_id = v.enrollment_id AND p.at <= v.at
@@ -179,7 +179,7 @@ SELECT id, subject, sequence, step, status, wake_at, failure, last_error, data, 
   FROM sequencer.enrollments WHERE id = $1;
 
 -- name: console_has_at_most
--- Check whether there are no more enrollments than so many.
+-- Check whether there are at most so many enrollments.
 SELECT NOT EXISTS (SELECT FROM sequencer.enrollments OFFSET $1);
 
 -- name: console_has_email_index
@@ -250,8 +250,8 @@ WITH RECURSIVE known (channel, number) AS (
 SELECT channel FROM known WHERE channel IS NOT NULL;
 
 -- name: console_suppressions
--- Read a page of the suppressions of some channels, of each those with a beginning of the address, in order,
--- after a given one. Of these at most the limit are searched; then the last one is returned as well.
+-- Read a page of the suppressions of some channels whose address begins with a text, in order, after a given
+-- one. At most the limit are searched; if there are more, the last one that was searched is returned as well.
 WITH scanned AS MATERIALIZED (
     SELECT s.* FROM unnest($1::text[], $2::text[]) AS c (channel, start) CROSS JOIN LATERAL (
         SELECT * FROM sequencer.suppressions AS a
@@ -290,7 +290,7 @@ SELECT s.revision, s.status, s.from_file, r.by, r.reason
  WHERE s.name = $1;
 
 -- name: console_schedule
--- Read by which schedule a sequence enrolls what a query returns, and the result of the last run.
+-- Read the schedule by which a sequence enrolls what a query returns, and the result of the last run.
 SELECT source, schedule, next_run_at, last_run_at, extract(epoch FROM duration)::float8 AS duration,
        found, enrolled, problem AS message
   FROM sequencer.schedules WHERE sequence = $1;
@@ -302,7 +302,7 @@ INSERT INTO sequencer.console_sessions (session, "user", groups, credential, add
 VALUES ($1, $2, $3, $4, $5, $6, now() + $7);
 
 -- name: console_activity
--- Read what happened in which hour or day between two full hours, of one sequence or of all; at most so many
+-- Read what happened in each hour or day between two full hours, in one sequence or in all; at most so many
 -- rows. It reads only the counts by hour.
 SELECT date_trunc($3, a.hour, 'UTC') AS at, a.sequence, a.step, a.action, sum(a.times)::bigint AS times
   FROM sequencer.sequences AS s CROSS JOIN LATERAL (
@@ -320,7 +320,7 @@ SELECT max("until") AS counted_until FROM sequencer.activity_progress;
 SELECT hour AS at, sequence, step, action, count(*) AS times {activity_of};
 
 -- name: console_lateness
--- Read how late steps began in which hour or day between two times, of one sequence or of all; it reads the
+-- Read how late steps began in each hour or day between two times, in one sequence or in all. It reads the
 -- latest rows, at most so many of a sequence.
 SELECT date_trunc($3, a.at, 'UTC') AS at, a.sequence, a.step, sum(a.times)::bigint AS late,
        sum(a.over_minute)::bigint AS over_minute, sum(a.over_ten_minutes)::bigint AS over_ten_minutes,

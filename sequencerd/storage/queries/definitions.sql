@@ -1,7 +1,8 @@
 -- Statements of plan, apply, history and export.
 
 -- name: apply_sequence
--- Insert or update a sequence. Not by ON CONFLICT, whose refused insert would draw a revision.
+-- Insert or update a sequence. ON CONFLICT is not used, because its refused insert would draw a revision
+-- number.
 WITH changed AS (
     UPDATE sequencer.sequences AS q
        SET first_step = $2, timezone = $3, status = $4, reentry = $5, lookup = $6, recheck = $7,

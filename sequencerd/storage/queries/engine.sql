@@ -73,10 +73,9 @@ UPDATE sequencer.steps AS s SET problem = p.problem
  WHERE s.sequence = p.sequence AND s.name = p.name AND s.problem IS DISTINCT FROM p.problem;
 
 -- name: beat
--- Extend the time until which a daemon is alive, and return when it started. Other daemons are
--- notified if the step types that it serves are new. If it was considered dead, what has kept it from
--- writing this may have kept others from it, too: they are alive for as long, unless they are just
--- writing it.
+-- Extend the time until which a daemon is alive, and return when it started. Other daemons are notified if
+-- the step types that it serves are new. If this daemon was considered dead, whatever delayed its heartbeat
+-- may also have delayed those of others: their time is extended as well, unless they are writing it just now.
 WITH before AS (SELECT types, alive_until FROM sequencer.daemons WHERE name = $1),
      beat AS (
     INSERT INTO sequencer.daemons (name, started_at, alive_until, types)
@@ -178,8 +177,8 @@ WITH RECURSIVE step_key AS (
 SELECT sequence, step, nullif(wake_at, 'infinity') AS wake_at FROM step_key LIMIT $3;
 
 -- name: acquire_notify_lock
--- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False:
--- another daemon does, which is as good. Null: transactions are in progress that have sent no
+-- Try to acquire the notify lock, which makes triggers notify. True: this session holds it. False: another
+-- daemon does, which is just as good. Null: transactions are in progress that have skipped their
 -- notification.
 SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
             WHEN EXISTS (SELECT FROM pg_locks
@@ -193,8 +192,8 @@ SELECT CASE WHEN pg_try_advisory_lock({notify_lock}) THEN true
 SELECT pg_advisory_unlock({notify_lock}), pg_notify('sequencer', '{"notifications": "off"}');
 
 -- name: count_due
--- Count the enrollments that are due at steps since given times, and those overdue by more than a
--- minute. The limit applies to each step, so that a backlog of millions is not counted through.
+-- Count the enrollments that are due at steps since given times, and those overdue by more than a minute. The
+-- limit applies to each step, so that a backlog of millions is not counted in full.
 SELECT p.sequence, p.step, d.due, d.overdue
   FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS p (sequence, step, since)
  CROSS JOIN LATERAL (
@@ -247,7 +246,7 @@ FROM sequencer.enrollments AS e
    AND {is_current} AND e.id <> ALL ($5::bigint[])
 
 -- part: ahead
--- When the next one wakes that is not due yet.
+-- When the next enrollment that is not due yet wakes.
 (SELECT e.wake_at FROM sequencer.enrollments AS e
       WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
         AND e.wake_at > $3 AND e.wake_at < 'infinity'
@@ -264,8 +263,8 @@ SELECT e.ctid::text AS place, (SELECT {number_unless_changed}) AS transaction, {
 
 -- name: peek
 -- Read due enrollments without a lock, also those that other daemons have leased, and which transactions have
--- written them: of Citus, whose nodes have numbers of their own, none is known. The clock, and if wanted, when
--- the next one wakes, make a check of what is left unnecessary.
+-- written them: with Citus, whose nodes have numbers of their own, none is known. It also returns the clock
+-- and, if wanted, when the next one wakes, so that no separate check of what is left is needed.
 SELECT now(), CASE WHEN $9::boolean THEN {ahead} END,
        CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN e.xmin::text END AS version,
        {enrollment}
@@ -290,7 +289,7 @@ SELECT q.reentry, q.revision,
  ORDER BY j.number;
 
 -- name: lock_cancelled
--- Lock the active enrollments of subjects in sequences, but for the enrollments that cancel them; those
+-- Lock the active enrollments of subjects in sequences, except for the enrollments that cancel them. Those
 -- that another session has locked are returned as NULL.
 WITH wanted AS MATERIALIZED (
     SELECT j.number, e.id
@@ -305,7 +304,7 @@ WITH wanted AS MATERIALIZED (
 SELECT wanted.number, locked.id AS locked FROM wanted LEFT JOIN locked ON locked.id = wanted.id;
 
 -- name: cancel_others
--- Cancel locked enrollments, and record by which other enrollment.
+-- Cancel locked enrollments, and record which enrollment has cancelled them.
 WITH cancelled AS (
     UPDATE sequencer.enrollments AS e
        SET status = 'cancelled', wake_at = NULL, ended_at = $3, leased_by = NULL, retry_at = NULL,
@@ -464,8 +463,8 @@ SELECT e.id, e.visit, e.leases, e.leased_by
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
 -- part: happened
--- Events: most of a batch are the same but for the enrollment, so each is sent once. FULL JOIN keeps the
--- planner, which expects ten of each, from nested loops.
+-- Events: most of a batch differ only in the enrollment, so each is sent once. The planner expects ten rows
+-- on each side; FULL JOIN keeps it from choosing a nested loop.
 SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action, what.message,
        what.revision, what.seconds_at_step
   FROM unnest($18::text::bigint[], $19::text::int[]) AS enrollment (id, number)
@@ -479,7 +478,7 @@ SELECT enrollment.id, what.at, what.sequence, what.step, what.visit, what.action
 (enrollment_id, at, sequence, step, visit, action, message, revision, seconds_at_step)
 
 -- part: write_state
--- Write the new state of enrollments that have the same, as most of a batch do.
+-- Write the new state of enrollments that all get the same one, as most of a batch do.
 UPDATE sequencer.enrollments
    SET sequence = $2, step = $3, status = $4,
        wake_at = CASE WHEN $5::timestamptz >= '9999-01-01Z' THEN 'infinity' ELSE $5 END,
@@ -490,14 +489,15 @@ UPDATE sequencer.enrollments
        ended_at = CASE WHEN $4 = 'active' THEN NULL ELSE $17::timestamptz END
 
 -- part: is_stored
--- Whether a row is stored as `write_state` has set it. A trigger of others may change what is written, but
--- not let the row be due as before: the same would happen to it again and again.
+-- Whether a row is stored as `write_state` has set it. A user's trigger may change what is written, but must
+-- not leave the row due as before, because the same would then happen to it again and again.
 (status <> 'active' OR visit = $7 AND leases = $9 AND leased_by IS NOT DISTINCT FROM $11
  AND (wake_at > $17::timestamptz OR wake_at = $5::timestamptz))
 
 -- name: write_and_record
--- Write the new state of all enrollments that have the same, and insert events. Return how many are stored as
--- they were written. Arrays of ids are sent as text: asyncpg looks at each element of a list four times as long.
+-- Write the new state of enrollments that all get the same one, and insert events. Return how many are stored
+-- as they were written. Arrays of ids are sent as text, because asyncpg takes four times as long to encode a
+-- list.
 WITH written AS (
     {write_state} WHERE id = ANY ($1::text::bigint[]) RETURNING {is_stored} AS is_stored
 ), recorded AS (
@@ -508,8 +508,8 @@ SELECT count(*) FILTER (WHERE is_stored) FROM written;
 
 -- name: write_in_place
 -- Write and insert like `write_and_record`, but find the rows, which this transaction has locked, by their
--- places instead of their ids. Return how many are stored as they were written: one that a trigger has
--- written since then is at another place.
+-- places instead of their ids. Return how many are stored as they were written: a row that a trigger has
+-- written since it was locked is at another place.
 WITH written AS (
     {write_state} WHERE ctid = ANY ($1::text::tid[]) RETURNING {is_stored} AS is_stored
 ), recorded AS (
@@ -519,8 +519,8 @@ WITH written AS (
 SELECT count(*) FILTER (WHERE is_stored) FROM written;
 
 -- part: states
--- Write the new states of enrollments that differ, each with its own. Their ids as text keep the planner
--- from reading the table through to join it with so many.
+-- Write the new states of enrollments, each its own. The ids are sent as text, which hides their number from
+-- the planner: it would read the whole table to join so many.
 UPDATE sequencer.enrollments AS e
    SET sequence = state.sequence, step = state.step, status = state.status,
        wake_at = CASE WHEN state.wake_at >= '9999-01-01Z' THEN 'infinity' ELSE state.wake_at END,
@@ -730,8 +730,8 @@ UPDATE sequencer.steps AS s
 RETURNING reschedule_from IS NOT NULL AS again;
 
 -- name: new_transaction
--- Draw a transaction number. The xmax of a snapshot would not do: transactions in progress may have
--- greater numbers than that.
+-- Draw a transaction number. The xmax of a snapshot would not suffice: transactions in progress may have
+-- greater numbers.
 SELECT {transaction};
 
 -- name: oldest_transaction
@@ -826,8 +826,8 @@ SELECT v.message FROM sequencer.enrollments AS e
  WHERE e.id = $1 AND left(replace(e.tag::text, '-', ''), 16) = $3 AND v.message LIKE '%sent to %';
 
 -- name: row_security
--- Find the tables where row-level security may hide rows from the present user, or from the owner, with
--- whose rights triggers and functions run; and whether it hides all rows, as no policy permits any.
+-- Find the tables in which row-level security may hide rows from the present user, or from the owner, whose
+-- rights triggers and functions have; and whether all rows are hidden, because no policy permits any.
 WITH users (oid, is_owner) AS (
     SELECT oid, false FROM pg_roles WHERE rolname = current_user
     UNION ALL
@@ -944,11 +944,12 @@ SELECT sequence, step, date_trunc('hour', at, 'UTC'), sum(times), sum(over_minut
   FROM taken GROUP BY 1, 2, 3;
 
 -- name: prune_lateness
--- Delete the lateness of times before a time.
+-- Delete the lateness recorded before a time.
 DELETE FROM sequencer.lateness WHERE at < $1;
 
 -- name: take_permits
--- Take permits of a runner, whose rate all daemons share: they begin where those end that were taken
--- before, or now. Up to 25 ms of the past count, so that the time of this statement is not lost; a
--- rate that was set far too low by mistake delays calls no longer than a hundred of them take.
+-- Take permits of a runner, whose rate all daemons share. They begin at the end of those that were taken
+-- before, or now. Up to 25 ms of the past count, so that the time of this statement is not lost; after a rate
+-- that was set far too low by mistake, calls wait for 10 seconds at most, or for as long as a hundred of them
+-- take.
 SELECT first, present FROM sequencer.take_permits($1, $2, $3);

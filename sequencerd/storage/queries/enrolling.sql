@@ -45,8 +45,8 @@ SELECT count(*) FROM sequencer.enroll_all(array_fill($1::text, ARRAY[cardinality
                                           $2, $3::jsonb[], $4::text[], NULL);
 
 -- name: read_only
--- Let this transaction write nothing, until the end of a savepoint in it, and limit its statements to
--- so many milliseconds.
+-- Make this transaction read-only until the end of a savepoint in it, and limit its statements to so many
+-- milliseconds.
 SELECT set_config('transaction_read_only', 'on', true), set_config('statement_timeout', $1, true);
 
 -- name: source_kind

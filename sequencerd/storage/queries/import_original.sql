@@ -42,8 +42,8 @@ SELECT "sequenceId"::text AS sequence FROM {schema}.runners
  WHERE "isActive" GROUP BY "sequenceId", "dataLookup" HAVING count(*) > 1;
 
 -- name: imported_sequences
--- Read the sequences that were imported before, or have the name of one that is to be, with the
--- names of their steps by the original's ids.
+-- Read the sequences that were imported before, or that have the name of one to be imported, with the names
+-- of their steps by the original's ids.
 SELECT q.name, q.original_id, sequencer.document(q.name) AS document,
        (SELECT coalesce(jsonb_object_agg(s.original_id, s.name), '{}') FROM sequencer.steps AS s
          WHERE s.sequence = q.name AND s.original_id IS NOT NULL) AS steps

@@ -17,7 +17,7 @@ SELECT coalesce(current_setting('citus.enable_schema_based_sharding', true)::boo
    AND quote_ident('sequencer') <> 'sequencer';
 
 -- name: no_timeouts
--- Turn off the time limits of a login for this transaction: a large table takes as long as it takes.
+-- Turn off the time limits of a login for this transaction, because a large table may take long.
 SELECT set_config(name, '0', true) FROM pg_settings
  WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout');
 
