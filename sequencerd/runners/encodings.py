@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import zlib
 
+MAX_MEMBERS = 1000
+"""Streams that may follow one another in a body: each takes time, whatever it contains."""
+
+_IDENTITY = frozenset({"", "identity", "none", "binary", "utf-8", "aws-chunked"})
+"""Names of no encoding; servers send the last four by mistake."""
+
 
 class EncodingError(Exception):
     """A response that cannot be decompressed, with the reason."""
@@ -15,7 +21,7 @@ def decode(body: bytes, encodings: str, limit: int) -> bytes:
     Raises EncodingError before it produces much more than `limit` bytes.
     """
     names = [name.strip().lower() for name in encodings.split(",")]
-    for name in reversed([name for name in names if name not in ("", "identity")]):
+    for name in reversed([name for name in names if name not in _IDENTITY]):
         if name in ("gzip", "x-gzip"):
             body = _inflate(body, 16 + zlib.MAX_WBITS, limit)
         elif name == "deflate":
@@ -33,7 +39,9 @@ def _inflate(body: bytes, window: int, limit: int) -> bytes:
     """Return all members of a stream. Raises EncodingError, or zlib.error for another header."""
     found = bytearray()
     rest = body
-    while rest:
+    for _ in range(MAX_MEMBERS + 1):
+        if not rest:
+            break
         stream = zlib.decompressobj(window)
         try:
             found += stream.decompress(rest, limit + 1 - len(found))
@@ -46,4 +54,6 @@ def _inflate(body: bytes, window: int, limit: int) -> bytes:
         if not stream.eof:
             raise EncodingError("the compressed answer is truncated")
         rest = stream.unused_data if window > zlib.MAX_WBITS else b""
+    else:
+        raise EncodingError(f"the compressed answer has more than {MAX_MEMBERS} parts")
     return bytes(found)

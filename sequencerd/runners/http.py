@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -80,8 +80,8 @@ class HttpEndpoint:
     ) -> None:
         self._url = check_url(url)
         self._key = None if secret is None else read_secret(secret)
-        self._headers = check_headers(headers or {})
-        self._headers |= {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers |= check_headers(headers or {})
         self._web = HttpClient(
             timeout=timeout, connections=connections, allow_private=allow_private, http2=http2
         )
@@ -210,14 +210,10 @@ class BatchRunner:
         failed = judge(reply, f"{self._name} answered {reply.status} {reply.excerpt()}".rstrip())
         if failed is None:
             try:
-                items = exact_json.loads(reply.body)
-            except (ValueError, RecursionError):
-                items = None
-            if isinstance(items, list):
-                by_id = _by_id(items)
+                by_id = _by_id(read_list(reply, exact_json.loads))
                 return {task.key: _hidden(self._result(task, by_id), reply) for task in tasks}
-            text = f"{self._name} did not answer with a JSON list: {reply.excerpt()}"
-            failed = Failed(text, fault="unclear", unknown=True)
+            except ValueError as error:
+                failed = Failed(f"{self._name} {error}", fault="unclear", unknown=True)
         return {task.key: failed for task in tasks}
 
     def _result(self, task: Task, by_id: Mapping[str, list[Mapping[str, Any]]]) -> Result:
@@ -273,15 +269,31 @@ def _body(program: str, events: Sequence[str]) -> bytes:
     return f'{{"config":{program},"runners":[{",".join(events)}]}}'.encode()
 
 
+def read_list(reply: HttpReply, loads: Callable[[str], Any] = json.loads) -> list[Any]:
+    """Return the list that an answer contains. Raises ValueError."""
+    reason = ""
+    try:
+        items = loads(reply.text())
+        if isinstance(items, list):
+            return items
+    except (ValueError, RecursionError) as error:
+        reason = f" ({one_line(str(error), 100)})"
+    raise ValueError(f"did not answer with a JSON list{reason}: {reply.excerpt()}")
+
+
+def read_id(item: Mapping[str, Any]) -> str | None:
+    """Return the id of an answer as text. Some languages write a number as a text or as 7.0."""
+    id_ = item.get("id")
+    if isinstance(id_, float) and id_.is_integer():
+        id_ = int(id_)
+    return str(id_) if isinstance(id_, int | str) and not isinstance(id_, bool) else None
+
+
 def _by_id(items: list[Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the answers by id, which some languages write as a text or as 7.0."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
-        id_ = item.get("id") if isinstance(item, dict) else None
-        if isinstance(id_, float) and id_.is_integer():
-            id_ = int(id_)
-        if isinstance(id_, int | str) and not isinstance(id_, bool):
-            found.setdefault(str(id_), []).append(item)
+        if isinstance(item, dict) and (id_ := read_id(item)) is not None:
+            found.setdefault(id_, []).append(item)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
@@ -23,6 +24,7 @@ from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any
 from urllib.parse import parse_qsl
+from urllib.request import getproxies, proxy_bypass
 
 import h2.events
 import h2.exceptions
@@ -104,6 +106,13 @@ class HttpReply:
     body: bytes
     secrets: frozenset[str] = frozenset()  # values that were sent, and that the answer may repeat
 
+    def text(self) -> str:
+        """Return the body of an answer in JSON as text. Some servers write Latin-1."""
+        try:
+            return self.body.decode(json.detect_encoding(self.body))
+        except UnicodeDecodeError:
+            return self.body.decode("latin-1")
+
     def excerpt(self) -> str:
         """Return the beginning of the body, for messages."""
         return one_line(self.hide(self.body[:1000].decode("utf-8", "replace")), 200)
@@ -119,7 +128,8 @@ class HttpClient:
     """An HTTP client that keeps and reuses its connections.
 
     A name that resolves to a private address is refused unless `allow_private`; a URL with
-    localhost or an IP address is taken to be intentional.
+    localhost or an IP address is taken to be intentional. If the environment names a proxy for a
+    URL, the proxy resolves the name again, and need not do so in the same way.
 
     With `http2`, calls share a connection if the server offers HTTP/2. When a server retires a
     connection, httpx loses the answers in progress, because h2 reads nothing after GOAWAY
@@ -137,36 +147,40 @@ class HttpClient:
         self._http2 = http2
         self._connections = connections
         self._allow_private = allow_private
+        self._proxies = getproxies()
         self._clients: Counter[httpx.AsyncClient] = Counter()  # with the calls in progress on them
-        self._newest: httpx.AsyncClient | None = None
-        self._calls_left = 0
+        self._newest: dict[httpx.URL | None, httpx.AsyncClient] = {}  # by proxy
+        self._calls_left: Counter[httpx.AsyncClient] = Counter()
         self._retired = 0  # consecutive connections without an answer
 
     @asynccontextmanager
-    async def _client(self) -> AsyncIterator[httpx.AsyncClient]:
+    async def _client(self, proxy: httpx.URL | None) -> AsyncIterator[httpx.AsyncClient]:
         """Return the client for a call. A retired client is closed after its last call."""
-        if self._newest is None or (self._http2 and not self._calls_left):
-            self._newest = self._make_client()
-            self._calls_left = MAX_CALLS
-        client = self._newest
-        self._calls_left -= 1
+        client = self._newest.get(proxy)
+        if client is None or (self._http2 and not self._calls_left[client]):
+            client = self._newest[proxy] = self._make_client(proxy)
+            self._calls_left[client] = MAX_CALLS
+        self._calls_left[client] -= 1
         self._clients[client] += 1
         try:
             yield client
         finally:
             self._clients[client] -= 1
-            if not self._clients[client] and client is not self._newest:
-                del self._clients[client]
+            if not self._clients[client] and client is not self._newest.get(proxy):
+                del self._clients[client], self._calls_left[client]
                 await client.aclose()
 
-    def _make_client(self) -> httpx.AsyncClient:
+    def _make_client(self, proxy: httpx.URL | None) -> httpx.AsyncClient:
         return httpx.AsyncClient(
+            proxy=proxy,
+            trust_env=False,  # its proxy is chosen for each call
             verify=_tls(self._http2, os.getenv("SSL_CERT_FILE"), os.getenv("SSL_CERT_DIR")),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             timeout=None,  # noqa: S113 - one time limit is set around the whole call
             limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=IDLE_TIMEOUT),
             headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
             follow_redirects=False,
+            event_hooks={"response": [_note_refusal]},
             http2=self._http2,
         )
 
@@ -189,9 +203,10 @@ class HttpClient:
         sent = False
         refusals: list[_Incoming] = []
 
-        async def trace(event: str, _details: object) -> None:
+        async def trace(event: str, details: Mapping[str, Any]) -> None:
             nonlocal sent
-            sent = sent or event.endswith("send_request_headers.started")
+            if event.endswith("send_request_headers.started"):
+                sent = sent or details["request"].method != b"CONNECT"  # which is for the proxy
 
         secrets = _secrets(headers, auth) | _secrets_of_url(named)
         request = {
@@ -200,31 +215,38 @@ class HttpClient:
             "content": content,
             "data": form,
             "auth": auth or httpx.USE_CLIENT_DEFAULT,
-            "extensions": {"sni_hostname": named.raw_host.decode("ascii"), "trace": trace},
+            "extensions": {
+                "sni_hostname": named.raw_host.decode("ascii"),
+                "trace": trace,
+                "refusals": refusals,
+            },
         }
+        place = _place(named)
         try:
+            if (proxy := self._proxy(named)) is not None:
+                place += f" through the proxy {_place(proxy)}"
             async with asyncio.timeout(self._timeout):
-                *others, last = await self._targets(named)
+                *others, last = await self._targets(named, is_proxied=proxy is not None)
                 for target in others:
                     try:
-                        answer = await self._send(target, request, max_answer, refusals)
+                        answer = await self._send(target, proxy, request, max_answer)
                         break
                     except httpx.ConnectError:
                         continue  # the address of the host has changed
                 else:
-                    answer = await self._send(last, request, max_answer, refusals)
+                    answer = await self._send(last, proxy, request, max_answer)
                 return answer.reply(secrets)
         except TimeoutError:
-            message = f"no answer from {_place(named)} within {self._timeout:g} s"
+            message = f"no answer from {place} within {self._timeout:g} s"
             failed = Unreachable(message, sent=sent)
         except Unreachable as error:
             failed = error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             failed = Unreachable(
-                f"{_place(named)}: {_reason(error)}",
+                f"{place}: {_reason(error)}",
                 sent=sent,
                 exhausted=is_exhausted(error),
-                cause=None if sent else cause_of_no_connection(error),
+                cause=None if sent else _cause(error),
                 retired=_is_retired(error) and self._retired <= MAX_RETIRED,
             )
         if refusals:
@@ -234,32 +256,54 @@ class HttpClient:
     async def _send(
         self,
         url: httpx.URL,
+        proxy: httpx.URL | None,
         request: Mapping[str, Any],
         max_answer: int,
-        refusals: list[_Incoming],
     ) -> _Incoming:
-        async with self._client() as client:
+        async with self._client(proxy) as client:
             try:
                 async with client.stream(url=url, **request) as response:
-                    incoming = _Incoming(response)
-                    if not response.is_success:
-                        refusals.append(incoming)
+                    is_refusal = not response.is_success
+                    refusals = request["extensions"]["refusals"]
+                    incoming: _Incoming = refusals[-1] if is_refusal else _Incoming(response)
                     await incoming.read(max_answer)
             except httpx.ProtocolError as error:
-                if _is_retired(error) and client is self._newest:
-                    self._newest = None  # no further call begins on this client
+                if _is_retired(error) and client is self._newest.get(proxy):
+                    del self._newest[proxy]  # no further call begins on this client
                     self._retired += 1
                 raise
             self._retired = 0
             return incoming
 
-    async def _targets(self, url: httpx.URL) -> list[httpx.URL]:
+    def _proxy(self, url: httpx.URL) -> httpx.URL | None:
+        """Return the proxy that the environment names for a URL. Raises Unreachable."""
+        named = self._proxies.get(url.scheme) or self._proxies.get("all")
+        hosts = (url.host, url.netloc.decode("ascii"))
+        if not named or any(map(proxy_bypass, hosts)):
+            return None
+        with suppress(httpx.InvalidURL):
+            proxy = httpx.URL(named if "://" in named else f"http://{named}")
+            is_socks = proxy.scheme in ("socks5", "socks5h") and find_spec("socksio") is not None
+            if proxy.host and (is_socks or proxy.scheme in ("http", "https")):
+                return proxy
+        raise Unreachable(
+            f"the proxy in the environment ({url.scheme}_proxy or all_proxy) can't be used: "
+            "write http://host:port",
+            cause="refused",
+        )
+
+    async def _targets(self, url: httpx.URL, *, is_proxied: bool) -> list[httpx.URL]:
         """Return the URL, or URLs with its host's addresses once these are known to be public."""
         if self._allow_private or _names_itself(url.host):
             return [url]
         host = url.raw_host.decode("ascii")
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, _port(url), type=socket.SOCK_STREAM)
+        try:
+            found = await loop.getaddrinfo(host, _port(url), type=socket.SOCK_STREAM)
+        except socket.gaierror:
+            if not is_proxied:
+                raise
+            return [url]  # perhaps only the proxy knows the name
         addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
         for address in addresses:
             if not is_public(ip_address(address)):
@@ -268,12 +312,18 @@ class HttpClient:
                     "set allow_private if that is intended",
                     cause="refused",
                 )
-        return [url.copy_with(host=address) for address in addresses]
+        return [url] if is_proxied else [url.copy_with(host=address) for address in addresses]
 
     async def close(self) -> None:
         """Close the connections."""
         for client in list(self._clients):
             await client.aclose()
+
+
+async def _note_refusal(response: httpx.Response) -> None:
+    """Keep a refusal; httpx then raises an error if it cannot read where a redirect leads."""
+    if not response.is_success:
+        response.request.extensions["refusals"].append(_Incoming(response))
 
 
 def _names_itself(host: str) -> bool:
@@ -341,6 +391,12 @@ def _is_retired(error: BaseException) -> bool:
     )
 
 
+def _cause(error: BaseException) -> OutageCause:
+    """Return why there is no connection. A proxy's 4xx is for its operator, as 407 is."""
+    is_proxys = isinstance(error, httpx.ProxyError) and str(error).startswith("4")
+    return "refused" if is_proxys else cause_of_no_connection(error)
+
+
 def _reason(error: BaseException) -> str:
     """Return the operating system's reason if the client's error only says that it failed."""
     *_, cause = causes(error)
@@ -396,14 +452,19 @@ def check_url(url: str) -> str:
     return url
 
 
+_OWN_NAMES = {name.lower(): name for name in ("Accept", "Content-Type", "Idempotency-Key")}
+
+
 def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return headers if they can be sent. Raises ValueError, without their values."""
+    """Return headers if they can be sent; those that runners send as well are named as there, so
+    that none is sent twice. Raises ValueError, without their values.
+    """
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or name.lower() in ("host", "content-length"):
             raise ValueError(f"headers: {name!r} can't be set")
         if not _HEADER_VALUE.fullmatch(value):
             raise ValueError(f"headers: the value of {name} must be printable ASCII")
-    return dict(headers)
+    return {_OWN_NAMES.get(name.lower(), name): value for name, value in headers.items()}
 
 
 PAYMENT_REQUIRED = 402
@@ -448,9 +509,11 @@ def judge(reply: HttpReply, message: str) -> Failed | None:
 
 def retry_after(headers: httpx.Headers) -> timedelta | None:
     """Return the wait that Retry-After asks for, in seconds or as a date; None if it cannot be
-    parsed. Some servers write the seconds of Unix's clock.
+    parsed. Some servers write the seconds of Unix's clock. Of several, the longest counts; proxies
+    join them with commas.
     """
-    waits = [_wait(text.strip()) for text in headers.get_list("Retry-After")]
+    fields = headers.get_list("Retry-After")
+    waits = [_wait(text.strip()) for field in fields for text in (field, *field.split(","))]
     return max((wait for wait in waits if wait is not None), default=None)
 
 
@@ -460,7 +523,7 @@ def _wait(text: str) -> timedelta | None:
     except ValueError:
         try:
             at = parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
         seconds = at.timestamp() - time.time()

@@ -300,10 +300,16 @@ async def scripted(**options: Any) -> AsyncIterator[Script]:
 
 
 def certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
-    """A server's TLS context for 127.0.0.1 and localhost, and the file that lets one trust it."""
+    """A server's TLS context for 127.0.0.1, localhost and api.example.test, and the file that lets
+    one trust it.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
+    names = [
+        x509.DNSName("localhost"),
+        x509.DNSName("api.example.test"),
+        x509.IPAddress(ipaddress.ip_address(HOST)),
+    ]
     made = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -377,7 +383,10 @@ class HttpServer:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 pairs = (line.split(": ", 1) for line in head[1:] if line)
-                headers = {name.lower(): value for name, value in pairs}
+                headers: dict[str, str] = {}
+                for name, value in pairs:
+                    before = headers.get(name.lower())
+                    headers[name.lower()] = value if before is None else f"{before}, {value}"
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 method, target, _ = head[0].split(" ")
                 request = Request(target, headers, body, method)

@@ -225,11 +225,14 @@ async def test_an_id_that_comes_twice() -> None:
     ("body", "says"),
     [
         (b"", "not answer with a JSON list"),
-        (b"<html>hello</html>", "not answer with a JSON list: <html>hello</html>"),
-        (b'{"id": 7, "action": "next"}', "not answer with a JSON list"),
+        (
+            b"<html>hello</html>",
+            "not answer with a JSON list (Expecting value: line 1 column 1 (char 0)): <html>hello",
+        ),
+        (b'{"id": 7, "action": "next"}', 'not answer with a JSON list: {"id": 7, "action": "next"'),
         (b"[" * 100_000, "not answer with a JSON list"),
         (b"\xff\xfe\x00", "not answer with a JSON list"),
-        (b"[1" + b"0" * 5000 + b"]", "not answer with a JSON list"),
+        (b"[1" + b"0" * 5000 + b"]", "not answer with a JSON list (Exceeds the limit"),
         (b" " * (MAX_ANSWER + 1), "more than"),
     ],
 )
@@ -251,6 +254,7 @@ async def test_a_body_that_cannot_be_used(body: bytes, says: str) -> None:
         (404, True, "enrollment"),
         (405, False, "server"),
         (407, False, "server"),
+        (308, False, "server"),
         (408, False, "unclear"),
         (409, False, "enrollment"),
         (413, True, "enrollment"),
@@ -306,8 +310,29 @@ async def test_a_refusal_counts_although_its_body_does_not_end() -> None:
     assert (bad.permanent, bad.message) == (True, "Crm answered 400 the reason")
 
 
-async def test_of_several_retry_after_the_longest_counts() -> None:
-    raw = b"HTTP/1.1 429 X\r\nRetry-After: 30\r\nRetry-After: 120\r\nContent-Length: 0\r\n\r\n"
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://[::1",
+        "http://crm.example.com:port/",
+        "mailto:ops@example.com",
+        "javascript:alert(1)",
+        "/moved\x01",
+        "/" + "a" * 70_000,
+    ],
+)
+async def test_a_redirect_counts_although_it_leads_nowhere(location: str) -> None:
+    bad = failed((await run(servers.Answer(302, b"", {"Location": location})))[0])
+    assert (bad.fault, bad.cause, bad.unknown) == ("server", "refused", False)
+    assert bad.message == "Crm answered 302"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["Retry-After: 30\r\nRetry-After: 120", "Retry-After: 30, 120", "Retry-After: soon,120 , 30"],
+)
+async def test_of_several_retry_after_the_longest_counts(fields: str) -> None:
+    raw = f"HTTP/1.1 429 X\r\n{fields}\r\nContent-Length: 0\r\n\r\n".encode()
     bad = failed((await run(servers.Answer(raw=raw)))[0])
     assert bad.retry_after == timedelta(seconds=120)
 
@@ -339,7 +364,17 @@ async def test_retry_after_is_read_as_seconds_or_as_a_date(
         assert bad.fault == "server"
 
 
-@pytest.mark.parametrize("value", ["soon", "nan", "inf", "Mon, 99 Foo"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "soon",
+        "nan",
+        "inf",
+        "Mon, 99 Foo",
+        "Fri, 31 Dec 99999999999999999999 23:59:59 GMT",
+        "Fri, 31 Dec 2027 23:59:59 +99999999999999",
+    ],
+)
 async def test_an_invalid_retry_after_is_ignored(value: str) -> None:
     (result,) = await run(servers.Answer(503, b"", {"Retry-After": value}))
     assert failed(result).retry_after is None
@@ -398,7 +433,8 @@ async def test_a_name_that_leads_to_a_private_address() -> None:
 
 async def test_a_public_name_is_called_at_the_address_that_was_checked() -> None:
     web = HttpClient(timeout=1, connections=1, allow_private=False)
-    targets = await web._targets(httpx.URL("https://8.8.2056:8443/x"))
+    url = httpx.URL("https://8.8.2056:8443/x")
+    targets = await web._targets(url, is_proxied=False)
     await web.close()
     assert targets == [httpx.URL("https://8.8.8.8:8443/x")]
 
@@ -423,6 +459,27 @@ def test_a_config_that_is_not_json() -> None:
     made = http_runner("https://crm.example.com")
     with pytest.raises(DefinitionError, match="config"):
         made.compile({"a": math.nan})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'\xef\xbb\xbf[{"id": 7, "action": "next", "message": "f\xc3\xbcr"}]',
+        '[{"id": 7, "action": "next", "message": "für"}]'.encode("utf-16"),
+        '[{"id": 7, "action": "next", "message": "für"}]'.encode("latin-1"),
+    ],
+)
+async def test_json_is_read_in_other_encodings(body: bytes) -> None:
+    assert await run(servers.Answer(body=body)) == [Answer(message="für")]
+
+
+async def test_headers_of_the_settings_replace_those_of_the_runner() -> None:
+    given = {"content-type": "application/x+json", "ACCEPT": "a/b", "idempotency-key": "always"}
+    async with http_server(all_next) as server, runner(server, headers=given) as made:
+        await made.run(made.compile({}), [task()])
+    sent = server.requests[0].headers
+    assert (sent["content-type"], sent["accept"]) == ("application/x+json", "a/b")
+    assert sent["idempotency-key"] == KEY
 
 
 async def test_nothing_is_kept_from_one_call_to_the_next() -> None:
@@ -480,7 +537,7 @@ async def test_clients_share_the_certificates() -> None:
     contexts = []
     for _ in range(2):
         web = HttpClient(timeout=1, connections=1, allow_private=False)
-        async with web._client() as client:
+        async with web._client(None) as client:
             contexts.append(client._transport._pool._ssl_context)  # type: ignore[attr-defined]
         await web.close()
     assert contexts[0] is contexts[1]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Answer, Failed, NotStarted, Result
+from sequencerd.runners.encodings import MAX_MEMBERS
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers
 from tests.helpers.runners import http_runner
@@ -179,6 +180,10 @@ def raw_deflate(body: bytes) -> bytes:
         ("deflate", raw_deflate),
         ("deflate, gzip", lambda body: gzip.compress(zlib.compress(body))),
         ("identity", bytes),
+        ("utf-8", bytes),  # as some servers call what is no encoding
+        ("none", bytes),
+        ("aws-chunked,gzip", gzip.compress),
+        ("gzip", lambda body: gzip.compress(b"") * (MAX_MEMBERS - 1) + gzip.compress(body)),
     ],
 )
 async def test_compressed_answers_are_unpacked(encoding: str, pack: Any) -> None:
@@ -204,6 +209,7 @@ async def test_compressed_answers_are_unpacked(encoding: str, pack: Any) -> None
         ("gzip", b"nonsense", "can't be read"),
         ("deflate", b"nonsense", "can't be read"),
         ("br", b"whatever", "encoded as 'br'"),
+        ("gzip", gzip.compress(b"") * (MAX_MEMBERS + 1), "more than 1000 parts"),
     ],
 )
 async def test_an_answer_that_cannot_be_decompressed_is_a_failure(

@@ -93,9 +93,9 @@ class _TokenAnswer(BaseModel):
     error_description: str | None = None
 
 
-def _read(body: bytes) -> _TokenAnswer:
+def _read(text: str) -> _TokenAnswer:
     try:
-        return _TokenAnswer.model_validate_json(body)
+        return _TokenAnswer.model_validate_json(text)
     except ValidationError:
         return _TokenAnswer()
 
@@ -127,7 +127,7 @@ class TokenEndpoint:
             reply = await self._web.call("POST", self._url, headers={}, form=form)
         except Unreachable as error:
             raise TokenError(f"the token endpoint: {error}", error.cause) from None
-        answer = _read(reply.body)
+        answer = _read(reply.text())
         if reply.status != 200 or not answer.access_token:
             # the body is not shown: even without a token, it may contain another secret
             said = reply.hide(answer.error_description or answer.error or "no token")
@@ -190,7 +190,7 @@ def token_source(oauth: OAuthClient | str) -> TokenEndpoint | TokenCommand:
 def _printed(output: bytes) -> AccessToken:
     text = output.decode("utf-8", "replace").strip()
     if text.startswith("{"):
-        answer = _read(output)
+        answer = _read(text)
         token = AccessToken(answer.access_token or "", answer.expires_in or UNKNOWN_LIFE)
     else:
         token = AccessToken(text, UNKNOWN_LIFE)

@@ -286,7 +286,7 @@ def undeliverable(code: int | None, to: str, text: str) -> Undeliverable | None:
 def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
     """Classify Twilio's answer: by its error code if there is one, otherwise by the status."""
     try:
-        receipt = _Receipt.model_validate_json(reply.body)
+        receipt = _Receipt.model_validate_json(reply.text())
     except ValidationError:
         receipt = _Receipt()
     code = receipt.code if receipt.code is not None else receipt.error_code
