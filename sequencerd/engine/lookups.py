@@ -6,16 +6,17 @@ import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import entry_points
+from math import isfinite
 from typing import Any
 
 import asyncpg
 
 from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
 from sequencerd.runners.fields import one_line, text_of
-from sequencerd.runners.http import Endpoint
+from sequencerd.runners.http import Endpoint, read_id, read_list
 from sequencerd.runners.http_client import Unreachable, judge
 from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupSettings
@@ -46,7 +47,19 @@ class Lookup:
             return self._failed(f"no answer within {self._time:g} seconds", len(tasks))
         except Exception as error:  # an error of the user's function or server, or of the database
             return self._failed(text_of(error) or type(error).__name__, len(tasks))
-        return [LookupAnswer(found.get(str(task.view["subject"]), {})) for task in tasks]
+        answers = {subject: self._answer(found.get(subject, {})) for subject in subjects}
+        return [answers[str(task.view["subject"])] for task in tasks]
+
+    def _answer(self, data: object) -> LookupAnswer:
+        """Return the data of a subject, or the failure if JSON cannot hold them."""
+        if not isinstance(data, Mapping):
+            what = f"the data are of type {type(data).__name__} instead of an object"
+            return self._failed(what, 1)[0]
+        try:
+            json.dumps(given := dict(data), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            return self._failed(_fault("external", data) or text_of(error), 1)[0]
+        return LookupAnswer(given)
 
     def _failed(self, why: str, count: int) -> list[LookupAnswer]:
         return [LookupAnswer(None, one_line(f"lookup {self._name!r} failed: {why}"))] * count
@@ -117,7 +130,11 @@ class Lookups:
             text = f"it answered {reply.status} {reply.excerpt()}".rstrip()
             if judge(reply, text) is not None:
                 raise Unreachable(text)
-            return by_id(json.loads(reply.body))
+            try:
+                answer = read_list(reply)
+            except ValueError as error:
+                raise ValueError(f"it {error}") from None
+            return by_id(answer)
 
         return Lookup(name, ask, settings.limits)
 
@@ -135,7 +152,9 @@ def _by_python(function: Callable[[list[str]], Any]) -> QuerySubjects:
             answer = await function(subjects)
         else:
             answer = await asyncio.to_thread(function, subjects)
-        return answer if isinstance(answer, Mapping) else by_id(answer)
+        if isinstance(answer, Mapping):
+            return {str(subject): data for subject, data in answer.items()}
+        return by_id(answer)
 
     return ask
 
@@ -146,10 +165,26 @@ def by_id(answer: object) -> dict[str, External]:
         raise ValueError("the answer is not a list of objects with id")
     found: dict[str, External] = {}
     for item in answer:
-        id_ = item.get("id")
-        if not isinstance(id_, str | int):
+        id_ = read_id(item)
+        if id_ is None:
             raise ValueError("an object of the answer has no id")
-        if str(id_) in found:
-            raise ValueError(f"the answer has the id {one_line(str(id_), 50)} twice")
-        found[str(id_)] = item
+        if id_ in found:
+            raise ValueError(f"the answer has the id {one_line(id_, 50)} twice")
+        found[id_] = item
     return found
+
+
+def _fault(path: str, value: object) -> str | None:
+    """Return which value JSON cannot hold, and why; None if all can be held."""
+    match value:
+        case Mapping() | list() | tuple():
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            with suppress(RecursionError):
+                return next(filter(None, (_fault(f"{path}.{key}", v) for key, v in parts)), None)
+            return f"{path} is nested too deeply"
+        case float() if not isfinite(value):
+            return f"{path} is {value}: the number is too large, or not a number"
+        case None | str() | int() | float():
+            return None
+        case _:
+            return f"{path} is of type {type(value).__name__}, which JSON does not have"

@@ -7,13 +7,17 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import UTC, datetime
+from decimal import Decimal
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import asyncpg
 import pytest
 
+from sequencerd.core.model import LookupAnswer, Task
 from sequencerd.engine import lookups
 from sequencerd.service.health import Health
 from sequencerd.service.metrics import Metrics
@@ -234,6 +238,84 @@ async def test_an_answer_that_cannot_be_used_is_a_failure(
             await enroll(connection, "s", "ada")
             await until(connection, "SELECT last_error LIKE 'lookup%' FROM sequencer.enrollments")
     assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "active"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"<html>", "it did not answer with a JSON list (Expecting value: line 1 column 1"),
+        (b"[" * 100_000, "it did not answer with a JSON list (maximum recursion depth exceeded"),
+        (b'[{"id": true}]', "an object of the answer has no id"),
+        (b'[{"id": "user-7", "n": 1e400}]', "external.n is inf: the number is too large"),
+        (b'[{"id": 7}, {"id": "user-7", "of": [1, {"n": NaN}]}]', "external.of.1.n is nan"),
+    ],
+)
+async def test_a_failure_tells_what_an_endpoint_answers(body: bytes, says: str) -> None:
+    (answer,) = await ask_endpoint(body, 7)
+    assert answer.external is None
+    assert answer.message.startswith(f"lookup 'plans' failed: {says}")
+
+
+async def ask_endpoint(body: bytes, *ids: int) -> list[LookupAnswer]:
+    """The answers for users with these numbers."""
+
+    async def respond(_: Request) -> Answer:
+        return Answer(body=body)
+
+    async with http_server(respond) as server:
+        pool: Any = None  # no SQL function is asked
+        made = lookups.Lookups(pool, {"plans": LookupSettings(url=server.url)})
+        answers = await made.get("plans").run(None, [task(id_) for id_ in ids])
+        await made.close()
+    return list(answers)
+
+
+async def test_data_that_cannot_be_used_concern_their_subject_only() -> None:
+    first, second = await ask_endpoint(b'[{"id": "user-7", "n": 1e400}, {"id": "user-8"}]', 7, 8)
+    assert first.external is None
+    assert second.external == {"id": "user-8"}
+
+
+@pytest.mark.parametrize("id_", ["7.0", '"7"', "7"])
+def test_an_id_is_a_number_or_its_text(id_: str) -> None:
+    assert list(lookups.by_id(json.loads(f'[{{"id": {id_}}}]'))) == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"since": datetime(2026, 1, 1, tzinfo=UTC)}, "external.since is of type datetime, which"),
+        ({"sum": Decimal("1.5")}, "external.sum is of type Decimal, which JSON does not have"),
+        ({"a": [{"b": {1, 2}}]}, "external.a.0.b is of type set, which JSON does not have"),
+        ({("a", "b"): 1}, "keys must be str, int, float, bool or None, not tuple"),
+        (None, "the data are of type NoneType instead of an object"),
+        (["pro"], "the data are of type list instead of an object"),
+    ],
+)
+async def test_data_of_python_that_json_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, data: object, says: str
+) -> None:
+    def of_python(_: list[str]) -> dict[str, object]:
+        return {"user-7": data}
+
+    point = SimpleNamespace(name="plans", load=lambda: of_python)
+    monkeypatch.setattr(lookups, "entry_points", lambda group: [point])
+    pool: Any = None
+    (answer,) = await lookups.Lookups(pool, {}).get("plans").run(None, [task(7)])
+    assert answer.external is None
+    assert answer.message.startswith(f"lookup 'plans' failed: {says}")
+
+
+async def test_what_python_has_instead_of_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_python(_: list[str]) -> dict[int, object]:
+        return {7: MappingProxyType({"plans": ("pro", "team")})}
+
+    point = SimpleNamespace(name="plans", load=lambda: of_python)
+    monkeypatch.setattr(lookups, "entry_points", lambda group: [point])
+    pool: Any = None
+    asked = Task("7:1:x", {"subject": "7"})
+    (answer,) = await lookups.Lookups(pool, {}).get("plans").run(None, [asked])
+    assert answer.external == {"plans": ("pro", "team")}
 
 
 def of_lists(subjects: list[str]) -> list[dict[str, str]]:
