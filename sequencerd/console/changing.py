@@ -132,7 +132,7 @@ async def _selected(context: PageContext, query: Query) -> dict[Shard, Selected]
     found = dict((await in_all(context, find, only=asked)).values())
     if missing.get() and query.get("id"):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.get().items())
-        raise WrongQueryError(f"enrollments were chosen that cannot be changed: shard {reasons}")
+        raise WrongQueryError(f"some of the chosen enrollments cannot be changed: shard {reasons}")
     return found
 
 
@@ -197,7 +197,7 @@ async def follow(request: Request) -> Response:
     made = context.actions.get(request.path_params["number"])
     if made is None:
         raise NotFoundError(
-            "Unknown change: changes are not kept over a restart, but their events are."
+            "Unknown change: changes are not kept across a restart, but their events are."
         )
     followed = {shard: list(ids[:MAX_FOLLOWED]) for shard, ids in made.ids.items()}
 

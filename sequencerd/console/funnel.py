@@ -31,7 +31,7 @@ async def funnel(request: Request) -> Response:
     try:
         table = await read(context, query)
     except (TimeoutError, asyncpg.QueryCanceledError):
-        wrong = "The history of this time is too long to be counted now. Choose a shorter one."
+        wrong = "The history of this period is too long to count now. Choose a shorter one."
     return render(
         request,
         "funnel.html",

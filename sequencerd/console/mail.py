@@ -129,7 +129,7 @@ async def send_test(request: Request) -> Response:
         except (ValueError, UsageError) as error:
             raise UsageError(masked(str(error))) from error
     except TimeoutError:
-        wrong = "The server has not answered in time; the test may still arrive."
+        wrong = "The server did not answer in time; the test may still arrive."
         return await _page(request, query, wrong, 422)
     except UsageError as error:
         return await _page(request, query, as_sentence(str(error)), 422)

@@ -27,8 +27,8 @@ from sequencerd.storage.statements import QUERIES
 MAX_OFFSET = 5000  # rows that a page may begin after
 TOO_FAR = f"a page cannot start after more than {MAX_OFFSET:,} rows"
 NOT_ALL_SEARCHED = (
-    f"Addresses were searched in the latest {EMAILS_SEARCHED:,} enrollments only, so others may"
-    " have this one. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
+    f"Only the latest {EMAILS_SEARCHED:,} enrollments were searched for the address, so others may"
+    " have it. This index finds them all; it slows moves by about 2% and enrolling by 4%:"
 )
 
 

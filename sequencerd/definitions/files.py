@@ -369,7 +369,7 @@ def _read_sources(
         return sources, [
             FileFinding(origin, error.line, None, None, str(error), True, error.column)
         ]
-    empty = FileFinding(origin, 1, None, None, "there is no sequence in it")
+    empty = FileFinding(origin, 1, None, None, "it contains no sequence")
     return sources, [] if sources else [empty]
 
 

@@ -74,7 +74,7 @@ def _find(root: yaml.Node, path: KeyPath) -> _ValuePlace:
             raise EditError(f"{name} is not written there")
         column, node = found[0][0].start_mark.column, found[0][1]
     if not isinstance(node, yaml.ScalarNode):
-        raise EditError(f"{name} is no single value")
+        raise EditError(f"{name} is not a single value")
     return _ValuePlace(node, column, is_flow)
 
 

@@ -146,7 +146,7 @@ class _Loader(yaml.SafeLoader):
     def _count(self, mark: yaml.Mark) -> None:
         self._values += 1
         if self._depth > MAX_DEPTH:
-            raise _wrong(f"nested more than {MAX_DEPTH} deep", mark)
+            raise _wrong(f"nested more than {MAX_DEPTH} levels deep", mark)
         if self._values > 2 * MAX_VALUES:  # counted when it is read and when an alias repeats it
             raise _wrong(f"more than {MAX_VALUES} values, with those that aliases repeat", mark)
 

@@ -90,7 +90,7 @@ class Health:
         elif now - heard > MAX_LISTEN_SILENCE:
             reasons.append(f"the listening connection has not answered for {now - heard:.0f} s")
         if swept is None:
-            reasons.append("nothing was swept yet")
+            reasons.append("no sweep has finished yet")
         elif now - swept > self._longest_pause:
             reasons.append(f"the last sweep was {now - swept:.0f} s ago")
         for name, seconds in self.waits.items():

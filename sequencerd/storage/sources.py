@@ -66,7 +66,7 @@ async def read_source(
         await connection.execute(QUERIES["read_only"], f"{seconds * 1000:.0f}")
         kind = await connection.fetchval(QUERIES["source_kind"], *name.groups())
         if kind is None:
-            raise ValueError(f"no view, table or function {source} without arguments exists")
+            raise ValueError(f"no view, table or function without arguments is named {source}")
         called = "" if kind == "relation" else "()"
         query = QUERIES["read_source"].replace(
             "{source}", '"{schema}"."{name}"'.format(**name.groupdict()) + called

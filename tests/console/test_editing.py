@@ -87,7 +87,7 @@ async def test_a_sequence_is_edited_by_a_plan(
         assert "amuont" in text_of(refused)
         for text, words in (
             ("a: [", "Line 1"),
-            ("", "there is no sequence in it"),
+            ("", "it contains no sequence"),
             (text_of(page).replace("name: s\n", "name: t\n", 1), "This page edits only s"),
         ):
             refused = await client.post("/edit", data=form_of(page, action="plan", text=text))
@@ -257,7 +257,7 @@ async def test_errors_are_found_while_a_sequence_is_edited(
             (text.replace("type: Note", "type: Nope"), 9, 5, "Nope"),
             ("name: s\nsteps: [", 2, 9, "end"),
             ("name: s\n\tsteps: 1", 2, 1, "cannot start any token"),
-            ("", 1, 1, "there is no sequence in it"),
+            ("", 1, 1, "it contains no sequence"),
             ("name: s\n" + "#" * 1_100_000, 1, 1, "has more than 1048576 bytes"),
         ):
             answer = await client.post("/edit/check", data=form_of(page, text=wrong))

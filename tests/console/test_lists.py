@@ -319,10 +319,10 @@ async def test_a_search_combines_with_filters(
         )
         for path in (f"/search?q={mail}", f"/search?q={mail}&status=active"):
             text = check(await client.get(path))
-            assert "searched in the latest 10,000 enrollments only" in text
+            assert "Only the latest 10,000 enrollments were searched" in text
             assert "CREATE INDEX CONCURRENTLY enrollments_email" in text
             answer = await client.get(f"/tables{path.replace('/search?', '/search.json?')}")
-            assert "10,000 enrollments only" in answer.json()["remark"]
+            assert "latest 10,000 enrollments" in answer.json()["remark"]
 
 
 @pytest.mark.parametrize("mask", [[], ["subject", "data.email"]])

@@ -128,7 +128,7 @@ def test_conditions_that_are_nested_too_deep_are_refused() -> None:
     config: dict[str, Any] = truth("a")
     for _ in range(51):
         config = {"not": config}
-    with pytest.raises(DefinitionError, match="nested more than 50 deep"):
+    with pytest.raises(DefinitionError, match="nested more than 50 levels deep"):
         compile_step("Conditional", config)
     assert compile_step("Conditional", config["not"])
 

@@ -378,10 +378,10 @@ def test_common_encodings_are_read(tmp_path: Path, content: bytes) -> None:
         ("a:\n\tb: 1", 2, "'\\t'"),
         ("a: 1\nb: [", 2, "expected the node content"),
         ("a: 1\nb: *c", 2, "undefined alias 'c'"),
-        ("a: &a [*a]", 1, "nested more than 50 deep"),
-        ("a: &a {<<: *a}", 1, "nested more than 50 deep"),
-        ("[" * 100_000, 1, "nested more than 50 deep"),
-        ("- " * 1000, 1, "nested more than 50 deep"),
+        ("a: &a [*a]", 1, "nested more than 50 levels deep"),
+        ("a: &a {<<: *a}", 1, "nested more than 50 levels deep"),
+        ("[" * 100_000, 1, "nested more than 50 levels deep"),
+        ("- " * 1000, 1, "nested more than 50 levels deep"),
         ("a: 1\n" * 300_000, 1, "more than 1048576 bytes"),
     ],
 )
@@ -470,7 +470,7 @@ def test_findings_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         ("nowhere.yaml", "nowhere.yaml:1: error: can't be read: No such file or directory"),
         (".", "is a folder: name its files, such as"),
-        ("empty.yaml", "there is no sequence in it"),
+        ("empty.yaml", "it contains no sequence"),
     ],
 )
 def test_paths_that_are_not_files(

@@ -641,7 +641,7 @@ async def test_a_plan_counts_scheduled_enrollments(
     assert "11 of app.due would enter now" in await apply.lines(text % "app.due")
     few = text.replace("at_most: 20", "at_most: 2") % "app.due"
     assert "more than at_most = 2 of app.due would enter now: none would" in await apply.lines(few)
-    told = "app.none cannot be read: no view, table or function app.none without arguments exists"
+    told = "app.none cannot be read: no view, table or function without arguments is named app.none"
     assert told in await apply.lines(text % "app.none")
     document = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))
     assert await apply.lines(to_yaml(document)) == [

@@ -121,7 +121,7 @@ def test_any_text_is_read_back(path: KeyPath, value: str) -> None:
         ("a: &x 1\nb: *x", ("a",), "only the editor can change"),
         ("a: &x {c: 1}\nb: {<<: *x}", ("b", "c"), "is not written there"),
         ("a: 1", ("b",), "b is not written there"),
-        ("a: {b: 1}", ("a",), "a is no single value"),
+        ("a: {b: 1}", ("a",), "a is not a single value"),
         ("a: 1", ("a", 0), "a.0 is not written there"),
         ("a: 1\n---\nb: 1", ("a",), "there must be one sequence"),
         ("", ("a",), "there must be one sequence"),

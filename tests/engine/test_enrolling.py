@@ -166,7 +166,7 @@ async def test_rows_that_cannot_be_enrolled_are_reported_and_the_others_are_enro
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("app.nothing", "no view, table or function app.nothing"),
+        ("app.nothing", "function without arguments is named app.nothing"),
         ("app.slow", "did not end within"),
         ("app.failing", "division by zero"),
         ("app.unnamed", "1 row with no column subject"),

@@ -136,7 +136,7 @@ def check_locale(locale: str) -> str:
         if candidate in known:
             return candidate
     raise DefinitionError(
-        f"{locale[:60]!r} is not a locale that is known: write one of {', '.join(sorted(known))}"
+        f"{locale[:60]!r} is not a known locale: write one of {', '.join(sorted(known))}"
     )
 
 

@@ -152,7 +152,7 @@ def _judge(sandbox: _Sandbox, text: str, error: Exception) -> None:
         raise error
     message = _FRAMES.sub("", str(error)).strip()
     if isinstance(error, StackOverflow):
-        reached = "the data or the template is nested too deep"
+        reached = "the data or the template is nested too deeply"
     elif message == "InternalError: interrupted":
         reached = f"more than {sandbox.seconds:g} seconds of computing"
     elif message in ("InternalError: out of memory", "null"):

@@ -99,7 +99,9 @@ class Template:
             if found.startswith("="):
                 return str(found[1:])
             answers.update((question, _answer(question)) for question in json.loads(found)[1:])
-        raise EvaluationError("bad_data", f"dates are made of dates more than {MAX_ROUNDS} deep")
+        raise EvaluationError(
+            "bad_data", f"dates depend on other dates, more than {MAX_ROUNDS} levels deep"
+        )
 
     def _expected(self, view: Mapping[str, object]) -> dict[str, str | dict[str, str]]:
         """Format the dates that it will request, so that it need not be rendered twice."""

@@ -159,7 +159,7 @@ def compile_condition(config: ConditionConfig, *, waits: bool = False) -> Holds:
 
 def _compile(config: ConditionConfig, depth: int, *, waits: bool) -> Holds:
     if depth > MAX_DEPTH:
-        raise DefinitionError(f"conditions are nested more than {MAX_DEPTH} deep")
+        raise DefinitionError(f"conditions are nested more than {MAX_DEPTH} levels deep")
     faults = Faults()
     _check_keys(config, faults, waits=waits)
     parts: list[Holds] = []

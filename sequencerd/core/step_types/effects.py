@@ -181,7 +181,7 @@ class AttachmentConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> AttachmentConfig:
         if (self.url is None) == (self.base64 is None):
-            raise ValueError("write url or base64, one of them")
+            raise ValueError("write either url or base64")
         return self
 
 

@@ -100,7 +100,7 @@ def _subject(source: str | None, faults: Faults) -> Callable[[Context], str]:
         if not 1 <= size <= MAX_SUBJECT or "\0" in found:
             raise EvaluationError(
                 "bad_data",
-                f"subject: {source!r} gives no subject of 1 to {MAX_SUBJECT} bytes",
+                f"subject: {source!r} does not give a subject of 1 to {MAX_SUBJECT} bytes",
             )
         return found
 

@@ -182,8 +182,8 @@ def _past_date(
     passed = f"{name}: its date {config['date']} has passed"
     if choices.past_dates is None:
         made.warnings.append(
-            f"{passed}: enrollments that arrive continue at once, in the original never: see "
-            "--past-dates"
+            f"{passed}: enrollments that arrive continue at once; in the original, they never do:"
+            " see --past-dates"
         )
     if choices.past_dates != "hold":
         return config

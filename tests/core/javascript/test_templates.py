@@ -230,7 +230,7 @@ def test_a_malformed_template_is_refused(source: str) -> None:
         ("a\n{{> footer}}", "line 2: .*no partial 'footer'"),
         ("{{#if a}}\n\n{{/each}}", "line 1.*if doesn't match each"),
         ("{{#eq a b}}{{/eq}}", "eq is not a block"),
-        ('{{date due locale="xx"}}', "'xx' is not a locale"),
+        ('{{date due locale="xx"}}', "'xx' is not a known locale"),
         ("{{* x}}", "not a decorator"),
     ],
 )

@@ -406,8 +406,8 @@ async def test_names_arrive_in_any_script_and_length() -> None:
 def test_errors_of_attachments_name_their_key() -> None:
     runner = EmailRunner("smtp://127.0.0.1:9")
     for wrong, says in (
-        ({}, "attachments.0: write url or base64, one of them"),
-        ({"url": "x", "base64": "y"}, "attachments.0: write url or base64, one of them"),
+        ({}, "attachments.0: write either url or base64"),
+        ({"url": "x", "base64": "y"}, "attachments.0: write either url or base64"),
         ({"url": "invoice.pdf"}, "attachments.0.url: must be a URL such as"),
         ({"url": "{{#if"}, "attachments.0.url: line 1"),
         ({"base64": "{{x}}", "filename": "{{x"}, "attachments.0.filename: line 1"),
