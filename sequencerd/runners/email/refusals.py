@@ -12,7 +12,8 @@ compared with classes of phrases. The first class that fits decides, in this ord
 5. a rate or a quota of the sender
 6. what the operator has to correct: login, TLS, EHLO, network; sender, relaying
 7. a server that is busy
-8. otherwise the code alone
+8. commands that the server does not know or expect: a fault of the dialogue, not of the message
+9. otherwise the code alone
 
 The phrases come from what providers publish: Gmail (support.google.com/a/answer/3726730),
 Microsoft 365 (learn.microsoft.com: "Email non-delivery reports in Exchange Online"), Amazon SES
@@ -38,7 +39,7 @@ class RefusalMeaning(StrEnum):
 
     QUOTA = "quota"  # a rate limit or a quota of the sender: it passes
     OPERATOR = "operator"  # until an operator corrects it: login, TLS, EHLO, network
-    SENDER = "sender"  # the same for this sender, or for the recipients that it may write to
+    SENDER = "sender"  # perhaps the same for all messages: of this sender, or at all
     UNAVAILABLE = "unavailable"  # the server itself
     RECIPIENTS = "recipients"  # too many in this transaction: the others go in another one
     PASSING = "passing"  # this message or address, temporarily
@@ -100,6 +101,7 @@ _SENDER_CODES = frozenset(  # RFC 3463, Gmail, Microsoft
 )
 _SYSTEM_CODES = frozenset({"3.1", "3.2", "3.5"})  # full, not accepting, misconfigured (RFC 3463)
 
+_DIALOGUE_REPLIES = frozenset({500, 502, 503, 504})  # RFC 5321, 4.2.2
 _LOGIN_REPLIES = frozenset({525, 530, 534, 535, 538})  # RFC 4954 and RFC 5248
 _PASSING_LOGIN = 454
 
@@ -372,7 +374,8 @@ def _of_message(
         return RefusalMeaning.UNAVAILABLE
     if code == 421 and stage != "message":
         return RefusalMeaning.UNAVAILABLE
-    return RefusalMeaning.SENDER if stage == "sender" else by_code
+    is_dialogues = code in _DIALOGUE_REPLIES and not _CONTENT.search(said)
+    return RefusalMeaning.SENDER if stage == "sender" or is_dialogues else by_code
 
 
 def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:

@@ -280,7 +280,7 @@ class MailTransport:
             return
         if attempt.begun:
             try:
-                await dialogue.say("RSET")
+                reply = await dialogue.say("RSET")
             except (SmtpError, OSError):
                 return
             attempt.begun = False
@@ -418,11 +418,12 @@ async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> 
 
 
 def _ends_connection(error: Exception) -> bool:
-    """Return whether a connection cannot be used any more, or has reached its limit of messages."""
+    """Return whether a connection cannot be used any more. One that refuses a sender may have
+    reached its limit of messages, or lost its login or its state: only a new one tells.
+    """
     if not isinstance(error, SmtpRefused):
         return True
-    code = error.reply.code
-    return code == SHUTTING_DOWN or (error.stage == "sender" and 400 <= code < 500)
+    return error.reply.code == SHUTTING_DOWN or error.stage == "sender"
 
 
 async def _say_goodbye(dialogue: Dialogue) -> None:

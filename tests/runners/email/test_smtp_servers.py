@@ -397,6 +397,36 @@ async def test_a_closed_idle_connection_costs_no_attempt(command: str, answer: s
     assert len(server.messages) == 2
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "451 4.3.0 try again",
+        "503 5.5.1 nested MAIL command",
+        "530 5.7.0 Authentication required",
+        "554 5.7.0 Too many messages in this session",
+    ],
+)
+async def test_a_sender_is_only_refused_if_a_new_connection_refuses_it(reply: str) -> None:
+    async with scripted() as server, runner(server) as made:
+        await send(made)
+        server.answers["MAIL"] = [reply]
+        result = await send(made)
+        assert isinstance(result, Answer)
+        server.answers["MAIL"] = [reply, reply]
+        result = await send(made)
+    assert isinstance(result, Failed)
+    assert (server.connections, len(server.messages)) == (3, 2)
+
+
+async def test_a_connection_that_is_not_reset_is_not_used_again() -> None:
+    """The next message would go to the recipients of both, where a server keeps them."""
+    async with scripted() as server, runner(server) as made:
+        server.answers = {"RCPT": ["550 5.1.1 no"], "RSET": ["502 5.5.1 not implemented"]}
+        await send(made)
+        assert isinstance(await send(made), Answer)
+    assert server.connections == 2
+
+
 async def test_an_idle_connection_that_is_dead_costs_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
