@@ -12,7 +12,7 @@ from itertools import product
 
 import idna
 
-from sequencerd.runners.email.mime import quoted, unquoted
+from sequencerd.runners.email.mime import quoted, unquoted, visible
 from sequencerd.runners.sms.numbers import normalise
 
 EVERYTHING = "*"
@@ -104,10 +104,12 @@ def _stored_cases(address: str) -> set[str]:
 
 def spellings(address: str) -> set[str]:
     """Return an e-mail address in lower case, with its domain both in ASCII and as users write it,
-    and its local part with and without the quotation marks that dots may require; a number without
-    separators.
+    its local part with and without the quotation marks that dots may require, and all of it with
+    and without invisible characters; a number without separators.
     """
     plain = address.strip().lower()
+    if visible(plain) != plain and "@" in plain:
+        return {plain} | spellings(visible(plain))
     local, at, domain = plain.rpartition("@")
     if not at:
         return {plain, normalise(address)}

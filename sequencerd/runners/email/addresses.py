@@ -21,7 +21,7 @@ from sequencerd.runners.email.mime import (
     MAX_HEADER,
     Mailbox,
     check_header,
-    parse_address,
+    make_mailbox,
     parse_mailbox,
     parse_mailboxes,
 )
@@ -73,7 +73,7 @@ class AddressField:
                 raise RenderError(f"{self.name}: {_shown(text)!r} is not an address")
             address = address.strip()
             name = check_header(self.name, one_line(name, MAX_HEADER))
-            return [Mailbox(name, parse_address(self.name, address))] if address else []
+            return [make_mailbox(self.name, name, address)] if address else []
         if not text.strip():
             return []
         if self.many:

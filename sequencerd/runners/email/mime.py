@@ -30,6 +30,10 @@ _ITEM = re.compile(r'(?:"(?:[^"\\]|\\.)*+"|[^",])*+')
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 _FOLD = re.compile(r"\r?\n[ \t]+")
 _HALF = re.compile(r"[\ud800-\udfff]")
+_INVISIBLE = re.compile(  # those at both ends may be meant within a name in some scripts
+    r"[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]+"
+    r"|^[\u200c\u200d]+|[\u200c\u200d]+$"
+)
 _ATOM = r"[^\s\x00-\x20\x7f-\x9f()<>\[\]:;@\\,.\"]"
 _DOT_ATOM = re.compile(rf"{_ATOM}+(?:\.{_ATOM}+)*")
 _DOTS_ANYWHERE = re.compile(rf"(?:{_ATOM}|\.)+")  # such as old addresses of Japanese carriers
@@ -40,10 +44,13 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]+")
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """`name <address>`; the address's domain is in ASCII."""
+    """`name <address>`; the address's domain is in ASCII. `written` is the address with invisible
+    characters if it was written so.
+    """
 
     name: str
     address: str
+    written: str = ""
 
     @property
     def domain(self) -> str:
@@ -83,21 +90,33 @@ def parse_mailbox(field: str, text: str) -> Mailbox:
     """Parse one mailbox: the text before the last < is its name. Raises RenderError."""
     check_header(field, text := text.strip())
     if not text.endswith(">"):
-        return Mailbox("", parse_address(field, text))
+        return make_mailbox(field, "", text)
     name, opened, address = text[:-1].rpartition("<")
     name = name.strip()
     if name.startswith('"') and name.endswith('"') and len(name) > 1:
         name = re.sub(r"\\(.)", r"\1", name[1:-1])
     elif not opened or re.search(r'[<>"]', name):
         raise RenderError(f"{field}: {one_line(text, 100)!r} is not an address")
-    return Mailbox(name.strip(), parse_address(field, address.strip()))
+    return make_mailbox(field, name.strip(), address.strip())
+
+
+def make_mailbox(field: str, name: str, text: str) -> Mailbox:
+    """Return a mailbox with this name and address. Raises RenderError."""
+    return Mailbox(name, parse_address(field, text), text if visible(text) != text else "")
+
+
+def visible(address: str) -> str:
+    """Return an address without the invisible characters that are copied with it from web pages and
+    documents.
+    """
+    return address if address.isascii() else _INVISIBLE.sub("", address)
 
 
 def parse_address(field: str, text: str) -> str:
     """Return an address with its domain in ASCII, and its local part quoted if RFC 5321 requires
     that: `a..b@docomo.ne.jp` as `"a..b"@docomo.ne.jp`. Raises RenderError.
     """
-    local, at, domain = text.rpartition("@")
+    local, at, domain = visible(text).rpartition("@")
     bad = RenderError(f"{field}: {one_line(text, 100)!r} is not an address such as ada@example.com")
     if not _QUOTED_LOCAL.fullmatch(local) and not _DOTS_ANYWHERE.fullmatch(local):
         raise bad

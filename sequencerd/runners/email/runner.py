@@ -303,8 +303,11 @@ class EmailRunner:
     async def _suppressed(self, mail: Mail, task: Task) -> Mapping[str, str]:
         if self._suppressions is None:
             return {}
-        addresses = (*mail.to, *mail.others, str(task.view["subject"]))
-        return await self._suppressions.find_suppressed("email", addresses, task.topic)
+        subject = str(task.view["subject"])
+        addresses = (*mail.recipients, *mail.written, subject)
+        found = await self._suppressions.find_suppressed("email", addresses, task.topic)
+        names = {**mail.written, subject: subject}
+        return {names.get(address, address): topic for address, topic in found.items()}
 
     async def check(self) -> Result:
         """Connect and log in without sending a message. Errors of the server are returned, not
@@ -383,7 +386,9 @@ def write(
     )
     bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)
     utf8 = not all(map(str.isascii, (bounces_to, *to, *others, *headers)))
-    return Mail(bounces_to, to, others, content, utf8)
+    recipients = (*found["to"], *found["cc"], *found["bcc"])
+    written = {one.written: one.address for one in recipients if one.written}
+    return Mail(bounces_to, to, others, content, utf8, written)
 
 
 def message_mark(task: Task) -> str:

@@ -62,6 +62,8 @@ class Mail:
     others: tuple[str, ...]  # cc and bcc
     content: bytes
     utf8: bool = False
+    written: Mapping[str, str] = field(default_factory=dict)
+    """Recipients by what was written, if that has invisible characters."""
 
     @property
     def recipients(self) -> tuple[str, ...]:
@@ -282,6 +284,8 @@ class MailTransport:
             try:
                 reply = await dialogue.say("RSET")
             except (SmtpError, OSError):
+                return
+            if reply.is_refusal:  # the server still has the envelope
                 return
             attempt.begun = False
         attempt.dialogue = None

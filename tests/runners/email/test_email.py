@@ -549,6 +549,19 @@ async def test_a_suppressed_address_may_be_quoted(entry: str, email: str) -> Non
     assert server.messages == []
 
 
+@pytest.mark.parametrize("entry", ["ada@x.org", "ada@x.org\u200b", "\u202aada@x.org\u202c"])
+async def test_invisible_characters_hide_no_address(entry: str) -> None:
+    """Neither that of a message, nor an entry that an application copies from the same data."""
+    email = entry if not entry.isascii() else "\ufeffada@x.org"
+    async with smtp_server(utf8=False) as server, runner(server) as made:
+        (result,) = await made.run(made.compile(BASIC), [task(email=email, name="Ada")])
+        assert isinstance(result, Answer)
+        assert [one.rcpt_tos for one in server.messages] == [["ada@x.org"]]
+    async with smtp_server() as server, runner(server, suppressions=suppressing(entry)) as made:
+        (result,) = await made.run(made.compile(BASIC), [task(email=email, name="Ada")])
+    assert result == Suppressed("not sent to ada@x.org")
+
+
 async def test_an_address_that_does_not_exist_is_suppressed_as_users_write_it() -> None:
     async with smtp_server() as server:
         server.answers["RCPT"] = ["550 5.1.1 User unknown"]

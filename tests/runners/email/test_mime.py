@@ -80,6 +80,10 @@ def test_a_body_arrives_as_it_is(text: str) -> None:
         ("a+tag@sub.x-y.org", [("", "a+tag@sub.x-y.org")]),
         ("a@MÜNCHEN.de", [("", "a@xn--mnchen-3ya.de")]),
         ("a@localhost", [("", "a@localhost")]),
+        ("\ufeffa@x.org", [("", "a@x.org")]),
+        ("Ada <\u202aa@\u200bx.org\u202c>", [("Ada", "a@x.org")]),
+        ("a\u00ad@x.org\u200d", [("", "a@x.org")]),
+        ("نامه\u200cای@x.org", [("", "نامه\u200cای@x.org")]),  # needed within words
     ],
 )
 def test_lists_of_addresses(text: str, boxes: list[tuple[str, str]]) -> None:
