@@ -84,14 +84,21 @@ def marked_as_test(text: str | Mapping[str, str]) -> str | dict[str, str]:
     return {language: f"[Test] {one}" for language, one in text.items()}
 
 
+def chosen(
+    name: str, template: Template | Translations, view: Mapping[str, Any]
+) -> tuple[str, Template]:
+    """Return the template in the language of the subject, and its name."""
+    if isinstance(template, Template):
+        return name, template
+    language, one = choose(template.templates, read_locale(view, template.locale))
+    return f"{name}.{language}", one
+
+
 def render(name: str, template: Template | Translations, view: Mapping[str, Any]) -> str:
     """Render a field's template, in the language of the subject. Raises RenderError, which names
     the field.
     """
-    if isinstance(template, Translations):
-        locale = read_locale(view, template.locale)
-        language, one = choose(template.templates, locale)
-        return render(f"{name}.{language}", one, view)
+    name, template = chosen(name, template, view)
     try:
         return template.render(view)
     except EvaluationError as error:

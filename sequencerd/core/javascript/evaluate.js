@@ -452,17 +452,25 @@
     return last.view;
   }
 
-  function template(program) {
+  // What takes long in compiling a template: it gives the specifications of its parts, and the
+  // helpers that it calls.
+  function translate(program) {
     const { source, partials = {}, html, strict } = parse(program);
-    // only the helpers that it calls: the runtime copies them for each rendering
     const used = new Set(["helperMissing", "blockHelperMissing"]);
-    const parts = (text, name) => {
+    const written = (text, name) => {
       const reader = new Reader();
       const tree = reader.read(text, name);
       const spec = Handlebars.precompile(tree, { noEscape: !html, knownHelpers, strict });
       for (const helper of reader.helpers) used.add(helper);
-      return compile(`(${spec})`);
+      return `(${spec})`;
     };
+    return stringify([written(source), _.mapValues(partials, written), [...used]]);
+  }
+
+  function template(program, translated) {
+    const { source, partials = {}, html, strict } = parse(program);
+    // only the helpers that it calls: the runtime copies them for each rendering
+    const [mainSpec, partialSpecs, used] = parse(translated ?? translate(program));
     // calls `begin` before a part is rendered for the first time
     const beginning = (made, begin) => {
       const { main } = made;
@@ -478,16 +486,16 @@
       return { ...made, main: whole };
     };
     let prepared; // what the runtime makes anew for each rendering, unless it is that of a partial
-    const mainParts = beginning(parts(source), (container) => {
+    const mainParts = beginning(compile(mainSpec), (container) => {
       prepared = {
         ..._.pick(container, ["decorators", "helpers", "hooks", "partials", "protoAccessControl"]),
         partial: true,
       };
     });
-    const partialParts = _.mapValues(partials, (text, name) => beginning(parts(text, name), _.noop));
+    const partialParts = _.mapValues(partialSpecs, (spec) => beginning(compile(spec), _.noop));
     const environment = {
       ..._.pick(Handlebars, ["VM", "decorators", "escapeExpression", "log"]),
-      helpers: _.pick(Handlebars.helpers, [...used]),
+      helpers: _.pick(Handlebars.helpers, used),
       partials: {},
     };
     environment.partials = _.mapValues(partialParts, (made) => Handlebars.VM.template(made, environment));
@@ -556,6 +564,6 @@
   freeze(/x/);
   freeze(globalThis);
 
-  const makers = { analyse, condition, keys, operands, rename, template };
-  return (maker, text) => makers[maker](text);
+  const makers = { analyse, condition, keys, operands, rename, template, translate };
+  return (maker, text, translated) => makers[maker](text, translated ?? undefined);
 };

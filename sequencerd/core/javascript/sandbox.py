@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 import threading
-from functools import cache, lru_cache
+from collections import OrderedDict
+from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
 EVALUATION_SECONDS = 0.25  # CPU time of the process
-COMPILE_SECONDS = 4.0  # at the first evaluation, the daemon's loop waits for it
+COMPILE_SECONDS = 4.0  # at the first evaluation, the loop waits for it unless it is translated
+TRANSLATION_SECONDS = 3 * COMPILE_SECONDS  # other threads work at the same time
 SLOW_SECONDS = 0.02  # evaluations that take longer leave time to everything else in the loop
 MEMORY_LIMIT = 96 * 1024 * 1024  # bytes, of which lodash and handlebars take 3 million
 STACK_LIMIT = 2 * 1024 * 1024  # bytes; a thread has 8 MB
@@ -43,15 +45,42 @@ def evaluate(maker: Literal["condition", "operands", "template"], program: str, 
     return evaluate(maker, program, *texts)
 
 
-def ask(maker: Literal["analyse", "keys", "rename"], text: str) -> str:
+def ask(
+    maker: Literal["analyse", "keys", "rename", "translate"],
+    text: str,
+    seconds: float | None = None,
+) -> str:
     """Analyse or convert a text without evaluating it. Raises LimitError and ThrownError."""
     _check(text)
     sandbox = _current()
     try:
-        return str(sandbox.make(maker, text))
+        return str(sandbox.make(maker, text, seconds=seconds))
     except Exception as error:
         _judge(sandbox, text, error)
-    return ask(maker, text)
+    return ask(maker, text, seconds)
+
+
+def translate(template: str) -> str:
+    """Do the longest part of compiling a template, for `add` in another thread. Raises LimitError
+    and ThrownError.
+    """
+    return ask("translate", template, TRANSLATION_SECONDS)
+
+
+def add(template: str, translated: str) -> None:
+    """Compile a template that was translated, unless this thread has compiled it. Raises LimitError
+    and ThrownError.
+    """
+    sandbox = _current()
+    try:
+        sandbox.program("template", template, translated)
+    except Exception as error:
+        _judge(sandbox, template, error)
+
+
+def has(template: str) -> bool:
+    """Return whether this thread has compiled a template."""
+    return _THREAD.sandbox is not None and ("template", template) in _THREAD.sandbox.programs
 
 
 def refusals() -> int:
@@ -78,21 +107,38 @@ class _Sandbox:
         self._context.set_memory_limit(MEMORY_LIMIT)
         self._context.set_time_limit(EVALUATION_SECONDS)
         self.seconds = EVALUATION_SECONDS  # the limit when an error was raised
+        self.is_new = True  # whether only the current evaluation has used the context
         self._made = 0
-        self.program = lru_cache(MAX_PROGRAMS)(self.make)
+        self.programs: OrderedDict[tuple[str, str], Any] = OrderedDict()  # the last used one last
 
-    @property
-    def is_new(self) -> bool:
-        """Whether only the current evaluation has used the context."""
-        return self._made <= 1 and self.program.cache_info().hits == 0
+    def program(self, maker: str, text: str, translated: str | None = None) -> Any:
+        """Return what a function of evaluate.js makes of a text, which is kept."""
+        key = (maker, text)
+        try:
+            self.programs.move_to_end(key)
+        except KeyError:
+            self.programs[key] = self.make(maker, text, translated)
+            if len(self.programs) > MAX_PROGRAMS:
+                self.programs.popitem(last=False)
+        else:
+            self.is_new = False
+        return self.programs[key]
 
-    def make(self, maker: str, text: str) -> Any:
+    def make(
+        self,
+        maker: str,
+        text: str,
+        translated: str | None = None,
+        *,
+        seconds: float | None = None,
+    ) -> Any:
         """Call a function of evaluate.js on a text."""
         self._made += 1
-        self.seconds = COMPILE_SECONDS
-        self._context.set_time_limit(COMPILE_SECONDS)
+        self.is_new = self.is_new and self._made <= 1
+        self.seconds = seconds or COMPILE_SECONDS
+        self._context.set_time_limit(self.seconds)
         try:
-            made = self._maker(maker, text)
+            made = self._maker(maker, text, translated)
         finally:
             self._context.set_time_limit(EVALUATION_SECONDS)
         self.seconds = EVALUATION_SECONDS
@@ -161,7 +207,7 @@ def _judge(sandbox: _Sandbox, text: str, error: Exception) -> None:
         raise ThrownError(re.sub(r"^(?:\w*Error|Exception): ", "", message)) from None
     _THREAD.sandbox = None
     if sandbox.is_new or "memory" not in reached:
-        if sandbox.seconds == COMPILE_SECONDS:
+        if sandbox.seconds != EVALUATION_SECONDS:
             _THREAD.refusals += 1
             if len(_REFUSED) < MAX_PROGRAMS:
                 _REFUSED.setdefault(text, _RefusedText()).reason = reached

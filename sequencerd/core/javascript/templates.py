@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -24,6 +24,7 @@ from sequencerd.core.model import DefinitionError, EvaluationError, Fault, View
 MAX_SOURCE = 256 * 1024  # characters
 MAX_TAGS = 5_000
 MAX_ROUNDS = 20  # of dates that depend on dates
+LARGE = 2000  # characters of a program; those of a message take up to 40 ms to compile
 
 NO_PARTIALS: Mapping[str, str] = MappingProxyType({})
 
@@ -79,6 +80,27 @@ class Template:
     program: str = field(repr=False, compare=False)
     dates: tuple[_Date, ...] = field(repr=False, compare=False)
 
+    @property
+    def is_slow_at_first(self) -> bool:
+        """Whether this thread has yet to compile it, and takes long for that unless another thread
+        translates it.
+        """
+        return len(self.program) >= LARGE and not sandbox.has(self.program)
+
+    def translate(self) -> str:
+        """Do the longest part of compiling it, for `compile` in another thread. Raises
+        EvaluationError.
+        """
+        with _evaluating():
+            return sandbox.translate(self.program)
+
+    def compile(self, translated: str) -> None:
+        """Compile it from its translation, so that this thread can render it. Raises
+        EvaluationError.
+        """
+        with _evaluating():
+            sandbox.add(self.program, translated)
+
     def render(self, view: Mapping[str, object] | str) -> str:
         """Render the view of an enrollment, or its JSON text.
 
@@ -90,12 +112,10 @@ class Template:
         text = view if isinstance(view, str) else _json(view)
         answers = {} if isinstance(view, str) or not self.dates else self._expected(view)
         for _ in range(MAX_ROUNDS):
-            try:
+            with _evaluating():
                 found = sandbox.evaluate(
                     "template", self.program, text, json.dumps(answers) if answers else ""
                 )
-            except (sandbox.ThrownError, sandbox.LimitError) as error:
-                raise EvaluationError("bad_data", str(error)) from error
             if found.startswith("="):
                 return str(found[1:])
             answers.update((question, _answer(question)) for question in json.loads(found)[1:])
@@ -115,6 +135,14 @@ class Template:
                 question = _written([value, date.format, zone, date.locale])
                 answers[question] = _answer(question)
         return answers
+
+
+@contextmanager
+def _evaluating() -> Iterator[None]:
+    try:
+        yield
+    except (sandbox.ThrownError, sandbox.LimitError) as error:
+        raise EvaluationError("bad_data", str(error)) from error
 
 
 class _Date(NamedTuple):

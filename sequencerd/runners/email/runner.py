@@ -251,8 +251,8 @@ class EmailRunner:
 
     async def _send(self, program: EmailProgram, task: Task) -> Result:
         now = datetime.now(UTC)
-        await self._rendering.turn()
         try:
+            await self._rendering.turn({"text": program.text, "html": program.html}, task.view)
             with self._rendering.measured():
                 mail = write(program, task, now)
             outside = self._only_to.outside(mail.recipients)

@@ -199,8 +199,8 @@ class _SmsRunner:
         return {**kept, "to": read_number(address), "message": message}
 
     async def _send(self, program: SmsProgram, task: Task) -> Result:
-        await self._rendering.turn()
         try:
+            await self._rendering.turn({"message": program.fields["message"]}, task.view)
             with self._rendering.measured():
                 values = self.preview(program, task)
             if outside := self._only_to.outside([values["to"]]):

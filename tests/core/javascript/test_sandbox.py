@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_every_evaluation_can_be_stopped(code: str, monkeypatch: pytest.MonkeyPa
     made = sandbox._current()
     with pytest.raises(Exception, match=r"interrupted|memory|stack|null") as caught:
         made._context.eval(code)
-    monkeypatch.setattr(sandbox._Sandbox, "is_new", True)  # no other has left it in memory
+    monkeypatch.setattr(made, "is_new", True)  # no other has left it in memory
     with pytest.raises(sandbox.LimitError):
         sandbox._judge(made, code, caught.value)
     assert sandbox._current() is not made
@@ -285,9 +286,9 @@ def test_a_program_that_is_too_large_is_seldom_compiled_again(
     made: list[str] = []
     make = sandbox._Sandbox.make
 
-    def counting(self: sandbox._Sandbox, maker: str, text: str) -> object:
+    def counting(self: sandbox._Sandbox, maker: str, *more: Any, **options: Any) -> object:
         made.append(maker)
-        return make(self, maker, text)
+        return make(self, maker, *more, **options)
 
     monkeypatch.setattr(sandbox._Sandbox, "make", counting)
     monkeypatch.setattr(sandbox._THREAD, "sandbox", None)
@@ -314,10 +315,10 @@ def test_a_template_that_cannot_be_read_in_time_is_seldom_read_again(
     source, made = "{{data.name}} " * 500, 0
     make = sandbox._Sandbox.make
 
-    def counting(self: sandbox._Sandbox, maker: str, text: str) -> object:
+    def counting(self: sandbox._Sandbox, maker: str, *more: Any, **options: Any) -> object:
         nonlocal made
         made += 1
-        return make(self, maker, text)
+        return make(self, maker, *more, **options)
 
     monkeypatch.setattr(sandbox._Sandbox, "make", counting)
     before = sandbox.refusals()
