@@ -16,6 +16,6 @@ FROM python:3.13-slim
 COPY --from=build /opt/sequencerd /opt/sequencerd
 USER 10001:10001
 ENV PATH=/opt/sequencerd/bin:$PATH PYTHONDONTWRITEBYTECODE=1 SEQUENCERD_HTTP_LISTEN=127.0.0.1:9187
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://' + os.environ['SEQUENCERD_HTTP_LISTEN'] + '/healthz', timeout=9)"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["python", "-c", "import os; from http.client import HTTPConnection; host, _, port = os.environ['SEQUENCERD_HTTP_LISTEN'].rpartition(':'); to = HTTPConnection(host.strip('[]') or '127.0.0.1', int(port), timeout=9); to.request('GET', '/healthz'); exit(to.getresponse().status != 200)"]
 ENTRYPOINT ["sequencerd"]
 CMD ["run"]

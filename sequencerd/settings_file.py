@@ -9,6 +9,7 @@ the mail server.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -27,6 +28,15 @@ DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 _PREFIX = "SEQUENCERD_"
 _SHORT = {"DATABASE": ("database", "url"), "SMTP_URL": ("email", "url")}
 _NO_SETTING = {"CONFIG", "INSTANCE"}
+_OF_KUBERNETES = re.compile(
+    r"""SEQUENCERD_(\w+_)?(
+        SERVICE_(HOST|PORT(_\w+)?)=.* | PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?=.* | =(tcp|udp|sctp)://.*)
+    )""",
+    re.VERBOSE | re.DOTALL,
+)
+"""Variables, with their values, that Kubernetes sets beside a Service named sequencerd..., and
+Docker for links.
+"""
 _TABLES = ("RUNNERS", "LOOKUPS", "SHARDS", "CONSOLE_USERS", "CONSOLE_OIDC", "EMAIL_OAUTH")
 """Tables that only the file can have."""
 
@@ -52,7 +62,11 @@ def load(
         with suppress(_NoFileError):
             values = _read(DEFAULT_FILE)
     for name, text in environment.items():
-        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) not in _NO_SETTING:
+        if (
+            name.startswith(_PREFIX)
+            and name.removeprefix(_PREFIX) not in _NO_SETTING
+            and not _OF_KUBERNETES.fullmatch(f"{name}={text}")
+        ):
             section, key, value = _from_environment(name, text, folder, secrets)
             values.setdefault(section, {})
             if not isinstance(values[section], dict):

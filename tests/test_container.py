@@ -165,23 +165,34 @@ def test_the_image_runs_without_privileges_and_without_a_shell() -> None:
 
 
 async def test_the_health_check_follows_the_daemon(database: str) -> None:
-    command = json.loads(one("HEALTHCHECK").partition(" CMD ")[2])
-    assert command[0] == "python"
+    """Whatever proxy Docker's own settings have, which it passes to containers."""
+    in_compose = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]["sequencerd"]
+    of_image = json.loads(one("HEALTHCHECK").partition(" CMD ")[2])
+    of_compose = in_compose["healthcheck"]["test"][1:]
+    assert (of_image[:2], of_compose[:2]) == (["python", "-c"], ["python", "-c"])
 
-    async def check(address: str) -> int:
+    async def check(address: str, program: str) -> int:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *command[1:],
-            env={**os.environ, "SEQUENCERD_HTTP_LISTEN": address},
+            "-c",
+            program,
+            env={
+                **{name: value for name, value in os.environ.items() if name != "no_proxy"},
+                "http_proxy": "http://127.0.0.1:1",
+                "SEQUENCERD_HTTP_LISTEN": address,
+            },
             stderr=subprocess.DEVNULL,
         )
         return await process.wait()
 
     async with daemon(database) as client:
         await answers(client, "/healthz", is_ok)
-        address = f"{client.base_url.host}:{client.base_url.port}"
-        assert await check(address) == 0
-    assert await check(address) != 0
+        port = str(client.base_url.port)
+        for address in (f"{client.base_url.host}:{port}", f"0.0.0.0:{port}", port):
+            assert await check(address, of_image[2]) == 0, address
+        assert await check(port, of_compose[2].replace("9187", port)) == 0
+    assert await check(port, of_image[2]) != 0
+    assert await check(port, of_compose[2].replace("9187", port)) != 0
 
 
 def test_compose_runs_commands_and_sets_settings(monkeypatch: pytest.MonkeyPatch) -> None:

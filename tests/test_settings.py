@@ -53,6 +53,26 @@ def test_the_url_of_a_database_that_is_empty_is_not_set() -> None:
     assert not settings.database.pooled
 
 
+def test_variables_that_kubernetes_sets_for_services_are_no_settings() -> None:
+    """In each pod of a namespace with Services named sequencerd and sequencerd-database."""
+    address = "tcp://10.0.0.7:9187"
+    for service in ("SEQUENCERD", "SEQUENCERD_DATABASE"):
+        load(
+            {
+                f"{service}_SERVICE_HOST": "10.0.0.7",
+                f"{service}_SERVICE_PORT": "9187",
+                f"{service}_SERVICE_PORT_HTTP": "9187",
+                f"{service}_PORT": address,
+                f"{service}_PORT_9187_TCP": address,
+                f"{service}_PORT_9187_TCP_PROTO": "tcp",
+                f"{service}_PORT_9187_TCP_PORT": "9187",
+                f"{service}_PORT_9187_TCP_ADDR": "10.0.0.7",
+            }
+        )
+        with pytest.raises(SettingsError, match="PORT is not a setting"):
+            load({f"{service}_PORT": "5432"})
+
+
 def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
     secret = tmp_path / "token"
     secret.write_text("top-secret\n")
