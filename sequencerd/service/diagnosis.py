@@ -98,7 +98,7 @@ def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCh
         return await _listening(connection, shard) if settings.listen else NOT_LISTENING
 
     async def pooler(connection: asyncpg.Connection) -> Diagnosis:
-        return await _pooler(connection, settings)
+        return await _pooler(connection, shard, settings)
 
     async def numbered(connection: asyncpg.Connection) -> Diagnosis:
         return await _shard(connection, shard)
@@ -213,14 +213,11 @@ async def _roles(connection: asyncpg.Connection) -> Diagnosis:
     return Diagnosis("roles", "this user has the privileges of a daemon")
 
 
-async def _pooler(connection: asyncpg.Connection, settings: DatabaseSettings) -> Diagnosis:
+async def _pooler(
+    connection: asyncpg.Connection, shard: Shard, settings: DatabaseSettings
+) -> Diagnosis:
     if await _is_pooled(connection):
-        if settings.listen:
-            advice = "set database.listen_url to the server's own address, or listen = false"
-            return Diagnosis(
-                "pooler", "a pooler in transaction mode breaks LISTEN", "error", advice
-            )
-        return Diagnosis("pooler", "in use, as configured")
+        return await _pooled(connection, shard, settings)
     if settings.listen_url is None or settings.url is None:
         return Diagnosis("pooler", "none")
     try:
@@ -232,6 +229,23 @@ async def _pooler(connection: asyncpg.Connection, settings: DatabaseSettings) ->
     finally:
         await through.close()
     return Diagnosis("pooler", seen)
+
+
+async def _pooled(
+    connection: asyncpg.Connection, shard: Shard, settings: DatabaseSettings
+) -> Diagnosis:
+    if not settings.listen:
+        return Diagnosis("pooler", "in use, as configured")
+    if (await _listening(connection, shard)).level == "error":
+        advice = "set database.listen_url to the server's own address, or listen = false"
+        return Diagnosis("pooler", "a pooler in transaction mode breaks LISTEN", "error", advice)
+    try:
+        pool = await connections.connect_pool(shard, 1, pooled=settings.pooled)
+    except asyncpg.PostgresError as error:
+        seen = f"in session mode; the daemon cannot connect: {error.args[0]}"
+        return Diagnosis("pooler", seen, "error", connections.advice_on_pooler(error) or "")
+    await pool.close()
+    return Diagnosis("pooler", "in session mode")
 
 
 async def _is_pooled(connection: asyncpg.Connection) -> bool:

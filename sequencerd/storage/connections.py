@@ -21,6 +21,7 @@ from sequencerd.storage.schemas import connection_class
 from sequencerd.storage.statements import QUERIES
 
 CONNECT_TIMEOUT = 10.0  # seconds
+_NOTIFY = "sequencer.notify"
 COMMAND_TIMEOUT = 30.0  # seconds; a connection that died silently must not block the engine
 
 
@@ -131,8 +132,19 @@ def _write_time(at: datetime) -> tuple[int]:
 def explain(error: BaseException) -> str:
     """Return why a connection could not be made."""
     if isinstance(error, asyncpg.PostgresError):
-        return with_hint(error)
+        return "; ".join(filter(None, (with_hint(error), advice_on_pooler(error))))
     return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
+
+
+def advice_on_pooler(error: asyncpg.PostgresError) -> str | None:
+    """Return what to do if a pooler has rejected a setting of the daemon's sessions."""
+    if not str(error).endswith(f"startup parameter: {_NOTIFY}"):
+        return None
+    return (
+        "for a pool in transaction mode, set database.listen_url to the server's own address, or "
+        f"listen = false; for one in session mode, set ignore_startup_parameters = {_NOTIFY} in "
+        "PgBouncer's settings"
+    )
 
 
 async def connect_pool(
@@ -151,7 +163,7 @@ async def connect_pool(
     immediately. A session is reset after each use only if it `runs_others`, functions of
     applications, which may change it: our own statements do not, and a reset takes a round trip.
     """
-    notify = {} if pooled else {"sequencer.notify": "off"}
+    notify = {} if pooled else {_NOTIFY: "off"}
     if not runs_others:
         options["reset"] = _keep
     if pooled:

@@ -26,7 +26,9 @@ from sequencerd.storage.statements import QUERIES
 from tests.helpers.command_line import Command, beside
 from tests.helpers.databases import make_login, shard, with_login
 from tests.helpers.engines import define, enroll, running_engine
+from tests.helpers.pooler import pgbouncer
 from tests.helpers.servers import Answer, Request, certificate, http_server, smtp_server
+from tests.helpers.waiting import PATIENCE
 
 READ_ONLY = (
     "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',"
@@ -259,17 +261,25 @@ async def test_polling_instead_of_listen(database: str, connection: asyncpg.Conn
 
 
 @pytest.mark.parametrize(
-    ("listen", "level", "words"),
-    [(True, "error", "breaks LISTEN"), (False, "ok", "as configured")],
+    ("of_pooler", "listen", "found"),
+    [
+        ("transaction", True, "error: a pooler in transaction mode breaks LISTEN"),
+        ("transaction", False, "ok: in use, as configured"),
+        ("session", True, "error: in session mode; the daemon cannot connect: unsupported"),
+        ("session\nignore_startup_parameters = sequencer.notify", True, "ok: in session mode"),
+    ],
 )
 @pytest.mark.usefixtures("connection")
 async def test_a_pooler_without_its_settings_is_an_error(
-    database: str, monkeypatch: pytest.MonkeyPatch, listen: bool, level: str, words: str
+    database: str, tmp_path: Path, of_pooler: str, listen: bool, found: str
 ) -> None:
-    facts = QUERIES["server_facts"]
-    monkeypatch.setitem(QUERIES, "server_facts", facts.replace("pg_backend_pid()", "0"))
-    finding = (await examine(database, database={"listen": listen}))["pooler"]
-    assert (finding.level, words in finding.seen) == (level, True)
+    mode, _, settings = of_pooler.partition("\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosis, "ROUND_TRIP", 0.5 if mode == "transaction" else PATIENCE)
+        with pgbouncer(database, tmp_path, mode=mode, settings=settings) as through:
+            finding = (await examine(through, database={"listen": listen}))["pooler"]
+    assert f"{finding.level}: {finding.seen}".startswith(found)
+    assert ("ignore_startup_parameters" in finding.advice) == ("cannot connect" in found)
 
 
 async def test_a_direct_connection_beside_a_pooler(

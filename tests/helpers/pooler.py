@@ -18,8 +18,10 @@ from tests.helpers.waiting import PATIENCE
 
 
 @contextmanager
-def pgbouncer(database: str, folder: Path) -> Iterator[str]:
-    """One in transaction mode, with few connections: the URL that leads to the database."""
+def pgbouncer(
+    database: str, folder: Path, *, mode: str = "transaction", settings: str = ""
+) -> Iterator[str]:
+    """One with few connections: the URL that leads to the database."""
     program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         pytest.skip("there is no pgbouncer")
@@ -30,8 +32,8 @@ def pgbouncer(database: str, folder: Path) -> Iterator[str]:
     config = folder / "pgbouncer.ini"
     config.write_text(
         f"[databases]\n{name} = host={host} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n"
-        "unix_socket_dir =\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
+        f"listen_port = {port}\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = 4\n"
+        f"unix_socket_dir =\n{settings}\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
     )
     path = folder / "pgbouncer.log"
     with path.open("wb") as log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import asyncpg
@@ -11,7 +12,8 @@ import pytest
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.databases import shard
-from tests.helpers.engines import until
+from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+from tests.helpers.pooler import pgbouncer
 
 
 @pytest.mark.parametrize("runs_others", [True, False])
@@ -78,3 +80,21 @@ async def test_the_server_ends_what_was_abandoned_while_it_waits_for_a_lock(
         )
     await other.close()
     await pool.close()
+
+
+async def test_a_pool_in_session_mode_needs_a_setting(
+    database: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    with (
+        pgbouncer(database, tmp_path, mode="session") as through,
+        pytest.raises(asyncpg.ProtocolViolationError) as refused,
+    ):
+        await connections.connect_pool(shard(through), 1)
+    setting = "ignore_startup_parameters = sequencer.notify"
+    assert f"in session mode, set {setting}" in connections.explain(refused.value)
+    enough = f"{setting}\ndefault_pool_size = 12"
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    with pgbouncer(database, tmp_path, mode="session", settings=enough) as through:
+        async with running_engine(through):
+            await enroll(connection, "s", "ada")
+            await until(connection, ALL_ENDED)
