@@ -50,6 +50,7 @@ class Suppressions:
             self._wanted.update(wanted)
         if self._round is None:
             self._round = asyncio.create_task(self._ask_all())
+            self._round.add_done_callback(_ignore_error)
         # a cancelled caller leaves the round to the others
         found = await asyncio.shield(self._round)
         entries = {
@@ -61,6 +62,12 @@ class Suppressions:
         async with self._turn:
             wanted, self._wanted, self._round = self._wanted, set(), None
             return await self._ask(sorted(wanted))
+
+
+def _ignore_error(task: asyncio.Task[AbstractSet[SuppressionKey]]) -> None:
+    """Let asyncio log no error of a round whose callers were all cancelled."""
+    if not task.cancelled():
+        task.exception()
 
 
 def describe(found: Mapping[str, str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,3 +118,26 @@ async def test_a_model_need_not_have_the_common_keys() -> None:
     assert made.compile({**PUSH, "topic": "news"}) == Strict(title="Hi", channel="push")
     with pytest.raises(DefinitionError, match="titel"):
         made.compile({**PUSH, "titel": "x"})
+
+
+async def test_an_error_that_no_runner_waits_for_is_not_logged() -> None:
+    """As at a stop while the database is away."""
+
+    async def ask(_: object) -> set[SuppressionKey]:
+        asked.set()
+        await away.wait()
+        raise NotNow("the database is away")
+
+    asked, away = asyncio.Event(), asyncio.Event()
+    logged: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    runner = asyncio.create_task(Suppressions(ask).find_suppressed("email", ["a@x.org"], None))
+    await asked.wait()
+    (query,) = asyncio.all_tasks() - {runner, asyncio.current_task()}
+    runner.cancel()
+    await asyncio.wait([runner])
+    away.set()
+    await asyncio.wait([query])
+    del query
+    gc.collect()
+    assert logged == []
