@@ -94,7 +94,7 @@ async def test_the_sql_of_a_page_runs(
     assert count == {"scaling": 5001, "security": 0}.get(page, 1)
 
 
-@pytest.mark.parametrize("page", ["messages", "steps"])
+@pytest.mark.parametrize("page", ["suppressions", "steps"])
 async def test_statements_for_applications_run(connection: asyncpg.Connection, page: str) -> None:
     statements = [
         text for language, text in blocks(REPOSITORY / f"docs/{page}.md") if language == "sql"
