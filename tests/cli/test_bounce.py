@@ -156,7 +156,7 @@ PYTHON = Path("/usr/bin/python3")
 async def test_postfix_delivers_bounces_to_the_command(
     sequencerd: Command, connection: asyncpg.Connection, token: str
 ) -> None:
-    """The transport of docs/suppressions.md; a message for which the database is away stays queued."""
+    """The transport of docs/suppressions.md. A message stays queued while the database is away."""
     available = sequencerd.variables.copy()
     sequencerd.variables["SEQUENCERD_DATABASE"] = "postgresql://127.0.0.1:1/app?connect_timeout=2"
     answers: asyncio.Queue[int] = asyncio.Queue()
