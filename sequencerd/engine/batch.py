@@ -32,6 +32,9 @@ MAX_UNLOCKED = 100  # enrollments that are read without a lock, and then written
 MAX_NUMBER = 1_000_000_000  # the limit of the column
 _NUMBERS = count()
 
+Failure = tuple[int, str, str, str, str | None]
+"""An enrollment that fails: its id, sequence and step, the code of the failure, and the message."""
+
 
 @dataclass(slots=True)
 class Batch(EnrollmentWrites):
@@ -130,8 +133,8 @@ class Batch(EnrollmentWrites):
         """Return the steps at which enrollments fail because these are invalid."""
         return {(row.sequence, row.step) for row in self.rows if row.failure == "invalid_step"}
 
-    def failures(self) -> list[tuple[int, str, str, str, str | None]]:
-        """Return id, sequence, step, failure code and message of each enrollment that fails."""
+    def failures(self) -> list[Failure]:
+        """Return the enrollments that fail."""
         return [
             (id_, row.sequence, row.step, row.failure, row.last_error)
             for row, ids in self.rows.items()

@@ -15,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import Fence, StepKey
 from sequencerd.engine.background import ERROR_PAUSE
-from sequencerd.engine.batch import Batch
+from sequencerd.engine.batch import Batch, Failure
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.quarantine import isolate
@@ -134,22 +134,22 @@ class Leases:
                 self._doubtful -= ids
             self._start(one for one in batch.leased if one.fence in held)
             self._give_back(one for one in batch.leased if one.fence not in held)
-            self._report(batch)
+            self._report(batch, batch.failures())
             raise
         except BaseException:
             self._give_back(batch.leased)
             raise
         else:
             self._start(batch.leased)
-            self._report(batch)
+            failures = batch.failures()
+            self._report(batch, failures)
             written = sum(map(len, batch.rows.values()))
-            failures = [(sequence, step, code) for _, sequence, step, code, _ in batch.failures()]
-            self._metrics.written(written, batch.events, failures)
+            self._metrics.written(written, batch.events, [one[1:4] for one in failures])
         finally:
             self._writing -= 1
 
-    def _report(self, batch: Batch) -> None:
-        for id_, sequence, step, failure, message in batch.failures():
+    def _report(self, batch: Batch, failures: Iterable[Failure]) -> None:
+        for id_, sequence, step, failure, message in failures:
             log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
             log.warning("enrollment failed", failure=failure)
             log.debug("enrollment failed", error=message)
