@@ -14,6 +14,7 @@ from sequencerd import __version__
 from sequencerd.cli import ids
 from sequencerd.cli.ids import positive
 from sequencerd.cli.streams import write
+from sequencerd.core.brake import MAX_BRAKE, read_brake
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: a mail server keeps the message
 MAX_SECONDS = 10 * 365 * 86400
@@ -351,9 +352,8 @@ def _year(text: str) -> int:
 
 
 def _brake(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdecimal() else 0
-    if not 1 <= number <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r}: use a number from 1 to 1,000,000")
+    if (number := read_brake(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a number from 1 to {MAX_BRAKE:,}")
     return number
 
 

@@ -9,7 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import asyncpg
@@ -28,6 +28,7 @@ from sequencerd.console.context import (
 from sequencerd.console.merging import common_or_each, in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
+from sequencerd.core.brake import MAX_BRAKE, read_brake
 from sequencerd.definitions import json_schema, plan, plan_of_shards, yaml_reader
 from sequencerd.definitions.compiler import Definition, Runners
 from sequencerd.definitions.diff import parse_document
@@ -290,6 +291,7 @@ async def change(request: Request) -> Response:
     if action == "download":
         headers = {"Content-Disposition": f'attachment; filename="{_file_name(name)}.yaml"'}
         return Response(text, headers=headers, media_type="application/yaml")
+    page = partial(_page, request, name, stored, text)
     definitions, findings = await asyncio.to_thread(_check, context, text)
     wrong = None
     if any(finding.is_error for finding in findings):
@@ -297,48 +299,38 @@ async def change(request: Request) -> Response:
     elif [one.sequence.name for one in definitions] != [name]:
         wrong = f"This page edits only {name}: to rename or add sequences, apply files."
     if wrong:
-        return _page(request, name, stored, text, 422, findings=findings, wrong=wrong)
+        return page(422, findings=findings, wrong=wrong)
     if query.must("base") != stored.base and not missing.get():
         cause = f" ({stored.reason})" if stored.reason else ""
         wrong = (
             f"The sequence has changed: revision {stored.revision}, by {stored.by}{cause}."
             " Nothing was applied. Plan again to see what your text would change."
         )
-        return _page(request, name, stored, text, 409, wrong=wrong)
-    form = request.state.form
-    steps = definitions[0].sequence.steps
-    moves = {
-        step: v
-        for k, v in form.items()
-        if k.startswith(MOVE_PREFIX) and v and (step := k.removeprefix(MOVE_PREFIX)) not in steps
-    }
+        return page(409, wrong=wrong)
+    moves = _moves(request.state.form, definitions[0])
     edited = _Edit(context.simulator().runners, _shards(context), definitions, moves)
     try:
         answers = await _in_thread(context, edited.plan)
         made = plan_of_shards.merge(answers.found, moves)
+        page = partial(page, made=made, moves=moves)
         if lines := answers.lines(refusals=True):
-            wrong = f"Nothing can be applied: {'; '.join(lines)}."
-            return _page(request, name, stored, text, 503, made=made, moves=moves, wrong=wrong)
+            return page(503, wrong=f"Nothing can be applied: {'; '.join(lines)}.")
         if action != "apply":
-            return _page(request, name, stored, text, findings=findings, made=made, moves=moves)
+            return page(findings=findings)
         if context.shards:
             raise PlanError(f"{name} is in several shards: change it on the pages of all shards")
         if stored.from_file:
             raise PlanError(f"{name} is managed by files: download the changed file, and apply it")
-        reason, brake = reason_of(query), query.get("brake") or ""
+        reason, given = reason_of(query), query.get("brake") or ""
+        brake = read_brake(given)
         if reason is None:
             wrong = "Write a reason: it is recorded with the revision."
-        elif brake and not _is_brake(brake):
-            wrong = "The brake is a number from 1 to 1,000,000, or empty."
+        elif given and brake is None:
+            wrong = f"The brake is a number from 1 to {MAX_BRAKE:,}, or empty."
         if wrong or reason is None:
-            given = {"reason": reason or "", "brake": brake}
-            return _page(
-                request, name, stored, text, 422, made=made, moves=moves, wrong=wrong, given=given
-            )
-
+            return page(422, wrong=wrong, given={"reason": reason or "", "brake": given})
         cause, expected = why(request, reason), query.must("plan")
-        at_most = int(brake) if brake else None
-        await _in_thread(context, lambda: edited.apply(cause, expected, at_most))
+        await _in_thread(context, lambda: edited.apply(cause, expected, brake))
     except (PlanError, FileError) as error:
         wrong = f"Nothing was applied: {error}."
         return _page(request, name, await read_stored(context, name), text, 409, wrong=wrong)
@@ -346,6 +338,12 @@ async def change(request: Request) -> Response:
         wrong = str(error)
         return _page(request, name, await read_stored(context, name), text, 503, wrong=wrong)
     return RedirectResponse(at("/sequence", sequence=name), 303)
+
+
+def _moves(form: Mapping[str, str], definition: Definition) -> dict[str, str]:
+    """Return the new steps that a form names, by removed step."""
+    chosen = {k.removeprefix(MOVE_PREFIX): v for k, v in form.items() if k.startswith(MOVE_PREFIX)}
+    return {old: new for old, new in chosen.items() if new and old not in definition.sequence.steps}
 
 
 @dataclass(frozen=True)
@@ -386,10 +384,6 @@ class _Edit:
             await change.commit(
                 ChangeTexts("the revision", plan_of_shards.how_to_complete("the change"))
             )
-
-
-def _is_brake(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= 1_000_000
 
 
 def _file_name(name: str) -> str:

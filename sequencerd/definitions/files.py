@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from sequencerd.core import model
+from sequencerd.core.brake import MAX_BRAKE
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
 from sequencerd.core.javascript.templates import check_partial
@@ -110,7 +111,7 @@ Reentry = Literal["after_end", "always", "never"] | ReentryAfter
 class BrakeConfig(Config):
     """Pauses the sequence when more side effects would begin in the period."""
 
-    at_most: StrictInt = Field(ge=1, le=1_000_000, alias="at_most")
+    at_most: StrictInt = Field(ge=1, le=MAX_BRAKE, alias="at_most")
     """How many."""
     per: Duration
     """The period, such as {hours: 1}: weeks to seconds, of elapsed time."""
