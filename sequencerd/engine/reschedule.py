@@ -74,7 +74,6 @@ class Rescheduling:
         self._log = log
         self._wanted: dict[StepKey, None] = {}  # a dict as a set that keeps its order
         self._is_working = False
-        self._current: StepKey | None = None
         self._others: dict[StepKey, int] = {}  # the progress of another daemon, as read last
         self._requests: set[Reevaluate] = set()
         self._passes = Repeating(self._record_requests, background, pause=REQUEST_PAUSE)
@@ -90,11 +89,7 @@ class Rescheduling:
     def resume(self, unfinished: Mapping[StepKey, int]) -> None:
         """Continue what another daemon has started, unless it makes progress."""
         for step_key, since in unfinished.items():
-            if (
-                step_key not in self._wanted
-                and step_key not in self._others
-                and step_key != self._current
-            ):
+            if step_key not in self._wanted and step_key not in self._others:
                 self._others[step_key] = since
                 asyncio.get_running_loop().call_later(OTHERS_PAUSE, self.start, step_key)
 
@@ -206,7 +201,6 @@ class Rescheduling:
                     await self._outlast_older_transactions()
                     outlasted = True
                 self._wanted.pop(step_key, None)
-                self._current = step_key
                 if not await self._reschedule(step_key):
                     again = OTHERS_PAUSE
             except TRANSIENT_ERRORS as error:
@@ -215,8 +209,6 @@ class Rescheduling:
             except Exception:
                 again = 60.0
                 self._log.exception("waiting enrollments could not be evaluated", step=step_key)
-            finally:
-                self._current = None
             if again is not None:
                 self._wanted.pop(step_key, None)
                 asyncio.get_running_loop().call_later(again, self.start, step_key)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,9 @@ class Model:
         if self.messages:
             since, is_later = self.messages.pop(0)
             self.cursors.report(HERE, since, self.daemon_now, is_later=is_later)
+
+    def forget(self, _: int) -> None:
+        self.cursors.forget_unused(self.now + KEPT_FOR)
 
     def lock(self, size: int) -> None:
         if free := sorted(self.wakes.keys() - self.locked):
@@ -207,7 +211,19 @@ class Model:
 
 
 ACTIONS = st.sampled_from(
-    ["tick", "begin", "insert", "commit", "deliver", "lock", "unlock", "read", "peek", "check"]
+    [
+        "tick",
+        "begin",
+        "insert",
+        "commit",
+        "deliver",
+        "lock",
+        "unlock",
+        "read",
+        "peek",
+        "check",
+        "forget",
+    ]
     + ["write", "claim", "end"] * 2
 )
 
@@ -234,6 +250,15 @@ def test_a_claim_begins_shortly_before_the_last_check() -> None:
     assert cursors.known == {HERE: START + SECOND - OVERLAP}
 
 
+@pytest.mark.parametrize("behind", [SECOND, -SECOND])
+def test_a_claim_begins_by_the_slower_clock(behind: timedelta) -> None:
+    cursors = Cursors()
+    with cursors.claim(HERE, frozenset(), START) as claim:
+        claim.left = LeftAtStep(START - behind, None, None, NEVER)
+    slower = min(START, START - behind)
+    assert claimed(cursors, START + SECOND).start == slower - OVERLAP
+
+
 def test_readmitted_enrollments_are_searched_from_the_beginning() -> None:
     cursors = Cursors()
     claimed(cursors, START, frozenset({1, 2}))
@@ -244,8 +269,9 @@ def test_readmitted_enrollments_are_searched_from_the_beginning() -> None:
 def test_a_claim_that_fails_is_repeated_from_where_it_began() -> None:
     cursors = Cursors()
     claimed(cursors, START)
-    with suppress(AbortError), cursors.claim(HERE, frozenset(), START + SECOND) as claim:
-        claim.reached = START + SECOND
+    with suppress(AbortError), cursors.claim(HERE, frozenset(), START + SECOND):
+        with cursors.claim(HERE, frozenset(), START + SECOND) as other:  # skips what is locked
+            other.reached = START + SECOND
         raise AbortError
     assert claimed(cursors, START + SECOND).start == START - OVERLAP
 

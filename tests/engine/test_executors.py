@@ -111,30 +111,50 @@ async def test_a_cancelled_call_ends_the_call(
         await until(connection, "SELECT count(*) > 0 FROM sequencer.events WHERE action = 'retry'")
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2])
-async def test_a_side_effect_that_is_leased_at_the_moment_of_a_stop_is_given_back(
-    turns: int,
-) -> None:
-    """Its lease would be lost, and the stop would wait for it."""
-    finished: list[Finished] = []
-    executor = Executor(
+def executor(
+    limits: Limits = Plugin.limits, finished: Callable[[Sequence[Finished]], None] = lambda _: None
+) -> Executor:
+    plugin = Plugin(lambda: None)
+    plugin.limits = limits
+    return Executor(
         "Work",
-        Plugin(lambda: None),
-        finished=finished.extend,
+        plugin,
+        finished=finished,
         resumed=lambda _: None,
         outage_changed=lambda _: None,
         redact=str,
         metrics=Metrics(),
         pauses=SHORT,
     )
+
+
+async def test_a_step_is_claimed_again_once_half_of_the_slots_are_free() -> None:
+    one = executor(Limits(2, 60.0, 10))
+    one.reserve(40)
+    worth = []
+    for _ in range(4):
+        one.reserve(-10)
+        worth.append(one.is_worth_claiming)
+    assert worth == [False, True, True, True]
+    one.reserve(21)
+    assert not one.is_worth_claiming
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+async def test_a_side_effect_that_is_leased_at_the_moment_of_a_stop_is_given_back(
+    turns: int,
+) -> None:
+    """Its lease would be lost, and the stop would wait for it."""
+    finished: list[Finished] = []
+    one = executor(finished=finished.extend)
     now, nothing = datetime.now(UTC), cast("Any", None)
     enrollment = Enrollment(1, "ada", "{}", now, uuid4(), None, now, "s", "work", None)
-    leased = Leased(enrollment, nothing, executor, nothing, Task("1", {"subject": "ada"}))
-    executor.reserve(1)
-    stopping = asyncio.create_task(executor.stop(PATIENCE))
+    leased = Leased(enrollment, nothing, one, nothing, Task("1", {"subject": "ada"}))
+    one.reserve(1)
+    stopping = asyncio.create_task(one.stop(PATIENCE))
     for _ in range(turns):
         await asyncio.sleep(0)
-    executor.start([leased])
+    one.start([leased])
     await stopping
-    await executor.drained()
-    assert [(one.enrollment.id, result) for one, result in finished] == [(1, NotStarted())]
+    await one.drained()
+    assert [(lease.enrollment.id, result) for lease, result in finished] == [(1, NotStarted())]
