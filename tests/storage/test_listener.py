@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from sequencerd.core.advance import advance
-from sequencerd.engine import moves, reschedule
-from sequencerd.storage import listener, locking, sequences
+from sequencerd.engine import background, moves, reschedule
+from sequencerd.storage import evaluations, listener, locking, sequences
 from sequencerd.storage.listener import (
     DefinitionsChanged,
     EnrollmentDue,
@@ -184,6 +185,34 @@ async def test_too_many_requests_become_one_request_for_all_enrollments(
         await times(evaluated, 20)
         assert len(one._rescheduling._requests) <= 10
     assert max(evaluated.values()) <= 3
+
+
+def failing_once(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    errors = [asyncpg.InterfaceError("the connection is lost")]
+
+    async def call(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return await function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("payload", ["", '{"subject": "u1"}'])
+async def test_a_request_is_repeated_after_a_database_error(
+    database: str,
+    connection: asyncpg.Connection,
+    evaluated: Counter[int],
+    monkeypatch: pytest.MonkeyPatch,
+    payload: str,
+) -> None:
+    monkeypatch.setattr(background, "ERROR_PAUSE", 0.05)
+    for name in ("request_evaluation", "waiting_of_subjects"):
+        monkeypatch.setattr(evaluations, name, failing_once(getattr(evaluations, name)))
+    await wait_in(connection, "s", 1)
+    async with running_engine(database):
+        await connection.execute(NOTIFY, payload)
+        await times(evaluated, 1)
 
 
 async def test_another_daemon_serves_the_remaining_requests(
