@@ -173,7 +173,8 @@ def _statuses(reports: list[_Part], parts: list[_Part]) -> Iterator[UnknownAddre
     """
     explained: list[UnknownAddress] | None = None
     for fields in (group for part in reports for group in _fields(part)):
-        if str(fields.get("Action", "")).strip().lower() != "failed":
+        action = str(fields.get("Action", "")).partition("(")[0]
+        if action.strip().lower() != "failed":
             continue
         status, said = _field(fields, "Status"), _field(fields, "Diagnostic-Code")
         status = status.split(" ")[0]

@@ -308,9 +308,20 @@ _NOT_RELAYED = re.compile(
 _UNKNOWN = frozenset({"1.1", "1.2", "1.6", "1.10"})
 _POLICY = _any(
     _NOT_RELAYED.pattern,
-    r"\bspam\b|\bscore\b|virus|malware|phish|unsolicited|content|polic(?:y|ies)\b|reputation",
-    r"\bblock|black ?list|\brbl\b|\bspf\b|\bdkim\b|\bdmarc\b|access denied",
-    r"\bsender (?:address )?(?:rejected|refused|denied|unknown)",
+    r"\bspam\b|\bscore\b|virus|malware|phish|unsolicited|content|polic(?:y|ies)\b",
+    r"r[eé]puta[tc]|\bblock|black ?list|\brbl\b|\bspf\b|\bdkim\b|\bdmarc\b|access denied",
+    rf"{LIST}|spamhaus|dnsbl|(?<!not )\blisted (?:at|by|on)\b",
+    r"\bsender (?:address )?(?:rejected|refused|denied|unknown)|\bsender ver|\bcallout\b",
+    # the same in other languages
+    r"\brichtlinie|\bpol[ií]tica|\bpolitique|unerw[uü]nscht|ind[eé]sirable|no desead|indesejad",
+    r"indesiderat|sperrliste|gesperrt|bloqu|bloccat|liste noire|lista (?:negra|nera)",
+    r"\brelais\b|retransmi|weiterleit|ретрансляц|спам|заблокир|репутац|垃圾|黑名单|中继",
+)
+_OF_KNOWN_ADDRESS = _any(  # which may exist, or does
+    _GREYLISTED.pattern,
+    _FULL_MAILBOX.pattern,
+    _SIZE.pattern,
+    r"temporar|try (?:again )?later|time(?:d |-)?out|soft error|servfail",
 )
 
 
@@ -318,12 +329,12 @@ def says_unknown(text: str) -> bool:
     """Return whether a reply, without its code, says that the recipient's address does not exist.
 
     Only an enhanced code counts: servers also answer a bare 550, with any text, to senders that
-    they block. A code with a text about a policy does not count either.
+    they block. A code with a text about a policy, or about a mailbox, does not count either.
     """
     level, about = enhanced_code(text)
     said = _own_words(text)
-    is_about_sender = _POLICY.search(said) or _RATE.search(said)
-    return level == "5" and about in _UNKNOWN and not is_about_sender
+    others = (_POLICY, _RATE, _OF_KNOWN_ADDRESS)
+    return level == "5" and about in _UNKNOWN and not any(one.search(said) for one in others)
 
 
 def _of_connection(code: int, about: str, said: str) -> RefusalMeaning:

@@ -64,6 +64,7 @@ def failed(status: str, diagnostic: str = "", address: str = "ada@example.org") 
         failed("5.1.1"),
         "Action: failed\nFinal-Recipient: rfc822; ada@example.org\nStatus: 5.1.1\n",
         failed("5.1.1 (bad destination mailbox address)"),
+        failed("5.1.1").replace("Action: failed", "Action: failed (permanent failure)"),
         failed("5.1.1", "smtp; 550 5.1.1 <ada@example.org>: User unknown in virtual table"),
         failed("5.0.0", "smtp; 550-5.1.1 The email account does not exist."),
         failed("5.1.10", "smtp;550 5.1.10 RESOLVER.ADR.RecipientNotFound; not found"),

@@ -56,6 +56,11 @@ def test_refusals_are_classified(
         "sorry, no mailbox here by that name (#5.1.1 - chkuser)",
         "#5.1.1 User unknown",
         "[5.1.1] no such user",
+        "5.1.1 User ada (ada@example.org) not listed in Domino Directory",
+        "5.1.1 <ada@example.org>: Empfängeradresse verweigert: Benutzer unbekannt",
+        "5.1.1 Adresse d au moins un destinataire invalide. Invalid recipient.",
+        "5.1.2 DNS Error: DNS type 'mx' lookup of example.org responded with code NXDOMAIN",
+        "5.1.1 unknown user; check the address and try again",
     ],
 )
 def test_an_address_that_does_not_exist(text: str) -> None:
@@ -87,6 +92,21 @@ def test_an_address_that_does_not_exist(text: str) -> None:
         "5.1.1 <ada@example.com>: too many messages from your network",
         "5.1.2 Relaying denied",
         "#5.1.0 Address rejected.",
+        "5.1.1 mailbox full",
+        "5.1.1 user over quota",
+        "5.1.1 greylisted",
+        "5.1.1 The message is larger than the maximum size of the mailbox",
+        "5.1.1 mailbox temporarily disabled",
+        "5.1.2 DNS Soft Error looking up example.org",
+        "5.1.1 your IP 203.0.113.222 is listed at zen.spamhaus.org",
+        "5.1.1 refused, see https://dnsbl.example.org/?ip=203.0.113.222",
+        "5.1.1 sender verify failed",
+        "5.1.1 Ihre Nachricht wurde wegen unserer Richtlinien als unerwünscht abgelehnt",
+        "5.1.1 Adresse IP bloquée, réputation insuffisante",
+        "5.1.1 Retransmisión denegada",
+        "5.1.1 Mensaje rechazado por la política del servidor",
+        "5.1.1 Сообщение похоже на спам",
+        "5.1.1 拒绝中继",
     ],
 )
 def test_replies_that_do_not_concern_the_address(text: str) -> None:
