@@ -235,10 +235,13 @@ class Attachments:
                 raise _too_large(path) from error
             except Unreachable as error:
                 raise AttachmentError(f"{path}: {error}", permanent=False) from error
-            if reply.status not in _REDIRECTS:
+            location = reply.headers.get("Location")
+            if reply.status not in _REDIRECTS or not location:
                 break
-            with suppress(httpx.InvalidURL):
-                url = str(parsed.join(reply.headers.get("Location", "")))
+            try:
+                url = str(parsed.join(location))
+            except (httpx.InvalidURL, ValueError):
+                break
         else:
             message = f"{place} redirects more than {MAX_REDIRECTS} times"
             raise AttachmentError(message, permanent=False)

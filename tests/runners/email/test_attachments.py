@@ -240,6 +240,17 @@ async def test_redirects_are_followed_where_they_are_allowed() -> None:
         assert len(files.requests) == 3
 
 
+@pytest.mark.parametrize("location", ["", "http://[::1", "https://files.example.com:port/"])
+async def test_a_redirect_that_leads_nowhere_is_not_repeated(location: str) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(302, b"", {"Location": location})
+
+    async with sending(respond) as (_, files, runner):
+        result = failed(await send(runner, {"url": files.url}))
+        assert (result.permanent, result.message) == (False, "attachments.0: 127.0.0.1 answers 302")
+        assert len(files.requests) == 1
+
+
 async def test_too_large_or_invalid_attachments_fail_permanently(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
