@@ -345,16 +345,20 @@ def write(
     """
     view = task.view
     found = {name: field.render(view) for name, field in program.addresses.items()}
+    left_out = {address.lower() for address in without}
     for name in ("to", "cc", "bcc"):
-        found[name] = [mailbox for mailbox in found[name] if mailbox.address not in without]
+        found[name] = [one for one in found[name] if one.address.lower() not in left_out]
     if len(found["from"]) != 1:
         raise RenderError(f"from: {len(found['from'])} addresses instead of one")
     if not found["to"]:
         raise RenderError("to: no address")
     sender = found["from"][0]
-    to = tuple(dict.fromkeys(mailbox.address for mailbox in found["to"]))
-    copies = dict.fromkeys(mailbox.address for mailbox in (*found["cc"], *found["bcc"]))
-    others = tuple(address for address in copies if address not in to)
+    recipients = (*found["to"], *found["cc"], *found["bcc"])
+    distinct: dict[str, str] = {}  # in any case, a server delivers to the same mailbox
+    for one in recipients:
+        distinct.setdefault(one.address.lower(), one.address)
+    count = len({one.address.lower() for one in found["to"]})
+    to, others = tuple(distinct.values())[:count], tuple(distinct.values())[count:]
     if len(to) + len(others) > MAX_RECIPIENTS:
         raise RenderError(
             f"to, cc, bcc: {len(to) + len(others)} addresses, at most {MAX_RECIPIENTS}"
@@ -386,7 +390,6 @@ def write(
     )
     bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)
     utf8 = not all(map(str.isascii, (bounces_to, *to, *others, *headers)))
-    recipients = (*found["to"], *found["cc"], *found["bcc"])
     written = {one.written: one.address for one in recipients if one.written}
     return Mail(bounces_to, to, others, content, utf8, written)
 

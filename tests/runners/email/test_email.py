@@ -540,6 +540,17 @@ async def test_a_suppressed_recipient_gets_nothing() -> None:
         assert len(server.messages) == 1
 
 
+async def test_a_recipient_is_the_same_in_any_case() -> None:
+    config = BASIC | {"to": ["{{data.email}}", "ADA@x.org"], "cc": "ada@X.ORG", "bcc": "Bob@x.org"}
+    async with smtp_server() as server, runner(server) as made:
+        await made.run(made.compile(config), [task(email="Ada@x.org")])
+    assert [one.rcpt_tos for one in server.messages] == [["Ada@x.org", "Bob@x.org"]]
+    nobody = suppressing("ada@x.org")
+    async with smtp_server() as server, runner(server, suppressions=nobody) as made:
+        (result,) = await made.run(made.compile(config), [task(email="Ada@x.org")])
+    assert isinstance(result, Suppressed)
+
+
 @pytest.mark.parametrize("entry", ["a..b@docomo.ne.jp", '"a..b"@docomo.ne.jp'])
 @pytest.mark.parametrize("email", ["A..b@docomo.ne.jp", '"a..b"@DOCOMO.ne.jp'])
 async def test_a_suppressed_address_may_be_quoted(entry: str, email: str) -> None:
