@@ -216,7 +216,7 @@ class HttpClient:
             "data": form,
             "auth": auth or httpx.USE_CLIENT_DEFAULT,
             "extensions": {
-                "sni_hostname": named.raw_host.decode("ascii"),
+                "sni_hostname": named.raw_host.decode("ascii").rstrip("."),
                 "trace": trace,
                 "refusals": refusals,
             },

@@ -44,6 +44,27 @@ def answer(request: Request) -> servers.Answer:
     return servers.Answer(body=json.dumps([{"id": id_, "action": "next"} for id_ in ids]).encode())
 
 
+@pytest.mark.parametrize("http2", [True, False])
+async def test_the_name_of_a_host_may_end_with_a_dot(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, http2: bool
+) -> None:
+    loop = asyncio.get_running_loop()
+    original = loop.getaddrinfo
+
+    async def found(host: Any, port: int, **options: Any) -> Any:
+        assert host in ("localhost.", b"localhost.")
+        return await original("localhost", port, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", found)
+
+    async def respond(request: Request) -> servers.Answer:
+        return answer(request)
+
+    async with http_server(respond, tls) as server:
+        results = await call(server, host="localhost.", allow_private=True, http2=http2)
+    assert isinstance(results[0], Answer), results
+
+
 async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
     together = asyncio.Event()
 
