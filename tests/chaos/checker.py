@@ -1,4 +1,4 @@
-"""The judge: whether each enrollment got where it should, and every delivery is explained."""
+"""Check that each enrollment got where it should, and that every repeated delivery is explained."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Everything is broken while enrollments are in progress, and none is lost.
-
-`make chaos` goes on for longer: CHAOS_SECONDS is how long each scenario takes, CHAOS_SEED the first
-seed of its faults, CHAOS_ROUNDS how many seeds are tried. What has a scenario of its own there, and
-differs in nothing else, shares one here: to start daemons takes the longest.
+"""Break everything while enrollments are in progress: none is lost. `make chaos` takes longer:
+CHAOS_SECONDS is how long each scenario takes, CHAOS_SEED the first seed of its faults, CHAOS_ROUNDS
+how many seeds are tried. Faults that have scenarios of their own there, and differ in nothing else,
+share one here, because starting daemons takes the longest.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ Fault = Callable[[World], Coroutine[None, None, None]]
 async def breaking(
     world: World, *faults: Fault, every: float, daemons: int = 2, times: int | None = None
 ) -> None:
-    """Enrolls, and meanwhile does one of the faults now and then, each at least once; then waits
-    until all are done.
+    """Enroll, cause each of the faults at least once meanwhile, then wait until all enrollments are
+    done.
     """
     loop = asyncio.get_running_loop()
     await world.keep(daemons)
@@ -85,7 +84,9 @@ async def breaking(
 
 
 def scenarios(*groups: tuple[Fault, ...]) -> pytest.MarkDecorator:
-    """One for each group of faults, or one with all of them in the short form."""
+    """Parametrize a test: one scenario for each group of faults, or one with all of them in the
+    short form.
+    """
     divided = [tuple(chain(*groups))] if IS_SHORT else groups
     names = ["-".join(fault.__name__ for fault in faults) for faults in divided]
     return pytest.mark.parametrize("faults", divided, ids=names)
@@ -101,7 +102,9 @@ async def kill(world: World) -> None:
 
 
 async def freeze(world: World) -> None:
-    """For longer than its leases last: others take over, and its fence holds when it thaws."""
+    """Freeze a daemon for longer than its leases last: others take over, and the fence rejects its
+    results afterwards.
+    """
     daemon = world.rng.choice(world.daemons)
     daemon.send(signal.SIGSTOP)
     await asyncio.sleep(LEASE + 1)
@@ -131,9 +134,9 @@ async def test_daemons_are_restarted_and_nothing_is_done_twice(world: World) -> 
 
 
 async def test_no_fault_of_one_enrollment_reaches_another(world: World) -> None:
-    """A trigger refuses some, another session holds the rows of others for longer than a lease, and
-    a lock_timeout ends what waits: those who are not concerned go on, and everything of theirs is
-    done once.
+    """A trigger refuses some rows, another session locks others for longer than a lease, and a
+    lock_timeout ends statements that wait. All other enrollments continue, and each of their side
+    effects is done once.
     """
     connection = await asyncpg.connect(world.database)
     name = await connection.fetchval("SELECT current_database()")
@@ -215,8 +218,8 @@ async def _restart(world: World, number: signal.Signals) -> None:
 
 
 async def conflict(world: World) -> None:
-    """A trigger that fails now and then for a second: as in a conflict of serializable transactions
-    or a deadlock, with a full disk, by an error of the disk.
+    """Let a trigger fail now and then for a second, as in a conflict of serializable transactions,
+    a deadlock, or with a full or faulty disk.
     """
     connection = await asyncpg.connect(world.database)
     code = world.rng.choice(["40001", "40P01", "53100", "58030"])
@@ -251,7 +254,7 @@ async def time_out(world: World) -> None:
 
 
 async def crowd(world: World) -> None:
-    """Somebody takes all connections that are left."""
+    """Take all connections that are left."""
     taken: list[asyncpg.Connection] = []
     with suppress(*CONNECT):
         while len(taken) < 100:
@@ -365,7 +368,7 @@ async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
 
 
 async def test_no_log_can_be_written(world: World) -> None:
-    """As with a full disk under the daemon: it goes on, and is not started anew."""
+    """As with a full disk under the daemon: it continues, and is not restarted."""
     world.stderr = Path("/dev/full")
     await world.keep(2)
     daemons = list(world.daemons)
@@ -410,7 +413,9 @@ def next_version(folder: Path) -> tuple[Path, Migration]:
 
 @pytest.fixture
 async def released(breakable: Server, tmp_path: Path) -> AsyncIterator[World]:
-    """With the schema and the daemons of the last release; before the first, those of this tree."""
+    """Start with the schema and the daemons of the last release; before the first release, with
+    those of this tree.
+    """
     release = previous_release((REPOSITORY / "CHANGELOG.md").read_text("utf-8"))
     code = REPOSITORY
     if release is not None:
@@ -441,8 +446,8 @@ MIGRATES = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSl
 
 
 async def test_an_upgrade_under_load(released: World, tmp_path: Path) -> None:
-    """The schema first, by a process that is killed and another one, then one daemon after the
-    other: the old ones go on until then.
+    """First the schema is upgraded, by a process that is killed and another one, then one daemon
+    after the other. The old daemons continue until then.
     """
     world = released
     code, migration = next_version(tmp_path / "next")

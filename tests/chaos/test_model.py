@@ -1,7 +1,6 @@
-"""The engine against a model of it, in any order of what may happen to enrollments and daemons.
-
-The model knows of each where they must be, and how often every side effect was begun: in forty
-lines, and with hours for a clock. CHAOS_EXAMPLES is how many ways are tried.
+"""Compare the engine with a model of it, for any order of operations on enrollments and daemons.
+The model, forty lines with hours as its clock, predicts where each enrollment is and how often each
+side effect has begun. CHAOS_EXAMPLES is how many orders are tried.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ class Model:
                 return self._executes(expected, before if was_cut_off else None)
 
     def _executes(self, expected: Expected, expiries: int | None) -> bool:
-        """With so many leases that have expired before the one that has expired now."""
+        """Whether the side effect starts again after so many earlier expired leases."""
         if expiries is not None:
             if expected.step == "last":
                 return self._fails(expected, "outcome_unknown")
@@ -317,7 +316,7 @@ class World(RuleBasedStateMachine):
         """At once, in a transaction that tells the daemon; or later, for the sweep to find."""
         number = len(self.model.enrollments) + 1
         data = {"paid": paid, "vip": vip}
-        begins = 0.0 if told else self.model.now  # the database's clock stands at the beginning
+        begins = 0.0 if told else self.model.now  # the database's clock is at the beginning
         self.runner.modes[number] = mode
         id_ = self._do(
             "WITH silent AS MATERIALIZED (SELECT set_config('sequencer.notify', $4, true))"

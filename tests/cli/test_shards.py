@@ -209,7 +209,7 @@ async def test_forget_and_export_ask_all_shards(
 async def test_forget_finds_in_each_shard_the_addresses_that_another_knows(
     filled: Command, shards: dict[str, asyncpg.Connection]
 ) -> None:
-    """Who unsubscribes is suppressed in all shards."""
+    """A recipient that unsubscribes is suppressed in all shards."""
     data = {"email": "ada@example.com", "phones": [491512345678]}
     filled("enroll", "s", "customer-1", "--shard", "a", "--data", json.dumps(data))
     for connection in shards.values():
@@ -658,7 +658,7 @@ async def test_a_statement_without_an_answer_is_given_up(
 async def test_tail_follows_all_shards(
     filled: Command, shards: dict[str, asyncpg.Connection]
 ) -> None:
-    """It goes on while one is away, and continues when that is back."""
+    """It continues while one is unavailable, and includes that one again when it is back."""
     async with beside(filled, "tail", "--since", "600") as (out, errors):
         filled("cancel", "a/1", "b/2", "--yes")
         lines = [(await out.readline()).decode().split()[2] for _ in range(2)]

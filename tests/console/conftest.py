@@ -280,8 +280,8 @@ async def page_with(client: httpx.AsyncClient, path: str, words: str) -> httpx.R
     return await eventually(page)
 
 
-class Mended(Recorder):
-    """A runner that refuses until it is mended."""
+class Fixable(Recorder):
+    """A runner that refuses until it is fixed."""
 
     def __init__(self) -> None:
         super().__init__(self._answer)
@@ -292,8 +292,8 @@ class Mended(Recorder):
         return Answer() if self.is_fixed else Failed(f"refused: {text}", permanent=True)
 
 
-async def people(connection: asyncpg.Connection) -> tuple[int, int]:
-    """A sequence with an enrollment that waits and one that fails at its note. Their ids."""
+async def waiting_and_failing(connection: asyncpg.Connection) -> tuple[int, int]:
+    """Enroll a subject that waits and one that fails at its note, and return the ids."""
     await define(
         connection,
         "s",

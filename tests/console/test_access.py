@@ -24,12 +24,12 @@ from sequencerd.settings_file import load
 from tests.console.conftest import (
     BEGUN,
     FAILED,
-    Mended,
+    Fixable,
     console,
     counted,
     page_once,
-    people,
     token,
+    waiting_and_failing,
 )
 from tests.console.test_pages import check
 from tests.helpers.command_line import Command
@@ -62,7 +62,7 @@ def cookie(response: httpx.Response) -> SimpleCookie:
 
 
 async def test_a_password_is_required(database: str, connection: asyncpg.Connection) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, password_hash=HASH) as client:
         page = await client.get("/enrollments/1?before=2026-01-01")
         assert page.status_code == 303
@@ -219,7 +219,7 @@ def fields(page: httpx.Response) -> dict[str, str]:
 async def test_what_was_entered_is_kept_when_a_session_ends(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     data = '{"name": "Ada & <Co>",\r\n "plan": "pro"}'
     name = f"SELECT data ->> 'plan' FROM sequencer.enrollments WHERE id = {waiting}"
     async with console(database, password_hash=HASH, write=True) as client:
@@ -250,7 +250,7 @@ async def test_a_form_outlives_a_restart_of_an_open_console(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """Without passwords, what signs forms is new with each start."""
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     path = f"/change?action=cancel&id={waiting}"
     async with console(database, write=True) as client:
         form = {**fields(await client.get(path)), "reason": "a duplicate"}
@@ -282,8 +282,8 @@ async def test_a_page_that_outlives_a_restart_shows_no_other_change(
 async def test_a_read_only_console_changes_nothing(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    _, failing = await people(connection)
-    async with console(database, {"Note": Mended()}, password_hash=HASH) as client:
+    _, failing = await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, password_hash=HASH) as client:
         await until(connection, FAILED)
         await log_in(client)
         page = await client.get(f"/enrollments/{failing}")
@@ -299,8 +299,8 @@ async def test_a_read_only_console_changes_nothing(
 
 
 async def test_forms_of_others_are_refused(database: str, connection: asyncpg.Connection) -> None:
-    _, failing = await people(connection)
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    _, failing = await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, write=True) as client:
         await until(connection, FAILED)
         form = {"action": "cancel", "id": str(failing), "number": "1", "reason": "test"}
         right = token(await client.get("/change", params=form))
@@ -333,8 +333,8 @@ async def test_forms_of_others_are_refused(database: str, connection: asyncpg.Co
 async def test_failed_enrollments_are_retried_to_the_end(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, failing = await people(connection)
-    runner = Mended()
+    _, failing = await waiting_and_failing(connection)
+    runner = Fixable()
     async with console(database, {"Note": runner}, write=True, password_hash=HASH) as client:
         await until(connection, FAILED)
         await log_in(client)
@@ -382,13 +382,13 @@ async def test_failed_enrollments_are_retried_to_the_end(
 async def test_a_whole_group_is_changed(
     database: str, connection: asyncpg.Connection, action: str, verb: str, status: str
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, step, status, failure)"
         " SELECT 's', 'g' || n, 'note', 'failed', CASE WHEN n > 2500 THEN 'loop' ELSE 'error' END"
         " FROM generate_series(1, 2510) AS n"
     )
-    runner = Mended()
+    runner = Fixable()
     async with console(database, {"Note": runner}, write=True) as client:
         await until(
             connection,
@@ -421,8 +421,8 @@ async def test_a_whole_group_is_changed(
 async def test_the_role_of_the_daemon_is_enough(
     logins: dict[str, str], connection: asyncpg.Connection
 ) -> None:
-    _, failing = await people(connection)
-    runner = Mended()
+    _, failing = await waiting_and_failing(connection)
+    runner = Fixable()
     async with console(logins["daemon"], {"Note": runner}, write=True) as client:
         await until(connection, FAILED)
         await counted(client, "failures")
@@ -446,7 +446,7 @@ async def test_the_role_of_the_daemon_is_enough(
 
 async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connection) -> None:
     secret = {"email": "bob@example.com", "contact": {"phone": "+49 1511234567"}, "ok": "yes"}
-    waiting, failing = await people(connection)
+    waiting, failing = await waiting_and_failing(connection)
     await connection.execute(
         "UPDATE sequencer.enrollments SET data = $2, subject = 'bob@example.com' WHERE id = $1",
         failing,
@@ -458,7 +458,7 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
         failing,
     )
     group = "sequence=s&step=note&failure=error"
-    async with console(database, {"Note": Mended()}, mask=MASKED) as client:
+    async with console(database, {"Note": Fixable()}, mask=MASKED) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
         await counted(client, "failures")
@@ -496,7 +496,7 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
         page = await client.get("/tables/search.json?q=ada@example.com")
         assert page.json()["rows"] == []
         assert "masked" in (await client.get("/search?q=ada@example.com")).text
-    async with console(database, {"Note": Mended()}, mask=["subject"]) as client:
+    async with console(database, {"Note": Fixable()}, mask=["subject"]) as client:
         assert "bob" not in (await client.get("/search")).text.replace("bob@", "")
         assert (await client.get("/tables/search.json?q=ad")).json()["rows"] == []
 
@@ -572,7 +572,7 @@ def test_the_command_makes_a_hash(sequencerd: Command) -> None:
 
 
 async def test_the_daemon_serves_the_console(database: str, connection: asyncpg.Connection) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     async with daemon(database, SEQUENCERD_CONSOLE_WRITE="true") as client:
         await answers(client, "/readyz", is_ok)
         await until(

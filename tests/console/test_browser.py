@@ -32,12 +32,12 @@ from tests.console.conftest import (
     DAY,
     FAILED,
     USUAL,
+    Fixable,
     Line,
-    Mended,
     console,
-    people,
     routes,
     token,
+    waiting_and_failing,
 )
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.engines import Recorder, define, enroll, until
@@ -203,7 +203,7 @@ async def test_every_page_fits_every_width_and_is_accessible(
     browser: Browser,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute(
         "INSERT INTO sequencer.suppressions (channel, address, source, reason)"
         " VALUES ('email', 'ada@example.com', 'unsubscribe', 'link in enrollment 7'),"
@@ -216,7 +216,7 @@ async def test_every_page_fits_every_width_and_is_accessible(
         " SELECT 's', 'a-long-subject-of-an-enrollment-' || n, 'note', 'completed', now()"
         " FROM generate_series(1, 3) AS n"
     )
-    async with console(database, {"Note": Mended()}, write=True, is_served=True) as client:
+    async with console(database, {"Note": Fixable()}, write=True, is_served=True) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
         asked = await client.get("/change?action=retry&status=failed")
@@ -329,7 +329,7 @@ async def test_the_page_to_unsubscribe_fits_a_phone_in_every_language(browser: B
 async def test_counts_and_timelines_update_by_themselves_for_all_viewers(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     async with (
         console(database, is_served=True) as client,
         window(browser, client) as first,
@@ -356,8 +356,8 @@ async def test_counts_and_timelines_update_by_themselves_for_all_viewers(
 async def test_a_failed_enrollment_is_retried_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
-    runner = Mended()
+    await waiting_and_failing(connection)
+    runner = Fixable()
     async with (
         console(database, {"Note": runner}, write=True, is_served=True) as client,
         window(browser, client) as page,
@@ -389,7 +389,7 @@ async def test_a_failed_enrollment_is_retried_in_the_page(
 async def test_a_sequence_is_operated_by_keyboard_alone(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/")
         await page.locator("table.overview").wait_for()
@@ -460,7 +460,7 @@ async def test_hostile_data_run_nowhere(
 async def test_times_are_in_the_reader_s_zone(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute(
         "UPDATE sequencer.enrollments SET timezone = 'Europe/Berlin',"
         " wake_at = '2030-01-01 12:00Z' WHERE id = 1"
@@ -484,7 +484,7 @@ async def test_times_are_in_the_reader_s_zone(
 async def test_a_daemon_is_restarted_under_an_open_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     listen = f"127.0.0.1:{free_port()}"
     variables = {
         **os.environ,
@@ -529,7 +529,7 @@ async def test_a_daemon_is_restarted_under_an_open_page(
 async def test_pages_recover_after_the_database_was_away(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     line = Line(database)
     async with (
         line.open() as through,
@@ -564,7 +564,7 @@ async def test_pages_recover_after_the_database_was_away(
 async def test_a_failed_request_is_repeated(
     database: str, connection: asyncpg.Connection, browser: Browser, failure: str
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto(f"/console/enrollments/{waiting}")
         await shows(page, "#state", "Live")
@@ -592,7 +592,7 @@ async def test_a_failed_request_is_repeated(
 async def test_a_session_that_is_over_leads_to_the_login(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     async with (
         console(database, password_hash=make_hash("correct horse"), is_served=True) as client,
         window(browser, client) as page,
@@ -614,7 +614,7 @@ async def test_a_session_that_is_over_leads_to_the_login(
 async def test_simulate_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/simulate")
         await page.locator("#data").fill('{"name": "Ada"}')
@@ -632,7 +632,7 @@ async def test_simulate_in_the_page(
 async def test_columns_are_ticked_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, is_served=True) as client:
         async with window(browser, client) as page:
             await page.goto("/console/search")

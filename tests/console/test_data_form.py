@@ -7,7 +7,7 @@ import pytest
 
 from sequencerd.console.mask import MASKED_VALUE, hide_data, restore_data
 from sequencerd.errors import UsageError
-from tests.console.conftest import BEGUN, Mended, console, people, token
+from tests.console.conftest import BEGUN, Fixable, console, token, waiting_and_failing
 from tests.console.test_editing import text_of
 from tests.console.test_users import USERS, log_in
 from tests.helpers.engines import until
@@ -16,9 +16,9 @@ DATA = "SELECT data::text FROM sequencer.enrollments WHERE id = $1"
 
 
 async def test_data_are_edited_and_recorded(database: str, connection: asyncpg.Connection) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     exact = '{"email": "ada@example.com", "big": 12345678901234567890.123456789, "plan": "free"}'
-    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+    async with console(database, {"Note": Fixable()}, users=USERS, write=True) as client:
         await until(connection, BEGUN)
         await connection.execute(
             "UPDATE sequencer.enrollments SET data = $2 WHERE id = $1", waiting, exact
@@ -56,8 +56,8 @@ async def test_data_are_edited_and_recorded(database: str, connection: asyncpg.C
 
 
 async def test_masked_data_stay_as_they_are(database: str, connection: asyncpg.Connection) -> None:
-    waiting, _ = await people(connection)
-    async with console(database, {"Note": Mended()}, mask=["data.email"], write=True) as client:
+    waiting, _ = await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, mask=["data.email"], write=True) as client:
         await until(connection, BEGUN)
         page = await client.get(f"/data?id={waiting}")
         assert "ada@example.com" not in page.text

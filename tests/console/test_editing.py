@@ -12,7 +12,15 @@ import pytest
 
 from sequencerd.console import summary
 from sequencerd.console.editing import side_by_side
-from tests.console.conftest import BEGUN, DAY, Mended, console, page_with, people, token
+from tests.console.conftest import (
+    BEGUN,
+    DAY,
+    Fixable,
+    console,
+    page_with,
+    token,
+    waiting_and_failing,
+)
 from tests.console.test_users import USERS, log_in
 from tests.helpers.engines import define, until
 from tests.helpers.waiting import PATIENCE
@@ -35,8 +43,8 @@ def form_of(page: httpx.Response, **changes: str) -> dict[str, str]:
 async def test_a_sequence_is_paused_with_a_reason(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await people(connection)
-    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+    await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, users=USERS, write=True) as client:
         await log_in(client, "otto")
         await page_with(client, "/", ">s</a>")  # the status is counted, and not again
         monkeypatch.setattr(summary, "MIN_PAUSE", PATIENCE)
@@ -72,9 +80,9 @@ async def test_a_sequence_is_paused_with_a_reason(
 async def test_a_sequence_is_edited_by_a_plan(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     before = await connection.fetchval(REVISION)
-    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+    async with console(database, {"Note": Fixable()}, users=USERS, write=True) as client:
         await until(connection, BEGUN)
         await log_in(client, "edda")
         page = await client.get("/edit?sequence=s")
@@ -137,8 +145,8 @@ async def test_a_sequence_is_edited_by_a_plan(
 async def test_a_change_meanwhile_is_not_undone(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, write=True) as client:
         page = await client.get("/edit?sequence=s")
         edited = text_of(page).replace("amount: 1", "amount: 2")
         planned = await client.post("/edit", data=form_of(page, action="plan", text=edited))
@@ -166,8 +174,8 @@ async def test_a_change_meanwhile_is_not_undone(
 async def test_a_removed_step_asks_where_to_go(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    waiting, _ = await people(connection)
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    waiting, _ = await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, write=True) as client:
         await until(connection, BEGUN)
         page = await client.get("/edit?sequence=s")
         text = "name: s\nsteps:\n  - name: pause\n    type: WaitForDuration\n    config: " + DAY
@@ -188,10 +196,10 @@ async def test_a_removed_step_asks_where_to_go(
 
 
 async def test_files_stay_the_authority(database: str, connection: asyncpg.Connection) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute("UPDATE sequencer.sequences SET from_file = true")
     before = await connection.fetchval(REVISION)
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    async with console(database, {"Note": Fixable()}, write=True) as client:
         page = await client.get("/edit?sequence=s")
         assert "managed by files" in page.text
         edited = text_of(page).replace("amount: 1", "amount: 2")
@@ -239,8 +247,8 @@ def test_side_by_side(before: str, after: str, kinds: list[str]) -> None:
 async def test_errors_are_found_while_a_sequence_is_edited(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
-    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+    await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, users=USERS, write=True) as client:
         await log_in(client, "otto")
         assert (await client.get("/edit/schema")).status_code == 403
         page = await client.get("/")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tests.console.conftest import BEGUN, Mended, console, people
+from tests.console.conftest import BEGUN, Fixable, console, waiting_and_failing
 from tests.console.test_browser import check_accessible, check_page, shows, text_of, window
 from tests.helpers.engines import until
 
@@ -33,8 +33,8 @@ async def options(page: Page, text: str) -> list[str] | None:
 async def test_the_editor_completes_checks_and_plans(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
-    async with console(database, {"Note": Mended()}, write=True, is_served=True) as client:
+    await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, write=True, is_served=True) as client:
         await until(connection, BEGUN)
         async with window(browser, client) as page:
             await page.goto("/console/edit?sequence=s")
@@ -87,9 +87,9 @@ async def test_the_editor_completes_checks_and_plans(
 async def test_the_editor_completes_keys_and_names(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await page.goto("/console/edit?sequence=s")
@@ -159,9 +159,9 @@ async def test_the_editor_completes_keys_and_names(
 async def test_without_scripts_the_text_is_edited_as_it_is(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
         window(browser, client, java_script_enabled=False) as page,
     ):
         await page.goto("/console/edit?sequence=s")

@@ -1,5 +1,5 @@
-"""What a user tries who has read no manual, in a real browser: to copy from a row, names in other
-scripts, long names, and long lists before a question.
+"""A user who has not read the manual, in a real browser: copying from a row, names in other
+scripts, long names, and long lists above a question.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tests.console.conftest import DAY, FAILED, Mended, console, people
+from tests.console.conftest import DAY, FAILED, Fixable, console, waiting_and_failing
 from tests.console.test_browser import (
     LAYOUT,
     check_accessible,
@@ -28,7 +28,7 @@ PARTS = "[...document.querySelectorAll('#graph .step')].map((one) => one.textCon
 async def test_a_row_is_opened_and_its_text_can_be_copied(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/search")
         cell = page.locator("td.subject .value", has_text="ada")
@@ -115,7 +115,7 @@ async def test_many_causes_and_codes_fit_the_page(
 async def test_a_search_is_announced_by_one_sentence(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/search")
         await page.locator("#q").fill("ad")
@@ -128,9 +128,9 @@ async def test_a_search_is_announced_by_one_sentence(
 async def test_a_waiting_enrollment_is_reevaluated(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await until(connection, FAILED)
@@ -152,7 +152,7 @@ async def _has_buttons(page: Page, *names: str) -> None:
 async def test_rows_and_timelines_with_more_than_fits(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, step, status, ended_at)"
         " SELECT 's', 'some.address' || n || '@example.com', 'note', 'completed',"

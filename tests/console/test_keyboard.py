@@ -1,4 +1,6 @@
-"""Forms of the console by keyboard alone, and what a hasty user does: twice, wrong, and back."""
+"""Forms of the console with the keyboard alone, and a hasty user: sent twice, with errors, and with
+the back button.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tests.console.conftest import BEGUN, DAY, Mended, console, people
+from tests.console.conftest import BEGUN, DAY, Fixable, console, waiting_and_failing
 from tests.console.test_browser import check_accessible, shows, window
 from tests.helpers.engines import define, enroll, until
 
@@ -47,9 +49,9 @@ async def press(page: Page, button: str) -> None:
 async def test_forms_by_keyboard(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await until(connection, BEGUN)
@@ -126,7 +128,7 @@ async def test_lateness_is_read_by_keyboard(
 async def test_a_wrong_filter_is_corrected(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database, is_served=True) as client, window(browser, client) as page:
         await page.goto("/console/search")
         await shows(page, "td.subject", "ada")
@@ -150,7 +152,7 @@ async def test_a_double_click_changes_once(
         connection, "s", ("wait", "WaitForDuration", DAY, "note"), ("note", "Note", "{}", "wait")
     )
     id_ = await enroll(connection, "s", "ada", json.dumps({"name": "<i>Ada</i>"}))
-    runner = Mended()
+    runner = Fixable()
     runner.is_fixed = True
     async with (
         console(database, {"Note": runner}, write=True, is_served=True) as client,

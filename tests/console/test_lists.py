@@ -18,13 +18,13 @@ from sequencerd.storage.statements import QUERIES
 from tests.console.conftest import (
     DAY,
     FAILED,
+    Fixable,
     Line,
-    Mended,
     console,
     counted,
     page_with,
-    people,
     token,
+    waiting_and_failing,
 )
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll, until
@@ -105,7 +105,7 @@ async def test_a_cause_is_retried_and_followed(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await failing(connection)
-    runner = Mended()
+    runner = Fixable()
     async with console(database, {"Note": runner}, write=True) as client:
         first, second = await counted(client, "failures")
         assert (first["cause"], first["failed"]) == ("to <address>: 550 no such user", 6)
@@ -197,7 +197,7 @@ async def test_filters_combine(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await failing(connection)
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
 
         async def subjects(**query: str) -> list[str]:
             return [row["subject"] for row in await found(client, **query)]
@@ -245,7 +245,7 @@ async def test_columns_are_ticked_and_kept_in_the_address(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await failing(connection)
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         # as a browser without JavaScript sends the form: each box, and empty fields
         form = "columns=subject&columns=entered_at&columns=data.plan, data.n&sort=&status=active"
         page = await client.get(f"/search?{form}&failure=")
@@ -274,7 +274,7 @@ async def test_a_list_is_sorted_by_any_column(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await failing(connection)
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         page = await client.get("/search?status=active&sort=-entered_at&columns=subject")
         assert re.findall(r">(w\d)<", page.text) == ["w1", "w2", "w3", "w4", "w5"]
         page = await client.get("/search?status=active&sort=data.n&columns=subject")
@@ -299,7 +299,7 @@ async def test_a_search_combines_with_filters(
         """ ('t', 'x2', '{"email": "ada@example.com"}')"""
     )
     id_ = await connection.fetchval("SELECT id FROM sequencer.enrollments WHERE subject = 'x2'")
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    async with console(database, {"Note": Fixable()}, write=True) as client:
 
         async def subjects(**query: str) -> list[str]:
             return [row["subject"] for row in await found(client, **query)]
@@ -329,8 +329,8 @@ async def test_a_search_combines_with_filters(
 async def test_nonsense_in_filters(
     database: str, connection: asyncpg.Connection, mask: list[str]
 ) -> None:
-    await people(connection)
-    async with console(database, {"Note": Mended()}, write=True, mask=mask) as client:
+    await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, write=True, mask=mask) as client:
         for path, words in (
             ("/search?where=plan", "data filter as in data.plan = pro"),
             ("/search?age=long", "time as in 3 d"),
@@ -368,13 +368,13 @@ async def test_nonsense_in_filters(
 async def test_a_masked_cause_is_masked_everywhere(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, step, subject, status, failure, last_error,"
         " data) SELECT 's', 'note', name, 'failed', 'error', name || ' is unknown',"
         """ jsonb_build_object('name', name) FROM unnest(ARRAY['Grace', 'Edsger']) AS name"""
     )
-    async with console(database, {"Note": Mended()}, mask=["data.name"], write=True) as client:
+    async with console(database, {"Note": Fixable()}, mask=["data.name"], write=True) as client:
         async with asyncio.timeout(PATIENCE):
             while True:
                 rows = await counted(client, "failures")
@@ -394,7 +394,7 @@ async def test_a_masked_cause_is_masked_everywhere(
 
 
 async def test_a_list_without_a_database(database: str, connection: asyncpg.Connection) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     line = Line(database)
     async with line.open() as through, console(database, through=through, write=True) as client:
         await until(connection, FAILED.replace("= 1", ">= 0"))

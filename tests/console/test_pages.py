@@ -28,12 +28,12 @@ from tests.console.conftest import (
     BEGUN,
     DAY,
     FAILED,
+    Fixable,
     Line,
-    Mended,
     console,
     counted,
     page_once,
-    people,
+    waiting_and_failing,
 )
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.pooler import pgbouncer
@@ -94,9 +94,9 @@ def check(page: httpx.Response) -> str:
 
 
 async def test_every_page_is_there(database: str, connection: asyncpg.Connection) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute("UPDATE sequencer.sequences SET description = 'For <new> users'")
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         await until(connection, FAILED)
         await until(connection, BEGUN)
         await counted(client, "failures")
@@ -128,7 +128,7 @@ async def test_every_page_is_there(database: str, connection: asyncpg.Connection
 async def test_a_sequence_shows_its_schedule_and_the_last_run(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     path = "/sequence?sequence=s"
     async with console(database) as client, console(database, mask=["subject"]) as masked:
         assert "Enrolls what" not in check(await client.get(path))
@@ -158,7 +158,7 @@ async def test_a_sequence_shows_its_schedule_and_the_last_run(
 
 @pytest.mark.slow
 async def test_counts_of_the_overview(database: str, connection: asyncpg.Connection) -> None:
-    _, failing = await people(connection)
+    _, failing = await waiting_and_failing(connection)
     await enroll(connection, "s", "carl")
     await connection.execute(
         "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)"
@@ -170,7 +170,7 @@ async def test_counts_of_the_overview(database: str, connection: asyncpg.Connect
         " UNION ALL"
         " SELECT 100, date_trunc('day', now()) - interval '69 hours', 's', 'note', 2, 'completed'"
     )
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         await until(connection, FAILED)
         async with asyncio.timeout(PATIENCE):
             while True:
@@ -219,12 +219,12 @@ async def test_the_coming_checks(database: str, connection: asyncpg.Connection) 
 
 
 async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Connection) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER USER")
     await connection.execute("ALTER TABLE sequencer.steps DISABLE TRIGGER USER")
     async with (
-        console(database, {"Note": Mended()}) as client,
-        console(database, {"Note": Mended()}, mask=["data.email"]) as masked,
+        console(database, {"Note": Fixable()}) as client,
+        console(database, {"Note": Fixable()}, mask=["data.email"]) as masked,
     ):
         await connection.execute(  # unnoticed by the engines
             "UPDATE sequencer.steps SET problem = 'ask ada@example.com' WHERE name = 'wait'"
@@ -245,7 +245,7 @@ async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Co
 async def test_problems_are_described_by_their_kind(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     await connection.execute(
         "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
         " VALUES ('d', now(), now() + interval '1 hour');"
@@ -259,7 +259,7 @@ async def test_problems_are_described_by_their_kind(
         "UPDATE sequencer.brakes SET reason = 'brake: more than 1 in 1 hour', paused_at = now()"
     )
     since = "since Mon 2026-03-02 00:00:00 UTC"
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         await counted(client, "health")
         for path in ("/health", "/"):
             page = " ".join(check(await client.get(path)).split())
@@ -361,7 +361,7 @@ async def test_hostile_data_are_text(database: str, connection: asyncpg.Connecti
         HOSTILE,
         "\"'><b>",
     )
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         await until(connection, FAILED)
         await counted(client, "failures")
         for path, query in (
@@ -389,9 +389,9 @@ async def test_hostile_data_are_text(database: str, connection: asyncpg.Connecti
 
 
 async def test_tables_as_json_and_csv(database: str, connection: asyncpg.Connection) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     await enroll(connection, "s", "=1+1")
-    async with console(database, {"Note": Mended()}) as client:
+    async with console(database, {"Note": Fixable()}) as client:
         await until(connection, FAILED)
         await counted(client, "failures")
         for name, query in (
@@ -465,7 +465,7 @@ async def test_pagination(database: str, connection: asyncpg.Connection) -> None
 async def test_search(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     async with console(database) as client:
 
         async def found(q: str) -> list[str]:
@@ -492,7 +492,7 @@ async def test_search(
 
 
 async def test_pages_of_unknown_objects(database: str, connection: asyncpg.Connection) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with console(database) as client:
         for path, status, words in (
             ("/nonsense", 404, "page not found"),
@@ -533,7 +533,7 @@ async def test_an_internal_error_shows_no_details(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
 
     async def broken(*_: object) -> None:
         raise KeyError("ada@example.com")
@@ -554,7 +554,7 @@ async def test_an_internal_error_shows_no_details(
 async def test_pages_report_a_missing_database(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     line = Line(database)
     async with line.open() as through, console(database, through=through) as client:
         await counted(client, "overview")
@@ -589,7 +589,7 @@ def test_times_in_the_subject_s_zone() -> None:
 async def test_many_viewers_cost_one_query(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     asked: list[str] = []
     read = connections.read
 
@@ -633,7 +633,7 @@ async def test_a_console_without_viewers_costs_nothing(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "COUNTED_AFTER_VIEW", 0.5)
-    await people(connection)
+    await waiting_and_failing(connection)
     latest = (
         "SELECT max(query_start) FROM pg_stat_activity WHERE datname = current_database()"
         " AND application_name = 'sequencerd console'"
@@ -692,7 +692,7 @@ async def test_the_end_waits_until_connections_are_given_back(
 
 @pytest.mark.slow
 async def test_a_stream_reports_changes(database: str, connection: asyncpg.Connection) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     async with console(database, write=True, is_served=True) as client:
         await until(connection, BEGUN)
         page = await client.get(f"/enrollments/{waiting}")
@@ -735,7 +735,7 @@ async def test_a_stream_reports_changes(database: str, connection: asyncpg.Conne
 async def test_through_a_pooler(
     database: str, connection: asyncpg.Connection, tmp_path: Path
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     paths = ["/", "/failures", "/search?q=ada", "/sequence?sequence=s&step=wait"]
     paths += [f"/enrollments/{waiting}", f"/simulate?enrollment={waiting}&sequence=s"]
     with pgbouncer(database, tmp_path) as through:
@@ -802,8 +802,8 @@ async def test_a_timeline_is_complete_over_its_pages(
     database: str, connection: asyncpg.Connection
 ) -> None:
     """Many events can have the same time."""
-    waiting, _ = await people(connection)
-    async with console(database, {"Note": Mended()}) as client:
+    waiting, _ = await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}) as client:
         await until(connection, BEGUN)
         await connection.execute(
             "INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action,"
@@ -891,7 +891,7 @@ async def test_pages_are_back_with_the_database(
     """An attempt to count that found no database is followed by a short pause, however long it
     took.
     """
-    await people(connection)
+    await waiting_and_failing(connection)
     line = Line(database)
     count, failed = summary.Summary._count, asyncio.Event()
 
@@ -918,7 +918,7 @@ async def test_pages_are_back_with_the_database(
 async def test_a_slow_database_is_not_said_to_be_away(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
 
     async def late(*_: object) -> None:
         raise TimeoutError

@@ -8,7 +8,7 @@ import re
 import asyncpg
 import httpx
 
-from tests.console.conftest import BEGUN, Mended, console, token
+from tests.console.conftest import BEGUN, Fixable, console, token
 from tests.console.test_editing import form_of, text_of
 from tests.console.test_users import USERS, log_in
 from tests.helpers.engines import define, enroll, until
@@ -44,7 +44,7 @@ async def test_a_wait_and_a_text_are_changed_by_a_plan(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await sequence(connection)
-    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+    async with console(database, {"Note": Fixable()}, users=USERS, write=True) as client:
         await until(connection, BEGUN)
         await log_in(client, "otto")
         panel = await client.get("/sequence?sequence=s&step=wait")
@@ -102,7 +102,7 @@ async def test_an_edited_sequence_keeps_its_comments(
 ) -> None:
     await sequence(connection)
     await connection.execute("UPDATE sequencer.sequences SET from_file = true")
-    async with console(database, {"Note": Mended()}, write=True) as client:
+    async with console(database, {"Note": Fixable()}, write=True) as client:
         page = await client.get("/edit?sequence=s")
         text = "# ours\n" + text_of(page).replace("amount: 1", "amount: 1   # a day")
         asked = form_of(page, text=text, step="wait")

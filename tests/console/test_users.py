@@ -15,7 +15,7 @@ from sequencerd.console.sessions import hash_of
 from sequencerd.errors import SettingsError
 from sequencerd.settings import Settings
 from sequencerd.settings_file import load
-from tests.console.conftest import FAILED, Mended, console, people, token
+from tests.console.conftest import FAILED, Fixable, console, token, waiting_and_failing
 from tests.helpers.engines import until
 
 PASSWORDS = {name: f"{name}'s horse" for name in ("vera", "otto", "edda")}
@@ -58,8 +58,8 @@ async def test_each_user_has_a_password(database: str, connection: asyncpg.Conne
 
 
 async def test_a_role_is_required(database: str, connection: asyncpg.Connection) -> None:
-    _, failing = await people(connection)
-    async with console(database, {"Note": Mended()}, users=USERS, write=True) as client:
+    _, failing = await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, users=USERS, write=True) as client:
         await until(connection, FAILED)
         await log_in(client, "vera")
         page = await client.get(f"/enrollments/{failing}")

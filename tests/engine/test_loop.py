@@ -195,7 +195,7 @@ async def test_a_commit_whose_answer_is_lost_is_detected(
 async def test_a_lost_answer_starts_no_side_effect_twice_that_was_returned_and_leased_again(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """What was not started is leased anew, with the same attempt and another number."""
+    """A side effect that was not started is leased again, with the same attempt, another number."""
     recorder = Recorder()
     await define(connection, "s", ("one", "Note", "{}", None))
     async with (
@@ -221,8 +221,8 @@ async def test_a_lost_answer_starts_no_side_effect_twice_that_was_returned_and_l
 async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, config: str
 ) -> None:
-    """The answer to the COMMIT of a lease is lost, and it takes longer than the lease until the
-    database says what became of it. Meanwhile a sweep comes by.
+    """The answer to the COMMIT of a lease is lost, and the daemon learns the outcome only after the
+    lease has expired. A sweep runs meanwhile.
     """
     recorder = Recorder()
     asked, told = asyncio.Event(), asyncio.Event()
@@ -282,8 +282,8 @@ async def test_a_claim_beside_a_held_snapshot_skips_finished_rows(
 async def test_a_lease_that_was_rolled_back_is_not_mistaken_for_a_later_lease(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the rows are asked what became of one transaction, another leases the same enrollment:
-    both have the same visit and daemon.
+    """While the daemon reads the rows to learn the outcome of one transaction, another leases the
+    same enrollment, with the same visit and daemon.
     """
     asked, told, answered, finish = (asyncio.Event() for _ in range(4))
     held, write = Leases.held, writes.write_unchanged
@@ -375,7 +375,7 @@ async def test_a_reevaluation_can_be_requested(
     async with running_engine(database, {"Note": Recorder()}):
         id_ = await sleeper(connection)
         await until(connection, ASLEEP)
-        # as if the daemon had not been told: the trigger that looks again is off
+        # as if the daemon had not been notified: the trigger that reevaluates is off
         await connection.execute("ALTER TABLE sequencer.enrollments DISABLE TRIGGER wake_on_change")
         await connection.execute("UPDATE sequencer.enrollments SET data = '{\"paid\": true}'")
         await connection.execute(statement)
@@ -999,8 +999,8 @@ async def test_a_stop_releases_unfinished_leases_without_an_attempt(
 async def test_a_stop_waits_for_the_answer_to_a_lease(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, is_expired: bool
 ) -> None:
-    """Of the helper that finds what has expired, or of a task that works on a step. The database
-    has committed the lease: if nobody reads that, it is left to expire.
+    """The lease is that of the search for expired enrollments, or of a task that works on a step.
+    The database has committed it: if the answer were not read, it would be left to expire.
     """
     committed, answered = asyncio.Event(), asyncio.Event()
     transaction, write_unchanged = connections.transaction, writes.write_unchanged
@@ -1346,7 +1346,7 @@ async def test_one_of_several_simultaneous_jumps_is_admitted(
 async def test_an_insert_during_a_jump_comes_first(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """An insert that commits between the look and the write."""
+    """The insert commits between the check and the write."""
     recorder = Recorder()
     await define_jump(connection)
     id_ = await enroll(connection, "s", "ada")

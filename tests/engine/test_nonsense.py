@@ -1,5 +1,5 @@
-"""Every column of every table is fed nonsense while a daemon runs: it is refused by name, or told
-as a problem or a failure of its step, and the daemon continues with all others.
+"""Write nonsense to every column of every table while a daemon runs: it is rejected by name, or
+reported as a problem or a failure of its step, and the daemon continues with all others.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ROWS = """
     INSERT INTO sequencer.holidays VALUES ('DE', '2020-01-01'::date + {number}, '{victim}')
 """
 OF_SEQUENCES = {"sequences", "steps", "revisions", "scheduled_runs"}
-"""The tables of which each row belongs to a sequence, which all of its enrollments read."""
+"""The tables whose rows belong to a sequence and are read by all of its enrollments."""
 REMOVE = """
     DELETE FROM sequencer.enrollments WHERE sequence <> 'witness';
     DELETE FROM sequencer.sequences WHERE name <> 'witness';

@@ -66,7 +66,7 @@ class Endpoint:
         return servers.Answer(200, json.dumps(items).encode())
 
     async def called(self, times: int) -> None:
-        """Waits until there were so many calls more."""
+        """Wait for so many more calls."""
         wanted = len(self.calls) + times
         async with self.turn:
             await self.turn.wait_for(lambda: len(self.calls) >= wanted)
@@ -82,7 +82,7 @@ async def endpoint(**options: Any) -> AsyncIterator[tuple[Endpoint, BatchRunner]
 
 
 class Counted:
-    """A runner of which each call is counted, before it goes to another."""
+    """Count each call before another runner handles it."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -154,7 +154,7 @@ async def test_a_mail_server_that_is_down_fails_no_enrollment(
         await until(connection, "SELECT NOT EXISTS (SELECT FROM sequencer.problems)")
     assert len(box.messages) == 100
     twice = f"SELECT max(n) FROM ({RETRIES} GROUP BY enrollment_id) AS r(n)"
-    assert await connection.fetchval(twice) == 1  # the same reason is told once
+    assert await connection.fetchval(twice) == 1  # the same reason is reported once
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 60])

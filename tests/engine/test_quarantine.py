@@ -254,7 +254,7 @@ async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_
 
 
 async def keep_a_result(connection: asyncpg.Connection, gate: Gate) -> int:
-    """An enrollment of which the side effect is done, and the result is refused."""
+    """Make an enrollment whose side effect is done and whose result is refused."""
     id_ = await enroll(connection, "s", "bad")
     await until_begun(gate, 1)
     await refuse(connection, "NEW.subject = 'bad'", "'P0001'")

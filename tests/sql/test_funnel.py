@@ -1,4 +1,4 @@
-"""Funnels: what became of the visits to each step, by way and by arm of a Split."""
+"""Funnels: how the visits to each step ended, by exit and by arm of a Split."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def counts(row: asyncpg.Record) -> dict[str, int]:
 
 
 async def run(connection: asyncpg.Connection, database: str, *subjects: str) -> None:
-    """Take these through split, note and wait; what becomes of each depends on its name."""
+    """Move these through split, note and wait; the outcome of each depends on its name."""
 
     async def behave(task: Task) -> Result:
         name = task.view["subject"]

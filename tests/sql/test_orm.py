@@ -106,7 +106,7 @@ async def test_an_upsert_finds_the_existing_enrollment(
     assert first["id"] == second["id"]
     assert second["data"] == '{"a": 1, "b": 2}'
     await session.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
-    third = await session.fetchrow(upsert, '{"c": 3}')  # after its end it begins anew
+    third = await session.fetchrow(upsert, '{"c": 3}')  # a new enrollment after the end
     assert (third["id"] > first["id"], third["data"]) == (True, '{"c": 3}')
 
 

@@ -177,7 +177,7 @@ async def test_dropping_a_schema_does_not_affect_another(
     assert await connection.fetch(QUERIES["missing_grants"]) == []
     with pytest.raises(MigrationError, match="sequencerd migrate"):
         await migrate.check(other)
-    assert len(await migrate.migrate(other)) == len(migrations.available())  # it begins anew
+    assert len(await migrate.migrate(other)) == len(migrations.available())  # it starts over
     assert await migrate.grant(other) == []
 
 

@@ -1,4 +1,6 @@
-"""README.md, followed word by word on Debian: the first mail, the service, and what befalls it."""
+"""Follow README.md word by word on Debian: the first mail, the service, and the service being
+killed, stopped and reloaded.
+"""
 
 from __future__ import annotations
 
