@@ -21,6 +21,8 @@ from sequencerd.storage.schemas import connection_class
 from sequencerd.storage.statements import QUERIES
 
 CONNECT_TIMEOUT = 10.0  # seconds
+_SETTINGS = {"standard_conforming_strings": "on"}
+"""Settings of all sessions, without which our functions would read their own texts differently."""
 _NOTIFY = "sequencer.notify"
 COMMAND_TIMEOUT = 30.0  # seconds; a connection that died silently must not block the engine
 
@@ -62,7 +64,9 @@ def open_pool(
 def _arguments(
     shard: Shard, name: str, timeout: float, settings: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    made = conninfo.arguments(shard.url, name=name, timeout=timeout, settings=settings)
+    made = conninfo.arguments(
+        shard.url, name=name, timeout=timeout, settings={**_SETTINGS, **(settings or {})}
+    )
     return made | {"connection_class": connection_class(shard.schema)}
 
 

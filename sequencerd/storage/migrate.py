@@ -36,7 +36,7 @@ async def migrate(
     await _check_server(connection)
     await _check_rights(connection)
     async with connection.transaction():
-        await connection.fetch(QUERIES["no_timeouts"])
+        await connection.fetch(QUERIES["migration_settings"])
         await connection.execute(QUERIES["lock_migrations"])
         await connection.execute(QUERIES["create_migrations"])
         missing = _missing(wanted, await connection.fetch(QUERIES["migrations"]))
@@ -117,7 +117,7 @@ async def grant(connection: asyncpg.Connection) -> list[Ungranted]:
     """
     errors = {}
     async with connection.transaction():
-        await connection.fetch(QUERIES["no_timeouts"])
+        await connection.fetch(QUERIES["migration_settings"])
         await connection.execute(QUERIES["lock_migrations"])
         for (statement,) in await connection.fetch(QUERIES["missing_grants"]):
             try:

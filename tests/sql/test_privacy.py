@@ -350,6 +350,19 @@ async def test_the_commands_forget_and_export(
     assert sequencerd("forget", "nobody") == "there is no data about nobody\n"
 
 
+async def test_a_setting_of_the_database_does_not_change_what_is_searched(
+    sequencerd: Command, held: asyncpg.Connection
+) -> None:
+    await held.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET standard_conforming_strings = off',"
+        " current_database()); END $$"
+    )
+    await enroll(held, "s", "c\\d.e")
+    assert len(json.loads(sequencerd("export-subject", "c\\d.e"))["enrollments"]) == 1
+    sequencerd("forget", SUBJECT, "--yes")
+    assert sequencerd("forget", SUBJECT) == f"there is no data about {SUBJECT}\n"
+
+
 @pytest.mark.parametrize(
     ("written", "channel", "suppressed"),
     [

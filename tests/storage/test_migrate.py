@@ -97,6 +97,18 @@ async def test_the_time_limits_of_a_login_do_not_end_a_migration(
     await limited.close()
 
 
+async def test_a_schema_is_created_whatever_the_settings_of_the_database(server: str) -> None:
+    await execute(server, "CREATE DATABASE strict")
+    try:
+        await execute(server, "ALTER DATABASE strict SET plpgsql.extra_errors = 'all'")
+        strict = await asyncpg.connect(with_database(server, "strict"))
+        assert await migrate.migrate(strict) == migrations.available()
+        assert await strict.fetchval("SHOW plpgsql.extra_errors") == "all"
+        await strict.close()
+    finally:
+        await execute(server, "DROP DATABASE strict WITH (FORCE)")
+
+
 async def test_a_migration_gives_up_a_locked_table_soon(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

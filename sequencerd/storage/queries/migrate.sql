@@ -16,10 +16,12 @@ SELECT format('GRANT CREATE ON DATABASE %I TO %I', current_database(), current_u
 SELECT coalesce(current_setting('citus.enable_schema_based_sharding', true)::boolean, false)
    AND quote_ident('sequencer') <> 'sequencer';
 
--- name: no_timeouts
--- Turn off the time limits of a login for this transaction, because a large table may take long.
+-- name: migration_settings
+-- Turn off settings of a login or a database for this transaction: time limits, because a large table may take long, and PL/pgSQL's optional errors.
 SELECT set_config(name, '0', true) FROM pg_settings
- WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout');
+ WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout')
+UNION ALL
+SELECT set_config('plpgsql.extra_errors', 'none', true);
 
 -- name: limit_locks
 -- Wait for a lock for 5 seconds at most: all other users of the table wait behind it.
