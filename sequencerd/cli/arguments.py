@@ -282,7 +282,7 @@ def _add_changes(commands: Commands) -> None:
     )
     export.add_argument("sequence", help="name of the sequence")
     export.add_argument(
-        "--revision", type=int, metavar="N", help="this revision (default: the current one)"
+        "--revision", type=positive, metavar="N", help="this revision (default: the current one)"
     )
 
     holidays = commands.add(
@@ -391,7 +391,11 @@ def _add_preview(commands: Commands) -> None:
     simulate.add_argument("--data", metavar="JSON", help="data of the enrollment")
     simulate.add_argument("--subject", help="for templates and Split (default: subject)")
     simulate.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
-    simulate.add_argument("--start", metavar="TIME", help="start time, ISO 8601 (default: now)")
+    simulate.add_argument(
+        "--start",
+        metavar="TIME",
+        help="start time, ISO 8601, UTC unless it has an offset (default: now)",
+    )
     simulate.add_argument("--until", metavar="TIME", help="end time (default: a year later)")
     simulate.add_argument(
         "--set",
@@ -490,7 +494,11 @@ def _add_operation(commands: Commands) -> None:
     enroll.add_argument("--data", default="{}", metavar="JSON", help="data of the enrollment")
     enroll.add_argument("--timezone", metavar="ZONE", help="time zone of the subject")
     enroll.add_argument("--step", help="start at this step (default: the first)")
-    enroll.add_argument("--at", metavar="TIME", help="start time, ISO 8601 (default: now)")
+    enroll.add_argument(
+        "--at",
+        metavar="TIME",
+        help="start time, ISO 8601, UTC unless it has an offset (default: now)",
+    )
     add_json(enroll)
 
     retry = _add_change(

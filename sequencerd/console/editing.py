@@ -404,7 +404,7 @@ async def compare(request: Request) -> Response:
     """Show a revision beside the previous one, or beside another."""
     context, query = context_of(request), query_of(request)
     name, revision = query.must("sequence"), query.number("revision", 0)
-    rows = await connections.read(context.pool, "console_revisions", name, revision + 1, 1)
+    rows = await connections.read(context.pool, "console_revisions", name, revision, 1)
     if not rows or rows[0]["revision"] != revision:
         raise NotFoundError(f"The sequence {name} has no revision {revision}.")
     before, after = (

@@ -298,7 +298,7 @@ async def revisions(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
         pool,
         "console_revisions",
         query.must("sequence"),
-        min(query.number("before", 2**31 - 1), 2**31 - 1),
+        query.number("before", 2**31) - 1,
         min(query.rows, 10) + 1,
     )
     shown = found[: min(query.rows, 10)]

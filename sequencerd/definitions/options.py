@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from sequencerd.core import exact_json
@@ -10,13 +11,20 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.model import DefinitionError
 from sequencerd.errors import UsageError
 
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
 
 def read_object(text: str, name: str, *, exact: bool = False) -> dict[str, Any]:
-    """Read a JSON object, such as the data of an enrollment; `exact` keeps all digits of numbers.
-    Raises UsageError.
+    """Read a JSON object that the database can store, such as the data of an enrollment; `exact`
+    keeps all digits of numbers. Raises UsageError.
     """
     try:
         value = exact_json.loads(text) if exact else json.loads(text)
+        # not NaN and infinity
+        written = exact_json.dumps(exact_json.loads(text), ensure_ascii=False)
+        written.encode()  # not half of a pair of surrogates
+        if _NUL.search(written):
+            raise ValueError("the database cannot store \\u0000")
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON: {error}") from error
     if not isinstance(value, dict):

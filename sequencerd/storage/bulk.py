@@ -122,6 +122,8 @@ async def enroll(
     size = len(subject.encode())
     if not 1 <= size <= MAX_SUBJECT:
         raise UsageError(f"the subject has {size:,} bytes; it must have 1 to {MAX_SUBJECT:,}")
+    if at is not None and not 1900 <= at.year < 9999:
+        raise UsageError("the start time must be in the years 1900 to 9998")
     try:
         id_: int | None = await connection.fetchval(
             QUERIES["enroll"], sequence, subject, data, timezone, step, at

@@ -145,6 +145,27 @@ def test_names_that_do_not_exist_are_reported(
         assert words in capsys.readouterr().err, arguments
 
 
+@pytest.mark.parametrize(
+    "data", ['{"a": NaN}', '{"a": -Infinity}', r'{"a": ["\u0000"]}', r'{"a": "\ud800"}', "[]"]
+)
+def test_data_that_the_database_cannot_store_are_refused_by_name(
+    applied: Command, data: str
+) -> None:
+    for command in ("enroll s ada --data", "simulate s --data", "check s.yaml --data"):
+        applied(*command.split(), data, code=1)
+        assert applied.errors.startswith("sequencerd: --data "), applied.errors
+    kept = r'{"a": "\\u0000 \ud83d\ude00", "b": 12345678901234567890.5, "c": 1e999}'
+    applied("enroll", "s", "ada", "--data", kept)
+
+
+def test_values_beyond_those_of_the_database_are_refused_by_name(applied: Command) -> None:
+    applied("enroll", "s", "ada", "--at", "9999-12-31T23:59:59Z", code=1)
+    assert applied.errors == "sequencerd: the start time must be in the years 1900 to 9998\n"
+    applied("export", "s", "--revision", "3000000000", code=1)
+    assert "'s' has no revision 3000000000" in applied.errors
+    applied("export", "s", "--revision", "-1", code=2)
+
+
 def test_a_second_enrollment_is_refused(applied: Command) -> None:
     applied("enroll", "s", "ada")
     applied("enroll", "s", "ada", code=1)

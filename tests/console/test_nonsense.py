@@ -199,6 +199,7 @@ async def test_links_to_deleted_objects(
             ("/message?sequence=s&step=bad", 404, "The sequence s has no step bad."),
             ("/step?sequence=s&step=bad", 404, "There is no step bad in the sequence."),
             ("/revision?sequence=s&revision=99", 404, "The sequence s has no revision 99."),
+            ("/revision?sequence=s&revision=3000000000", 404, "s has no revision 3000000000."),
             ("/edit?sequence=s&revision=99", 404, "The sequence s has no revision 99."),
             ("/changes/99", 404, "Unknown change: changes are not kept"),
             ("/suppression?channel=email&address=gone&topic=*", 404, "is not suppressed"),

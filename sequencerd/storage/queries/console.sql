@@ -207,7 +207,8 @@ SELECT r.revision, r.at, r.by, r.reason, r.document,
          WHERE b.sequence = r.sequence AND b.revision < r.revision
          ORDER BY b.revision DESC LIMIT 1) AS before
   FROM sequencer.revisions AS r
- WHERE r.sequence = $1 AND r.revision < $2 ORDER BY r.revision DESC LIMIT $3;
+ WHERE r.sequence = $1 AND r.revision <= $2::bigint
+ ORDER BY r.revision DESC LIMIT $3;
 
 -- name: console_data
 -- Read the data of an enrollment for editing.

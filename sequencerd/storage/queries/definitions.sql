@@ -158,7 +158,7 @@ SELECT revision, at, by, reason, document, lag(document) OVER (ORDER BY revision
 -- name: document
 -- Read the document of a sequence, as it is or as it was in a revision.
 SELECT CASE
-    WHEN $2::integer IS NULL THEN sequencer.document($1)
+    WHEN $2::bigint IS NULL THEN sequencer.document($1)
     WHEN $2 <= greatest((SELECT revision FROM sequencer.sequences WHERE name = $1),
                         (SELECT max(revision) FROM sequencer.revisions WHERE sequence = $1))
     THEN (SELECT document FROM sequencer.revisions WHERE sequence = $1 AND revision <= $2
