@@ -235,7 +235,11 @@ class MailTransport:
                     text = f"{self._place} accepts messages of at most {limit} bytes, not {size}"
                     return Failed(text, permanent=True)
                 replies = await _begin(mail, attempt, within)
+                is_cut = len(replies) < len(attempt.rest)
                 taken = attempt.sort(mail, replies)
+                if is_cut and not attempt.waits(mail):
+                    attempt.begun = False  # the others follow on another connection
+                    return None
                 if not taken:
                     return attempt.failure(mail)
                 reply = await dialogue.say("DATA")
@@ -344,12 +348,13 @@ class _DeliveryAttempt:
         """Return the recipients of this transaction; none if the message is not sent to any.
 
         If a `to` address is refused temporarily, the message is sent to no recipient yet, so that
-        all get it together. Recipients beyond the server's limit are left for another transaction.
-        Raises SmtpRefused if the server closes the connection.
+        all get it together. Recipients beyond the server's limit are left for another transaction,
+        and if the server has closed the connection after a refusal, all others. Raises SmtpRefused
+        if it shuts down.
         """
         taken = []
-        left = []
-        for address, reply in zip(self.rest, replies, strict=True):
+        left = self.rest[len(replies) :]
+        for address, reply in zip(self.rest, replies, strict=False):
             if reply.code == SHUTTING_DOWN:
                 raise SmtpRefused(reply, "recipient")
             self.note_unknown(address, reply)
@@ -362,10 +367,14 @@ class _DeliveryAttempt:
                 self.refused[address] = judge(reply, "recipient")
         for address in left:
             if taken:
-                del self.refused[address]
+                self.refused.pop(address, None)
         self.rest = taken + left
-        waits = any(not self.refused[a].permanent for a in mail.to if a in self.refused)
-        return [] if waits and not self.sent else taken
+        return [] if self.waits(mail) else taken
+
+    def waits(self, mail: Mail) -> bool:
+        """Return whether the message is not sent yet because of a `to` address."""
+        refused = (self.refused[address] for address in mail.to if address in self.refused)
+        return not self.sent and any(not failed.permanent for failed in refused)
 
     def failure(self, mail: Mail) -> Failed:
         """Return one failure for all refused recipients."""

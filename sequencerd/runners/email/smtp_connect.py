@@ -23,7 +23,7 @@ from aiosmtplib.protocol import SMTPProtocol
 
 from sequencerd.runners.email.oauth import AccessTokens
 from sequencerd.runners.email.smtp_dialogue import (
-    CLOSED,
+    ClosedError,
     Dialogue,
     SmtpError,
     SmtpRefused,
@@ -200,7 +200,7 @@ def _explained(error: SMTPException, client: _Client) -> SmtpError:
     """Return the same error in SMTP's terms."""
     if isinstance(error, SMTPServerDisconnected):
         if client.said is None or client.said.code < 400:
-            return SmtpError(CLOSED)
+            return ClosedError()
         # it closed the connection before another login was tried
         error = SMTPAuthenticationError(*client.said)
     if not isinstance(error, SMTPResponseException):

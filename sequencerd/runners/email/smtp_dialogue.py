@@ -23,7 +23,6 @@ each side waits for the other to read.
 """
 
 SHUTTING_DOWN = 421
-CLOSED = "the server has closed the connection"
 
 _REPLY = re.compile(rb"([2-5]\d\d)([ -]|$)(.*)", re.DOTALL)
 _LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -32,6 +31,13 @@ _LEADING_DOT = re.compile(rb"^\.", re.MULTILINE)
 
 class SmtpError(Exception):
     """The connection broke, the server does not answer, or it does not speak SMTP."""
+
+
+class ClosedError(SmtpError):
+    """The server has closed the connection."""
+
+    def __init__(self) -> None:
+        super().__init__("the server has closed the connection")
 
 
 class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
@@ -85,7 +91,7 @@ class Dialogue:
 
     def __init__(self, client: SMTP, *, timeout: float) -> None:
         if client.transport is None:
-            raise SmtpError(CLOSED)
+            raise ClosedError
         loop = asyncio.get_running_loop()
         transport = cast(asyncio.Transport, client.transport)  # uvloop's is another class
         self.extensions = client.esmtp_extensions
@@ -110,7 +116,8 @@ class Dialogue:
     async def ask(self, *commands: str, first_within: float | None = None) -> list[SmtpReply]:
         """Send commands, all at once if the server allows it, and read a reply to each.
 
-        A 421 is the server's last reply, so it also applies to the following commands.
+        A 421 is the server's last reply, so it also applies to the following commands. If the
+        server closes the connection after another refusal, there are no more replies.
         `first_within` is a shorter limit, in seconds, for the first reply.
         """
         size = PIPELINE_DEPTH if "pipelining" in self.extensions else 1
@@ -118,13 +125,19 @@ class Dialogue:
         replies: list[SmtpReply] = []
         for start in range(0, len(commands), size):
             group = commands[start : start + size]
-            await self._write(b"".join(_line(command) for command in group), within)
-            for command in group:
-                replies.append(await self._read(command.partition(" ")[0], within))
-                within = self._timeout
-                if replies[-1].code == SHUTTING_DOWN:
-                    self.close()
-                    return replies + replies[-1:] * (len(commands) - len(replies))
+            try:
+                await self._write(b"".join(_line(command) for command in group), within)
+                for command in group:
+                    replies.append(await self._read(command.partition(" ")[0], within))
+                    within = self._timeout
+                    if replies[-1].code == SHUTTING_DOWN:
+                        self.close()
+                        return replies + replies[-1:] * (len(commands) - len(replies))
+            except (ClosedError, OSError):
+                self.close()
+                if replies and replies[-1].is_refusal:
+                    return replies
+                raise
         return replies
 
     async def say(self, command: str) -> SmtpReply:
@@ -162,7 +175,7 @@ class Dialogue:
 
     async def _write(self, data: bytes, within: float) -> None:
         if not self.is_open:
-            raise SmtpError(CLOSED)
+            raise ClosedError
         self._writer.write(data)
         try:
             async with asyncio.timeout(within):
@@ -183,7 +196,7 @@ class Dialogue:
             try:
                 line = (await self._reader.readuntil(b"\n")).rstrip()
             except asyncio.IncompleteReadError as error:
-                raise self._reader.lost or SmtpError(CLOSED) from error
+                raise self._reader.lost or ClosedError() from error
             except asyncio.LimitOverrunError as error:
                 raise SmtpError("the answer of the server is too long") from error
             if not line and not texts:

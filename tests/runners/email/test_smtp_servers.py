@@ -397,6 +397,48 @@ async def test_a_closed_idle_connection_costs_no_attempt(command: str, answer: s
     assert len(server.messages) == 2
 
 
+@pytest.mark.parametrize("extensions", [["PIPELINING"], []])
+async def test_a_refused_sender_is_the_reason_though_the_server_hangs_up(
+    extensions: list[str],
+) -> None:
+    answers: dict[str, list[str | bytes | None]] = {
+        "MAIL": ["550 5.7.1 blocked, see https://example.org"],
+        "RCPT": [None],
+    }
+    async with scripted(extensions=extensions, answers=answers) as server, runner(server) as made:
+        result = await send(made)
+    assert isinstance(result, Failed)
+    assert "550 5.7.1 blocked, see https://example.org" in result.message
+
+
+@pytest.mark.parametrize("extensions", [["PIPELINING"], []])
+@pytest.mark.parametrize("before", [[], ["250 ok"]])
+async def test_a_server_hangs_up_after_it_refuses_a_recipient(
+    extensions: list[str], before: list[str]
+) -> None:
+    """As Exim does with "drop": the others get the message over another connection."""
+    answers = {"RCPT": [*before, "550 5.1.1 unknown", None]}
+    async with scripted(extensions=extensions, answers=answers) as server, runner(server) as made:
+        result = await send(made, {"cc": "b@x.org", "bcc": "c@x.org"})
+    assert isinstance(result, Answer)
+    gone = "b@x.org" if before else "a@x.org"
+    assert [one.address for one in result.undeliverable] == [gone]
+    (sent,) = server.messages
+    assert sent[0] == [one for one in ("a@x.org", "b@x.org", "c@x.org") if one != gone]
+    assert server.connections == 2
+
+
+async def test_a_server_hangs_up_after_it_refuses_a_recipient_for_now() -> None:
+    async with (
+        scripted(answers={"RCPT": ["450 4.2.1 busy", None]}) as server,
+        runner(server) as made,
+    ):
+        result = await send(made, {"cc": "b@x.org"})
+    assert isinstance(result, Failed)
+    assert (result.permanent, result.fault, server.messages) == (False, "enrollment", [])
+    assert "450 4.2.1 busy" in result.message
+
+
 @pytest.mark.parametrize(
     "reply",
     [
