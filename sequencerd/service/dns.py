@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 CALLER_TIMEOUT = 10.0  # seconds for which a caller waits; the query itself continues
 CACHE_SECONDS = 5.0  # seconds for which an answer is reused
 FRESH_ERROR = 1.0
+ADDRESS_TIMEOUT = 2.0
+"""Seconds for a connection to an address if the name has another one. One that does not answer, as
+where IPv6 leads nowhere, would otherwise use up the caller's time.
+"""
 
 ResolvedAddresses = list[tuple[Any, ...]]
 """Addresses as `socket.getaddrinfo` returns them."""
@@ -152,11 +156,10 @@ class ResolvingLoop(_Base):
             host, port, family=family, type=socket.SOCK_STREAM, proto=proto, flags=flags
         )
         errors: list[OSError] = []
-        for family, _, proto, _, (address, number, *_) in found:
+        for number, entry in enumerate(found, 1):
             try:
-                made = await connect(
-                    protocol_factory, address, number, family=family, proto=proto, **options
-                )
+                connected = await self._connected(entry, is_last=number == len(found))
+                made = await connect(protocol_factory, sock=connected, **options)
             except ssl.SSLError:
                 raise  # the host was reached
             except OSError as error:
@@ -167,6 +170,22 @@ class ResolvingLoop(_Base):
             raise errors[-1]
         text = "; ".join(str(error) for error in errors)
         raise OSError(text) from ExceptionGroup(f"connections to {host}", errors)
+
+    async def _connected(self, entry: tuple[Any, ...], *, is_last: bool) -> socket.socket:
+        """Return a socket that is connected to an address. Raises OSError."""
+        family, _, proto, _, address = entry
+        made = socket.socket(family, socket.SOCK_STREAM, proto)
+        try:
+            made.setblocking(False)
+            async with asyncio.timeout(None if is_last else ADDRESS_TIMEOUT):
+                await self.sock_connect(made, address)
+        except TimeoutError:
+            made.close()
+            raise OSError(errno.ETIMEDOUT, f"no connection within {ADDRESS_TIMEOUT:g} s") from None
+        except BaseException:
+            made.close()
+            raise
+        return made
 
 
 def _is_name(host: object) -> bool:

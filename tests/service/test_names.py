@@ -45,6 +45,9 @@ class Resolver:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         elif host == "quick.example":
             host = HOST
+        elif host == "two.example":
+            found = [self._real(one, *arguments, **options) for one in ("127.0.0.2", HOST)]
+            return [*found[0], *found[1]]
         return self._real(host, *arguments, **options)
 
 
@@ -192,5 +195,27 @@ def test_the_addresses_of_a_name_are_used_in_turn(resolver: Resolver) -> None:
         await server.wait_closed()
         with pytest.raises(OSError, match=r"refused|Connect call failed"):
             await loop.create_connection(asyncio.Protocol, "localhost", port)
+
+    run(work())
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dns, "ADDRESS_TIMEOUT", 0.1)
+
+    async def work() -> None:
+        async with smtp_server() as mailbox:
+            with socket.socket() as dead, socket.socket() as first, socket.socket() as second:
+                dead.bind(("127.0.0.2", mailbox.port))
+                dead.listen(0)
+                for one in (first, second):  # its queue is full then, and it answers nobody
+                    one.setblocking(False)
+                    one.connect_ex(("127.0.0.2", mailbox.port))
+                transport = MailTransport(
+                    f"smtp://two.example:{mailbox.port}?starttls=never", connections=1, timeout=60
+                )
+                assert isinstance((await transport.deliver(MAIL)).result, Answer)
+                await transport.close()
 
     run(work())
