@@ -161,7 +161,7 @@ class ReadAhead:
                 sequence = planned.sequence
                 if self._catalog.sequences.get(sequence.name) is not sequence:
                     self._planned.clear()
-                if not self._planned or not self._reserve(step_key, planned.batch):
+                if not self._planned or not self._reserve(step_key, planned):
                     return
                 self._planned.popleft()
                 with suppress(NotWritten):
@@ -172,14 +172,18 @@ class ReadAhead:
                         )
                     self._metrics.claimed(step_key, [at] * len(planned.read.versions), now)
 
-    def _reserve(self, step_key: StepKey, batch: Batch) -> bool:
+    def _reserve(self, step_key: StepKey, planned: _Planned) -> bool:
         """Reserve the slots of a batch. If some are missing, return False: the step then waits for
-        them, or what was read is left to claims, which take fewer.
+        those of its own runner, or what was read is left to claims, which take fewer. Others at the
+        step may not need the runner of a later one.
         """
-        needed = Counter(leased.executor for leased in batch.leased)
+        needed = Counter(leased.executor for leased in planned.batch.leased)
+        step = planned.sequence.steps.get(step_key[1])
+        own = self._executors.by_key.get(step.type) if step else None
         for executor, count in needed.items():
             if self._backlog.is_full or executor.free_slots < count:
-                if executor.is_worth_claiming and not self._backlog.is_full:
+                can_claim = executor.is_worth_claiming and not self._backlog.is_full
+                if can_claim or executor is not own:
                     self._planned.clear()
                 else:
                     executor.waiting.add(step_key)

@@ -405,3 +405,28 @@ async def test_what_is_read_twice_at_the_same_time_is_kept_once(
         _, at = one._read_ahead._of
         await asyncio.gather(one._read_ahead.read(STEP, at), one._read_ahead.read(STEP, at))
         assert planned(one) == 5
+
+
+async def test_a_busy_runner_holds_back_none_that_do_not_need_it(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """All slots are taken after the reading, by others at a later step."""
+    held = Held()
+    steps = (("a", "Conditional", IS_ODD, "odd"), ("odd", "Note", "{}", None))
+    recorder = Recorder(held, batch_size=1, concurrency=1)
+    async with waking(database, connection, recorder, 4, steps=steps) as one:
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, step)"
+            " VALUES ('s', 'now', 'odd'), ('s', 'too', 'odd')"
+        )
+        await eventually(lambda: one._executors.by_key["Note"].free_slots == 0)
+        let_an_hour_pass(one)
+        try:
+            await until(
+                connection,
+                "SELECT count(*) = 2 FROM sequencer.enrollments WHERE status = 'completed'",
+            )
+        finally:
+            held.released.set()
+        await until(connection, ALL_ENDED)
+    assert len(recorder.visits) == len(set(recorder.visits)) == 4
