@@ -175,7 +175,7 @@ async def connect_pool(
     else:
         # for the lifetime of the connection: a lone timer must not wait for them
         options["max_cached_statement_lifetime"] = 0
-        options["init"] = _end_abandoned_statements
+        options["init"] = _prepare_session
     return await open_pool(
         shard,
         name="sequencerd",
@@ -188,11 +188,15 @@ async def connect_pool(
     )
 
 
-async def _end_abandoned_statements(connection: asyncpg.Connection) -> None:
-    """Have the server end what waits for a lock on behalf of a connection that was closed, as after
+async def _prepare_session(connection: asyncpg.Connection) -> None:
+    """Set what the daemon needs, whatever the defaults of the database and the user are. These are
+    statements, as a pooler in session mode rejects settings that it does not know.
+
+    The server ends what waits for a lock on behalf of a connection that was closed, as after
     COMMAND_TIMEOUT: repeated for as long as a table is locked, it would use up the server's
     connections.
     """
+    await connection.execute(QUERIES["prepare_session"])
     with suppress(asyncpg.PostgresError):  # a server on Windows cannot do it
         await connection.execute(QUERIES["check_client"])
 
@@ -254,6 +258,8 @@ def longest_wait(pool: asyncpg.Pool) -> float:
 @asynccontextmanager
 async def transaction(on: asyncpg.Connection, **options: Any) -> AsyncIterator[asyncpg.Connection]:
     """Open a transaction. A connection that does not answer is closed, without a ROLLBACK."""
+    if not on.is_in_transaction():
+        options = {"isolation": "read_committed"} | options
     async with on.transaction(**options):
         with _closed_when_dead(on):
             yield on

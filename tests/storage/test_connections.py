@@ -98,3 +98,26 @@ async def test_a_pool_in_session_mode_needs_a_setting(
         async with running_engine(through):
             await enroll(connection, "s", "ada")
             await until(connection, ALL_ENDED)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+async def test_transactions_have_the_level_of_isolation_that_claims_need(
+    database: str, connection: asyncpg.Connection, pooled: bool
+) -> None:
+    """Whatever the default of the database is: with others, statements that skip locked rows fail
+    beside each other.
+    """
+    show = "SHOW transaction_isolation"
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(
+        f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'serializable'"
+    )
+    pool = await connections.connect_pool(shard(database), 1, pooled=pooled)
+    async with connections.borrow(pool) as borrowed:
+        async with connections.transaction(borrowed):
+            assert await borrowed.fetchval(show) == "read committed"
+        async with connections.transaction(borrowed, isolation="repeatable_read"):
+            assert await borrowed.fetchval(show) == "repeatable read"
+        if not pooled:
+            assert await borrowed.fetchval(show) == "read committed"
+    await pool.close()

@@ -19,6 +19,11 @@ EXISTS (SELECT FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
 -- Check whether Citus has distributed the tables, so that triggers on its nodes cannot notify.
 SELECT {on_citus};
 
+-- name: prepare_session
+-- Begin transactions with the isolation that claims need: with others, statements that skip locked rows fail
+-- beside each other.
+SELECT set_config('default_transaction_isolation', 'read committed', false);
+
 -- name: check_client
 -- Have the server check regularly during a statement that its client is still connected.
 SELECT set_config('client_connection_check_interval', '5s', false);
