@@ -580,10 +580,18 @@ class Engine:
         async with self._trying:
             now = math.inf if results_only else asyncio.get_running_loop().time()
             for step_key, due in self._quarantine.due(now).items():
-                tried = [one for one in due if one.result is not None or not results_only]
-                await self._results.retry([one.result for one in tried if one.result is not None])
-                ids = [one.id for one in tried if one.result is None]
+                results = [one.result for one in due if one.result is not None]
+                left, common = await self._results.write_in_parts(results)
+                kept = {leased.fence for leased, _ in left}
+                # also if nothing more can be written: those that were are not tried again
+                self._quarantine.release(
+                    one for one in due if one.result and one.result[0].fence not in kept
+                )
+                if common is not None:
+                    raise common
+                others = [] if results_only else [one for one in due if one.result is None]
                 sequence = self.catalog.sequences.get(step_key[0])
-                if ids and sequence is not None:
+                if others and sequence is not None:
+                    ids = [one.id for one in others]
                     await self._claims.claim_some(step_key, sequence.revision, ids)
-                self._quarantine.release(tried)
+                self._quarantine.release(others)

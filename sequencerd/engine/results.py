@@ -87,7 +87,7 @@ class Results:
                 results = self._backlog.take(self._batch)
                 if was_full:
                     self._executors.resume()
-                left, common = await self._write_in_parts(results)
+                left, common = await self.write_in_parts(results)
                 if common is not None:
                     self._log.warning("results wait for the database", error=brief(common))
                     await asyncio.sleep(ERROR_PAUSE)
@@ -95,13 +95,7 @@ class Results:
                         left = await self._still_held(left)
                     self._backlog.put_back(left)
 
-    async def retry(self, results: Sequence[Finished]) -> None:
-        """Write results that were quarantined. Raises if nothing can be written."""
-        _, common = await self._write_in_parts(results)
-        if common is not None:
-            raise common
-
-    async def _write_in_parts(
+    async def write_in_parts(
         self, results: Sequence[Finished]
     ) -> tuple[list[Finished], Exception | None]:
         """Write results. Return those that were not written, and the error if no result has caused

@@ -19,13 +19,13 @@ COUNT = 200
 async def test_no_side_effect_is_claimed_while_many_results_wait(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, may_write = Results._write_in_parts, asyncio.Event()
+    write, may_write = Results.write_in_parts, asyncio.Event()
 
     async def write_later(self: Results, *arguments: Any) -> Any:
         await may_write.wait()
         return await write(self, *arguments)
 
-    monkeypatch.setattr(Results, "_write_in_parts", write_later)
+    monkeypatch.setattr(Results, "write_in_parts", write_later)
     monkeypatch.setattr(backpressure, "MAX_RESULT_BATCHES", 1)
     recorder = Recorder(batch_size=COUNT)
     await define(connection, "s", ("a", "Note", "{}", None))

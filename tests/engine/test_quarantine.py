@@ -287,6 +287,43 @@ async def test_a_kept_result_is_written_or_logged_when_the_daemon_stops(
     )
 
 
+async def test_kept_results_that_were_written_before_the_database_failed_are_not_tried_again(
+    database: str, connection: asyncpg.Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two, one is written; then nothing can be written for a while."""
+    monkeypatch.setattr(quarantine, "FIRST_PAUSE", 1000.0)  # they are not tried by themselves
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    async with running_engine(database, {"Slow": patient(gate)}) as one:
+        for name in ("good", "bad"):
+            await enroll(connection, "s", name)
+        await until_begun(gate, 2)
+        await refuse(connection, "true", "'P0001'")
+        gate.opened.set()
+        await until(connection, QUARANTINED, 2)
+        await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        await connection.execute(
+            "CREATE TRIGGER refuse BEFORE UPDATE ON sequencer.enrollments"
+            " FOR EACH ROW WHEN (NEW.subject = 'bad') EXECUTE FUNCTION refuse()"
+        )
+
+        async def probe() -> None:
+            if await connection.fetchval(DONE, 1):
+                raise ConnectionResetError
+
+        with monkeypatch.context() as failing:
+            failing.setattr(one._results, "_probe", probe)
+            with pytest.raises(ConnectionResetError):
+                await one._try_quarantined(results_only=True)
+        assert [kept.id for kept in one._quarantine.all] == [
+            await connection.fetchval("SELECT id FROM sequencer.enrollments WHERE subject = 'bad'")
+        ]
+        await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        await one._try_quarantined(results_only=True)
+        assert await connection.fetchval(ALL_ENDED)
+    events = await connection.fetch("SELECT DISTINCT action FROM sequencer.events")
+    assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
+
+
 async def now(connection: asyncpg.Connection) -> object:
     return await connection.fetchval("SELECT now()")
 
