@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from collections.abc import Sequence as Rows
-from contextlib import AbstractAsyncContextManager
+from contextlib import asynccontextmanager
 from datetime import datetime
 
 import asyncpg
@@ -33,9 +33,14 @@ async def read_definitions(
         return await read_some(connection, list(names))
 
 
-def snapshot(connection: asyncpg.Connection) -> AbstractAsyncContextManager[asyncpg.Connection]:
-    """Open a transaction that reads from one snapshot."""
-    return transaction(connection, isolation="repeatable_read", readonly=True)
+@asynccontextmanager
+async def snapshot(connection: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
+    """Open a transaction that reads from one snapshot. It may take minutes, as what it reads is
+    compiled meanwhile, and locks nothing.
+    """
+    async with transaction(connection, isolation="repeatable_read", readonly=True):
+        await connection.execute(QUERIES["allow_idling"])
+        yield connection
 
 
 async def read_some(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from typing import Any, cast
 
 import asyncpg
 import pytest
 
 from sequencerd.core.model import DefinitionError
+from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 
 PROBLEM = "SELECT problem FROM sequencer.steps WHERE name = 'call'"
@@ -175,3 +178,34 @@ async def test_a_lone_enrollment_starts_beside_a_lease_that_a_living_daemon_cann
         )
         == 1
     )
+
+
+async def test_rows_that_a_frozen_daemon_has_locked_go_to_another(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = QUERIES["prepare_session"].replace("30s", "200ms")
+    monkeypatch.setitem(cast("dict[str, str]", QUERIES), "prepare_session", soon)
+    await define(connection, "s", ("note", "Note", "{}", None))
+    frozen, thawed = asyncio.Event(), asyncio.Event()
+    one, other = Recorder(), Recorder()
+    async with running_engine(database, {"Note": one}) as cold:
+        write = cold._moves.write
+
+        async def hang(*arguments: Any) -> None:
+            frozen.set()
+            await thawed.wait()
+            await write(*arguments)
+
+        monkeypatch.setattr(cold._moves, "write", hang)
+        # late, so that it is locked
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+            " VALUES ('s', 'a', now() - interval '1 hour')"
+        )
+        await frozen.wait()
+        try:
+            async with running_engine(database, {"Note": other}):
+                await until(connection, ALL_ENDED)
+        finally:
+            thawed.set()
+    assert (len(one.keys), len(other.keys)) == (0, 1)

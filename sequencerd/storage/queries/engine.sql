@@ -21,12 +21,18 @@ SELECT {on_citus};
 
 -- name: prepare_session
 -- Begin transactions with the isolation that claims need: with others, statements that skip locked rows fail
--- beside each other.
-SELECT set_config('default_transaction_isolation', 'read committed', false);
+-- beside each other. Have the server end a transaction whose daemon has frozen, or whose machine is gone, so
+-- that others can lock its rows.
+SELECT set_config('default_transaction_isolation', 'read committed', false),
+       set_config('idle_in_transaction_session_timeout', '30s', false);
 
 -- name: check_client
 -- Have the server check regularly during a statement that its client is still connected.
 SELECT set_config('client_connection_check_interval', '5s', false);
+
+-- name: allow_idling
+-- Let this transaction be idle for as long as it likes.
+SELECT set_config('idle_in_transaction_session_timeout', '0', true);
 
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
