@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -13,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from sequencerd.core.model import NEVER, Answer, Enrollment, Task
-from sequencerd.engine import loop, read_ahead
+from sequencerd.engine import loop, read_ahead, slow_evaluations
 from sequencerd.engine.loop import Engine
 from sequencerd.service.metrics import Metrics
 from sequencerd.storage import locking
@@ -39,6 +40,7 @@ def _any_time_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """What wakes in an hour is read now; it is written then, however slow the machine is."""
     monkeypatch.setattr(loop, "AHEAD", 2 * HOUR.total_seconds())
     monkeypatch.setattr(read_ahead, "VALID_FOR", HOUR)
+    monkeypatch.setattr(slow_evaluations, "MAX_SLOW", math.inf)
 
 
 @pytest.fixture
