@@ -23,6 +23,7 @@ from sequencerd.console.context import (
 from sequencerd.console.mail import framed
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
+from sequencerd.core.calendar import dates
 from sequencerd.core.model import Sequence, SideEffect
 from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.definitions.simulate import Simulation
@@ -35,6 +36,7 @@ from sequencerd.definitions.simulator import (
     reached,
     read_result,
     read_time,
+    read_until,
     read_when,
 )
 from sequencerd.definitions.started import read_started
@@ -204,9 +206,7 @@ def _read(context: PageContext, query: Query) -> _SimulationForm:
 
 
 def _until(text: str, start: datetime) -> datetime:
-    until = read_time(text, "until")
-    if until < start:
-        raise UsageError("this is before the start")
+    until = read_until(text, start)
     if until - start > MAX_PERIOD:
         raise UsageError("at most ten years are simulated")
     return until
@@ -214,7 +214,7 @@ def _until(text: str, start: datetime) -> datetime:
 
 def _when(text: str, start: datetime, steps: set[str]) -> str:
     if text not in steps:
-        read_when(text, start, steps)
+        read_when(text, start, steps, dates.zone("UTC"))
     return text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -23,6 +24,7 @@ from sequencerd.core.model import (
     Advanced,
     Answer,
     Context,
+    DefinitionError,
     End,
     Enrollment,
     EvaluationError,
@@ -180,6 +182,18 @@ def simulate(
         return journey.ended("active", until, waits)
 
 
+def zone_of(enrollment: Enrollment, definitions: Mapping[str, Sequence]) -> ZoneInfo:
+    """Return the time zone of an enrollment, else of its sequence, else UTC. Unknown ones, which
+    SQL can write, are ignored.
+    """
+    sequence = definitions.get(enrollment.sequence)
+    for name in (enrollment.timezone, sequence.timezone if sequence else None):
+        with suppress(DefinitionError):
+            if name is not None:
+                return dates.zone(name)
+    return dates.zone("UTC")
+
+
 def _holding(definitions: Mapping[str, Sequence], names: Collection[str]) -> dict[str, Sequence]:
     """Return the definitions with steps of these names at which an enrollment only waits."""
     hold = InstantStep(lambda context: Stay(context.now))
@@ -276,9 +290,8 @@ class _SimulatedEnrollment:
 
     @property
     def zone(self) -> ZoneInfo:
-        """Return the time zone of the enrollment, or else of its sequence."""
-        sequence = self.definitions.get(self.at.sequence)
-        return dates.zone(self.at.timezone or (sequence.timezone if sequence else "UTC"))
+        """Return the time zone that applies to the enrollment."""
+        return zone_of(self.at, self.definitions)
 
     def ended(
         self, status: Literal["active", "completed", "failed"], at: datetime, end: str
@@ -329,9 +342,9 @@ class _SimulatedEnrollment:
             yield self._entry(event.at, event, event.action, message)
 
     def _context(self, here: Enrollment, now: datetime) -> Context:
-        sequence = self.definitions[here.sequence]
-        timezone = here.timezone or sequence.timezone
-        return Context(here, now, timezone, self.external, sequence.holidays)
+        timezone = zone_of(here, self.definitions).key
+        holidays = self.definitions[here.sequence].holidays
+        return Context(here, now, timezone, self.external, holidays)
 
     def _step(self, place: Event | Enrollment) -> Step | None:
         sequence = self.definitions.get(place.sequence)

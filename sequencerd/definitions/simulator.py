@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
 from uuid import UUID
-
-from pydantic import TypeAdapter, ValidationError
+from zoneinfo import ZoneInfo
 
 from sequencerd.core import exact_json, model
 from sequencerd.core.calendar import dates
@@ -19,13 +18,14 @@ from sequencerd.core.graph import reach
 from sequencerd.core.model import (
     Answer,
     Enrollment,
+    EvaluationError,
     Failed,
     SideEffect,
     Step,
     Task,
 )
 from sequencerd.definitions.options import read_zone
-from sequencerd.definitions.simulate import MAX_ENTRIES, DataChange, Simulation, simulate
+from sequencerd.definitions.simulate import MAX_ENTRIES, DataChange, Simulation, simulate, zone_of
 from sequencerd.errors import UsageError
 from sequencerd.runners import Runner
 from sequencerd.runners.answers import StrictActionAnswer, read_outcome
@@ -36,7 +36,15 @@ OutcomeWord = Literal["next", "altNext", "noop", "fail"]
 OUTCOME_WORDS: tuple[OutcomeWord, ...] = get_args(OutcomeWord)
 Outcome = OutcomeWord | Mapping[str, Any]
 
-_DURATION = TypeAdapter(timedelta)
+YEARS = range(2, 9998)
+"""The years of a simulation's times; all waits, and the zones, need some room."""
+
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_DURATION = re.compile(
+    rf"P(?=.)(?:(?P<years>[0-9]+)Y)?(?:(?P<months>[0-9]+)M)?(?:(?P<weeks>[0-9]+)W)?"
+    rf"(?:(?P<days>[0-9]+)D)?"
+    rf"(?:T(?=.)(?:(?P<hours>{_NUMBER})H)?(?:(?P<minutes>{_NUMBER})M)?(?:(?P<seconds>{_NUMBER})S)?)?"
+)
 
 
 @dataclass(frozen=True)
@@ -101,14 +109,16 @@ class Simulator:
         if external is not None:
             name = enrollment.sequence
             check_lookup(self.definitions, name, reached(self.definitions, name))
+        end = start + A_YEAR if until is None else read_until(until, start)
         steps = {name for sequence in self.definitions.values() for name in sequence.steps}
+        zone = zone_of(enrollment, self.definitions)
         return simulate(
             self.definitions,
             enrollment,
             start=start,
-            until=start + A_YEAR if until is None else read_time(until, "until"),
+            until=end,
             changes=[
-                DataChange(read_when(key, start, steps), merged)
+                DataChange(read_when(key, start, steps, zone), merged)
                 for key, merged in changes.items()
                 if key not in steps
             ],
@@ -170,16 +180,33 @@ def read_time(given: str | datetime, name: str) -> datetime:
     at = given if isinstance(given, datetime) else dates.parse(given, dates.zone("UTC"))
     if at is None:
         raise UsageError(f"{name}: {given!r} is not an ISO 8601 time such as 2026-03-02T09:00:00Z")
+    if at.year not in YEARS:
+        raise UsageError(f"{name}: {given!r} is not in the years {YEARS[0]} to {YEARS[-1]}")
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def read_when(key: str, start: datetime, steps: Collection[str]) -> datetime:
-    """Parse a duration since the start, or a time. Raises UsageError."""
-    if re.fullmatch(r"P[0-9.TYMWDHS]*", key):
+def read_until(given: str | datetime, start: datetime) -> datetime:
+    """Parse the end of a simulation. Raises UsageError."""
+    until = read_time(given, "until")
+    if until < start:
+        raise UsageError(f"until: {until:%Y-%m-%d %H:%M:%S}Z is before the start")
+    return until
+
+
+def read_when(key: str, start: datetime, steps: Collection[str], zone: ZoneInfo) -> datetime:
+    """Parse a duration since the start, or a time. Years to days are calendar time in the zone, as
+    in waits. Raises UsageError.
+    """
+    if found := _DURATION.fullmatch(key):
+        at = start
         try:
-            return start + _DURATION.validate_python(key)
-        except (ValidationError, OverflowError) as error:
-            raise UsageError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M") from error
+            for unit, amount in found.groupdict(default="0").items():
+                at = dates.add(at, float(amount), unit, zone)
+        except EvaluationError as error:
+            raise UsageError(f"{key!r}: {error}") from error
+        return at
+    if re.fullmatch(r"P[0-9.TYMWDHS]*", key):
+        raise UsageError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M")
     if key[:1].isdigit():
         return read_time(key, "change")
     raise UsageError(

@@ -140,7 +140,7 @@ WRONG = (
     ({"when.1": "letr", "set.1": "{}"}, "when.1", "letter"),
     ({"when.1": "PX", "set.1": "{}"}, "when.1", "not a step, a duration"),
     ({"when.1": "P1", "set.1": "{}"}, "when.1", "not an ISO 8601 duration"),
-    ({"when.1": "P9999999999D", "set.1": "{}"}, "when.1", "duration"),
+    ({"when.1": "P9999999999D", "set.1": "{}"}, "when.1", "the years 1 to 9999"),
     ({"when.1": "2030-99-01", "set.1": "{}"}, "when.1", "not an ISO 8601 time"),
     ({"when.2": "P1D"}, "set.2", "Write the data"),
     ({"set.2": "{}"}, "when.2", "Write when"),

@@ -257,7 +257,12 @@ async def test_the_engine_agrees_with_the_simulation(
     [
         ({"start": "tomorrow"}, "ISO 8601 time"),
         ({"changes": {"P": {}}}, "ISO 8601 duration"),
-        ({"changes": {"P99999999999D": {}}}, "ISO 8601 duration"),
+        ({"changes": {"P1DT": {}}}, "ISO 8601 duration"),
+        ({"changes": {"P99999999999D": {}}}, "outside of the years 1 to 9999"),
+        ({"until": "2026-03-02T08:59:59Z"}, "until: 2026-03-02 08:59:59Z is before the start"),
+        ({"start": "9999-12-31T09:00:00Z"}, "start: .* is not in the years 2 to 9997"),
+        ({"start": "0001-01-01"}, "start: .* is not in the years 2 to 9997"),
+        ({"until": "9998-01-01"}, "until: .* is not in the years 2 to 9997"),
         ({"sequence": "t"}, "does not exist"),
     ],
 )
@@ -265,6 +270,36 @@ def test_errors_are_reported(tmp_path: Path, wrong: dict[str, Any], words: str) 
     sequences = loaded(tmp_path, "  - {name: a, type: GoTo}\n")
     with pytest.raises(UsageError, match=words):
         sequences.simulate(**({"start": START} | wrong))
+
+
+@pytest.mark.parametrize("start", ["0002-01-01", "9997-12-31T23:59:59Z"])
+def test_times_at_both_ends_are_shown_in_each_zone(
+    sequencerd: Command, tmp_path: Path, start: str
+) -> None:
+    wait = "{name: wait, type: WaitForDuration, config: {amount: 3, unit: days}}"
+    (tmp_path / "s.yaml").write_text(f"name: s\nsteps:\n  - {wait}\n")
+    for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):
+        lines = sequencerd("simulate", "s.yaml", "--start", start, "--timezone", zone).splitlines()
+        assert lines[-1].endswith(f"wait  completed ({zone})")
+
+
+@pytest.mark.parametrize("unit", ["Y", "M", "W", "D"])
+def test_changes_come_when_a_wait_of_the_same_length_ends(tmp_path: Path, unit: str) -> None:
+    """From a time that is skipped later, and across two changes of the clocks."""
+    name = {"Y": "years", "M": "months", "W": "weeks", "D": "days"}[unit]
+    simulator = loaded(
+        tmp_path,
+        f"  - {{name: wait, type: WaitForDuration, config: {{amount: 7, unit: {name}}}}}\n"
+        "  - {name: half, type: WaitForDuration, config: {amount: 90, unit: minutes}}\n"
+        "  - {name: end, type: WaitForDuration, config: {amount: 1, unit: day}}\n",
+    )
+    changes = {f"P7{unit}": {"a": 1}, f"P7{unit}T1H30M": {"b": 1}}
+    for start in ("2026-03-22T02:30:00", "2026-08-31T09:00:00"):
+        simulation = simulator.simulate(
+            start=start, until="2035-01-01", timezone="Europe/Berlin", changes=changes
+        )
+        ends = [entry.at for entry in simulation.entries if entry.action == "next"]
+        assert [entry.at for entry in simulation.entries if entry.action == "data"] == ends[:2]
 
 
 def test_a_result_without_a_lookup_is_rejected(tmp_path: Path) -> None:
@@ -356,6 +391,20 @@ def test_a_simulation_continues_from_where_an_enrollment_is(
     assert other["status"] == "completed"
     applied("simulate", "--from-enrollment", "99", code=1)
     assert "enrollment 99 does not exist" in applied.errors
+
+
+async def test_an_unknown_time_zone_is_ignored_as_by_the_daemon(
+    applied: Command, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """Only SQL can write one."""
+    step = "{name: first, type: WaitForDate, config: {date: '2099-01-01T09:00'}, next: null}"
+    (tmp_path / "s.yaml").write_text(f"name: s\ntimezone: Asia/Tokyo\nsteps:\n  - {step}\n")
+    applied("apply", "s.yaml")
+    id_ = await enroll(connection, "s", "ada")
+    await connection.execute("UPDATE sequencer.enrollments SET timezone = 'Mars/Phobos'")
+    simulated = applied("simulate", "--from-enrollment", str(id_), "--until", "2100-01-01")
+    last = "Thu 2099-01-01 09:00:00  first  completed (Asia/Tokyo)"
+    assert simulated.splitlines()[-1] == last
 
 
 # --- graph
