@@ -8,6 +8,7 @@ import os
 import re
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,19 @@ from sequencerd.core.model import StepKey
 from sequencerd.core.step_types import is_instant
 from sequencerd.definitions import drawing, files
 from sequencerd.definitions.check import known_paths, unknown_paths
-from sequencerd.definitions.compiler import Definition
+from sequencerd.definitions.compiler import Definition, calendars
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulate import Simulation, TimelineEntry
-from sequencerd.definitions.simulator import OUTCOME_WORDS, Outcome, Simulator, choose
+from sequencerd.definitions.simulator import (
+    OUTCOME_WORDS,
+    Outcome,
+    Simulator,
+    choose,
+    reached,
+)
 from sequencerd.definitions.started import StartedEnrollment, read_started
-from sequencerd.definitions.stored import read_sequences
-from sequencerd.errors import ArgumentError, UsageError
+from sequencerd.definitions.stored import as_stored, read_sequences
+from sequencerd.errors import ArgumentError, SequencerdError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import server
 from sequencerd.storage.connections import Shard
@@ -52,8 +59,42 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if not is_file(arguments.file):
         check_one_sequence(arguments.file, arguments.sequence)
         return on_shards(_simulate_present)(arguments, settings)
-    outcomes = _outcomes(arguments)
-    return _simulate(arguments, load(arguments.file, outcomes=outcomes, settings=settings))
+    simulator = load(arguments.file, outcomes=_outcomes(arguments), settings=settings)
+    return _simulate(arguments, _with_holidays(simulator, arguments, settings))
+
+
+def _with_holidays(
+    simulator: Simulator, arguments: argparse.Namespace, settings: Settings
+) -> Simulator:
+    """Return the simulator of a file with the holidays and the limits of topics in the database, if
+    one is configured. Warn of calendars without days.
+    """
+    found: dict[str, model.Sequence] = {}
+
+    async def read(shard: Shard) -> dict[str, model.Sequence]:
+        async with connected(shard) as connection:
+            return await as_stored(connection, simulator.definitions.values())
+
+    async def read_all(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
+        answers = await ask(explain(arguments), shards, read)
+        found.update(merged_definitions(answers.found.values()))
+        return report_missing(answers)
+
+    why = "no database is configured"
+    if settings.database.url is not None or settings.shards:
+        try:
+            on_shards(read_all)(arguments, settings)
+            return replace(simulator, definitions=found)
+        except SequencerdError as error:
+            why = str(error)
+    sequences = reached(simulator.definitions, choose(simulator.definitions, arguments.sequence))
+    used = {
+        name for one in sequences for step in one.steps.values() for name in calendars(step, one)
+    }
+    if used:
+        names = ", ".join(sorted(used))
+        warn(f"sequencerd: no day is a holiday of {names}, which only the database knows: {why}")
+    return simulator
 
 
 async def _simulate_present(
@@ -131,6 +172,7 @@ async def _simulate_enrollment(
     runners = make_runners(settings, outcomes)
     id_ = arguments.from_enrollment
     shard = shard_of_id(shards, id_)
+    from_file = [] if arguments.file is None else files.read_all([arguments.file], runners)
 
     async def read_all(
         shard: Shard,
@@ -139,18 +181,17 @@ async def _simulate_enrollment(
             connected(shard) as connection,
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
+            present = await read_sequences(connection, runners)
+            changed = [_with_stored_seeds(one, present) for one in from_file]
             return (
                 await read_started(connection, id_.number),
-                await read_sequences(connection, runners),
+                present | await as_stored(connection, changed),
                 await server.server_time(connection),
             )
 
     started, definitions, now = (await ask(explain(arguments), [shard], read_all)).found[shard]
     if started is None:
         raise UsageError(f"enrollment {id_} does not exist")
-    if arguments.file is not None:
-        read = files.read_all([arguments.file], runners)
-        definitions |= {one.sequence.name: _with_stored_seeds(one, definitions) for one in read}
     _check_types(arguments, definitions)
     simulation = Simulator(definitions, runners, outcomes).follow(
         started.enrollment,

@@ -44,6 +44,7 @@ from sequencerd.definitions.diff import (
     seeds,
 )
 from sequencerd.definitions.drawing import Edge, edges
+from sequencerd.definitions.stored import as_stored
 from sequencerd.errors import FileError, PlanError
 from sequencerd.storage import connections, server, sources
 from sequencerd.storage.statements import QUERIES
@@ -559,19 +560,9 @@ async def _everything(
         row["name"]: replace(from_rows(row, steps[row["name"]], runners), paused=False)
         for row in await connection.fetch(QUERIES["sequences"], wanted)
     }
-    holidays = parse_holidays(await connection.fetchval(QUERIES["holidays"]))
-    topic_limits = parse_topic_limits(await connection.fetchval(QUERIES["topic_limits"]))
-    for one in definitions:
-        sequence = replace(
-            one.sequence,
-            lookup=one.lookup,
-            recheck=one.recheck,
-            paused=False,
-            holidays=holidays,
-            topic_limits=topic_limits,
-        )
-        found[sequence.name] = sequence
-    return found
+    return found | await as_stored(
+        connection, [replace(one.sequence, paused=False) for one in definitions]
+    )
 
 
 async def _count(

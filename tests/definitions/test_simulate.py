@@ -407,6 +407,54 @@ async def test_an_unknown_time_zone_is_ignored_as_by_the_daemon(
     assert simulated.splitlines()[-1] == last
 
 
+FIVE_DAYS = """
+name: s
+topic: news
+steps:
+  - name: first
+    type: WaitForDuration
+    config: {amount: 5, unit: business days, holidays: DE}
+  - {name: second, type: Note}
+  - {name: third, type: Note}
+"""
+
+
+async def test_a_file_is_simulated_with_holidays_and_limits_of_topics(
+    sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """From the start, and from an enrollment."""
+    (tmp_path / "s.yaml").write_text(FIVE_DAYS)
+    given = ("simulate", "s.yaml", "--runner", "Note=next", "--start", "2026-03-30T09:00:00Z")
+    missing = "calendar 'DE' has no holidays"
+    assert f"failed: step 'first': {missing}" in sequencerd(*given).splitlines()[-1]
+    await connection.execute(
+        "INSERT INTO sequencer.holidays VALUES ('DE', '2026-04-03', ''), ('DE', '2026-04-06', '');"
+        "INSERT INTO sequencer.topics (name, title, frequency_limit) VALUES ('news', 'News',"
+        """ '{"at_most": 1, "per": {"days": 2}}')"""
+    )
+    assert sequencerd(*given).splitlines()[-1] == "Fri 2026-04-10 09:00:00  third   completed (UTC)"
+    assert not sequencerd.errors
+    await define(connection, "s", ("first", "WaitForCondition", "{}", None))
+    id_ = await connection.fetchval(
+        "INSERT INTO sequencer.enrollments (sequence, subject, entered_at)"
+        " VALUES ('s', 'ada', '2026-03-30T09:00:00Z') RETURNING id"
+    )
+    simulated = sequencerd(*given[:-2], "--from-enrollment", str(id_))
+    assert "noop: the limit is reached: 1 in 2 days, for the topic news" in simulated
+
+
+def test_holidays_that_are_not_known_are_reported(sequencerd: Command, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(FIVE_DAYS)
+    given = ("simulate", "s.yaml", "--runner", "Note=next", "--start", "2026-03-30T09:00:00Z")
+    sequencerd.variables["SEQUENCERD_DATABASE"] = f"postgresql://nobody@/none?host={tmp_path}"
+    for why in ("cannot connect to the database", "no database is configured"):
+        assert "Mon 2026-04-06 09:00:00  third   completed" in sequencerd(*given)
+        assert f"no day is a holiday of DE, which only the database knows: {why}" in (
+            sequencerd.errors
+        )
+        sequencerd.without_database()
+
+
 # --- graph
 
 
