@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from hashlib import sha256
+from shlex import quote
 from typing import Any, Final, Literal, NamedTuple, assert_never
 from uuid import UUID
 
@@ -452,8 +453,8 @@ Holidays = Mapping[str, frozenset[date]]
 def no_holidays(calendar: str) -> str:
     """Explain why a calendar cannot be used."""
     return (
-        f"calendar {calendar!r} has no holidays: fill it with `sequencerd holidays`, or insert its "
-        "days into the table holidays"
+        f"calendar {calendar!r} has no holidays: fill it with `sequencerd holidays COUNTRY YEAR "
+        f"--calendar {quote(calendar)}`, or insert its days into the table holidays"
     )
 
 

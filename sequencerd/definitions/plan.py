@@ -27,6 +27,7 @@ from sequencerd.core.model import (
     Wait,
     no_holidays,
 )
+from sequencerd.core.schedule import SOURCE
 from sequencerd.core.step_types import is_instant
 from sequencerd.definitions.compiler import (
     Definition,
@@ -334,8 +335,9 @@ async def _empty_calendars(
 async def _missing(
     connection: asyncpg.Connection, definition: Definition, planned: Collection[str]
 ) -> tuple[str, ...]:
-    """Describe which steps lead to a sequence or step that does not exist. Names in `planned`
-    sequences were already checked with their files.
+    """Describe which steps lead to a sequence or step that does not exist, and a lookup that is no
+    SQL function, although it is named like one. Names in `planned` sequences were already checked
+    with their files.
     """
     found = [edge for edge in edges(definition.sequence) if edge.sequence not in (None, *planned)]
     rows = await connection.fetch(
@@ -343,7 +345,12 @@ async def _missing(
         [edge.sequence for edge in found],
         [edge.target for edge in found],
     )
-    return tuple(dict.fromkeys(_missing_target(found[number - 1]) for (number,) in rows))
+    missing = dict.fromkeys(_missing_target(found[number - 1]) for (number,) in rows)
+    lookup = SOURCE.fullmatch(definition.lookup or "")
+    if lookup and not await connection.fetchval(QUERIES["is_lookup"], *lookup.groups()):
+        name = lookup[0]
+        missing[f"lookup {name!r} does not exist: create the function {name}(text[])"] = None
+    return tuple(missing)
 
 
 def _missing_target(edge: Edge) -> str:

@@ -959,6 +959,26 @@ steps:
     ]
 
 
+async def test_a_lookup_that_is_no_function_is_named(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    sequence = f"{GOOD}lookup: app.plans\n"
+    missing = "lookup 'app.plans' does not exist: create the function app.plans(text[])"
+    assert missing in await apply.lines(sequence)
+    await connection.execute(
+        "CREATE SCHEMA app; CREATE FUNCTION app.plans(text) RETURNS text RETURN $1"
+    )
+    assert missing in await apply.lines(sequence)
+    await connection.execute(
+        "CREATE FUNCTION app.plans(subjects text[], more integer DEFAULT 1)"
+        " RETURNS TABLE (subject text, data jsonb)"
+        " LANGUAGE sql AS $$ SELECT unnest(subjects), '{}'::jsonb $$"
+    )
+    assert missing not in await apply.lines(sequence)
+    # the name of an endpoint, which the daemon's settings may have
+    assert not [line for line in await apply.lines(f"{GOOD}lookup: plans\n") if "lookup" in line]
+
+
 def with_null(type_: str, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a config as it is, and with null for each key that may be null."""
     models = [BUILT_IN[type_].config] if type_ in BUILT_IN else []

@@ -69,6 +69,12 @@ SELECT t.number::integer
            SELECT FROM sequencer.steps AS s WHERE (s.sequence, s.name) = (t.sequence, t.step))
  ORDER BY t.number;
 
+-- name: is_lookup
+-- Return whether a name is that of a function that lookups can call.
+SELECT EXISTS (SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+                WHERE n.nspname = $1 AND p.proname = $2 AND p.proargtypes[0] = 'text[]'::regtype
+                  AND p.pronargs - p.pronargdefaults <= 1);
+
 -- name: named_elsewhere
 -- Read the steps of other sequences whose configs name some steps of a sequence.
 SELECT s.sequence, s.name, n.step
