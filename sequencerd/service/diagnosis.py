@@ -281,7 +281,7 @@ async def _clock(connection: asyncpg.Connection) -> Diagnosis:
         "ahead of this machine's" if offset > timedelta(0) else "behind this machine's"
     )
     if abs(offset) > MAX_CLOCK_OFFSET:
-        advice = "synchronize both with NTP; the database's clock decides what is due"
+        advice = "synchronise both with NTP; the database's clock decides what is due"
         return Diagnosis("clock", seen, "warning", advice)
     return Diagnosis("clock", seen)
 
