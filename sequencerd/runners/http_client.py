@@ -480,6 +480,7 @@ def judge(reply: HttpReply, message: str) -> Failed | None:
     which need another login; 402, which needs a payment; 405, 421 and 426, which are no answers of
     the endpoint; and redirects, which are not followed: if an endpoint moves, its settings change.
     Other 5xx and 408 may be the fault of the server or of one enrollment. 409 means that the same
+TOO_LARGE = 413
     request is still in progress, 423 that what it changes is locked. After 502 and 504 from a
     gateway, the side effect may have taken place.
     """
