@@ -671,6 +671,19 @@ def test_data_changes_on_arrival_at_a_step(tmp_path: Path, step: str) -> None:
     assert (changed.step, changed.message) == (step, 'changed by {"paid": true}')
 
 
+def test_a_date_is_past_for_an_enrollment_that_returns_to_it(tmp_path: Path) -> None:
+    """In a simulation it returns at the very time; in the daemon, a moment later."""
+    simulator = loaded(
+        tmp_path,
+        "  - {name: due, type: WaitForDate, config: {date: '{{data.due}}', past: altNext},"
+        " altNext: null}\n"
+        "  - {name: note, type: Note, next: due}\n",
+        Note="next",
+    )
+    simulation = simulator.simulate(start=START, data={"due": "2026-03-09T09:00:00Z"})
+    assert (simulation.steps, simulation.status) == (["due", "note", "due"], "completed")
+
+
 def test_a_change_at_an_unknown_step_is_rejected(tmp_path: Path) -> None:
     simulator = loaded(tmp_path, LOOP, Note="next", Score="next")
     with pytest.raises(UsageError, match=r"'paus' is not a step.*did you mean 'pause'"):

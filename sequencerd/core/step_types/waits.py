@@ -200,7 +200,7 @@ def _wait_for_date(config: WaitForDateConfig) -> InstantStep:
             raise
         if until > context.now:
             return Stay(until)
-        is_past = until < max(context.entered_at, context.now - MAX_DELAY_OF_DATES)
+        is_past = until <= context.entered_at or until < context.now - MAX_DELAY_OF_DATES
         return Action.ALT_NEXT if is_past and config.past == "altNext" else Action.NEXT
 
     exits = [NEXT]  # a date that is written out is past whenever an enrollment comes back
