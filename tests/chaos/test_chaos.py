@@ -452,10 +452,12 @@ async def test_an_upgrade_under_load(released: World, tmp_path: Path) -> None:
     world = released
     code, migration = next_version(tmp_path / "next")
     await world.keep(2)
+    connection = await asyncpg.connect(world.database)
+    # once they run, they need not know the schema
+    await until(connection, "SELECT count(*) = 2 FROM sequencer.daemons")
     app = asyncio.create_task(world.enroll(SECONDS))
     await asyncio.sleep(SECONDS / 3)
     killed = await start_migrating(world, code)
-    connection = await asyncpg.connect(world.database)
     await until(connection, MIGRATES)
     world.note("migrate is killed")
     killed.kill()
