@@ -36,6 +36,7 @@ _SMALL_DATA = (
 )
 _COLUMNS = {name: f"e.{name}" for name in Enrollment._fields} | {
     "wake_at": "least(e.wake_at, '9999-12-31Z') AS wake_at",  # Python's calendar has no infinity
+    "timezone": "left(e.timezone, 100) AS timezone",  # no name is as long, but a text may have 1 GB
 }
 _BARE = {
     "subject": "'' AS subject",
@@ -54,6 +55,7 @@ _PLACEHOLDERS = {
     "{whole_enrollment}": ", ".join(_COLUMNS.values()),
     "{bare_enrollment}": ", ".join((_COLUMNS | _BARE).values()),
     "{small_data}": _SMALL_DATA,
+    "{timezone}": _COLUMNS["timezone"],
     **{f"{{{lock.name.lower()}_lock}}": str(lock) for lock in AdvisoryLock},
 }
 

@@ -201,3 +201,20 @@ async def _remove(connection: asyncpg.Connection) -> None:
         assert row["failure"]
         assert row["last_error"]
     await connection.execute(REMOVE)
+
+
+async def test_of_a_long_time_zone_only_the_beginning_is_read(
+    engine: Engine, connection: asyncpg.Connection
+) -> None:
+    """A text has no other limit than 1 GB, and a similar name was searched for all of it."""
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, timezone)"
+        " VALUES ('witness', 'ada', repeat('x', 1000000))"
+    )
+    await until(connection, ALL_ENDED)
+    warnings = await connection.fetch(
+        "SELECT message FROM sequencer.events WHERE action = 'warning' ORDER BY at"
+    )
+    assert warnings
+    for row in warnings:
+        assert row["message"].startswith(f"'{'x' * 100}' is not a time zone: ")

@@ -441,7 +441,7 @@ SELECT now(), due.wake_at, due.again_at, CASE WHEN $7::boolean THEN {ahead} END
 -- that another session has locked are skipped.
 SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
        {small_data},
-       e.sequence, e.step, e.timezone, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
+       e.sequence, e.step, {timezone}, e.last_error, e.goals_met, e.goals_elsewhere, e.executed,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)
   FROM sequencer.enrollments AS e
  WHERE e.id = ANY ($1::text::bigint[])
