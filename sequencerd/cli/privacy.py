@@ -16,7 +16,6 @@ from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, say_raw, warn
 from sequencerd.errors import UsageError
-from sequencerd.runners.suppression_check import other_notations
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import with_hint
@@ -73,8 +72,10 @@ async def forget_command(
     async def read(shard: Shard) -> str:
         return await _export(shard, arguments.subject, [])
 
-    exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
-    texts = _known_texts(exported.values())
+    texts = []
+    if len(shards) > 1:
+        exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
+        texts = _known_texts(exported.values())
 
     async def forget(*, commit: bool) -> ShardAnswers[Forgotten]:
         return await ask(
@@ -98,23 +99,8 @@ async def forget_command(
 
 
 def _known_texts(documents: Collection[str]) -> list[TextRow]:
-    """Return what no shard knows by itself: the texts in the others, and other notations of the
-    addresses in all of them.
-    """
-    texts: list[TextRow] = []
-    for document in documents:
-        try:
-            found = [*_texts(document)]
-        except (ValueError, RecursionError):  # PostgreSQL takes more brackets and digits
-            if len(documents) > 1:
-                raise
-            return []
-        own = {str(text["value"]) for text in found if text["is_own"]}
-        if len(documents) > 1:
-            texts += found
-        others = set().union(*map(other_notations, own)) - {one.strip().lower() for one in own}
-        texts += [{"value": notation, "is_own": True} for notation in sorted(others)]
-    return texts
+    """Return what a shard does not know: the texts in the others."""
+    return [text for document in documents for text in _texts(document)]
 
 
 def _texts(document: str) -> Iterator[TextRow]:
@@ -201,7 +187,7 @@ async def export_subject_command(
         return lambda shard: _export(shard, arguments.subject, texts)
 
     answers = await ask(explain(arguments), shards, reading_with([]))
-    if texts := _known_texts(answers.found.values()):
+    if len(shards) > 1 and (texts := _known_texts(answers.found.values())):
         answers = await ask(explain(arguments), shards, reading_with(texts))
     exported: dict[str, Any] = {}
     for shard, document in answers.found.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -129,23 +128,6 @@ def spellings(address: str) -> set[str]:
         )
     local_parts = {local, unquoted(local), quoted(unquoted(local))}
     return {f"{part}@{one}" for part in local_parts for one in domains}
-
-
-_NUMBER = re.compile(r"(?:[a-z][a-z0-9.+-]*:)?(\+[0-9]{5,15})")
-_CHANNELS = ("", "whatsapp:", "rcs:")  # whose addresses are numbers
-
-
-def other_notations(text: str) -> set[str]:
-    """Return the forms in which an address or a number that data contain can be suppressed; none
-    for other texts.
-    """
-    if "@" in text:
-        address = text.strip()
-        if address.endswith(">"):
-            address = address[:-1].rpartition("<")[2]
-        return spellings(address)
-    found = _NUMBER.fullmatch(normalise(text))
-    return {f"{channel}{found[1]}" for channel in _CHANNELS} if found else set()
 
 
 def hashed(address: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import asyncpg
 import pytest
@@ -363,36 +364,101 @@ async def test_a_setting_of_the_database_does_not_change_what_is_searched(
     assert sequencerd("forget", SUBJECT) == f"there is no data about {SUBJECT}\n"
 
 
-@pytest.mark.parametrize(
-    ("written", "channel", "suppressed"),
-    [
-        ("whatsapp:+49 151 234567-8", "sms", "whatsapp:+491512345678"),
-        ("+49 151 234567-8", "sms", "whatsapp:+491512345678"),
-        ("rcs:+491512345678", "sms", "+491512345678"),
-        ("tel:+49-151-2345678", "sms", NUMBER),
-        ("+49\u00a0151\u00a02345678", "sms", NUMBER),
-        ("\u202a+49 ( 0 ) 151 2345678\u202c", "sms", NUMBER),
-        ("＋４９１５１２３４５６７８", "sms", NUMBER),
-        ("ada@bücher.example", "email", "ada@xn--bcher-kva.example"),
-        ("ADA@xn--bcher-kva.example", "email", "ada@bücher.example"),
-        ('Ada <"a..b"@x.org>', "email", "a..b@x.org"),
-        ("a..b@x.org", "email", '"a..b"@x.org'),
-    ],
-)
-async def test_the_commands_know_other_notations_of_addresses(
-    sequencerd: Command, connection: asyncpg.Connection, written: str, channel: str, suppressed: str
+NOTATIONS = [
+    ("whatsapp:+49 151 234567-8", "sms", "whatsapp:+491512345678"),
+    ("+49 151 234567-8", "sms", "whatsapp:+491512345678"),
+    ("rcs:+491512345678", "sms", "+491512345678"),
+    ("tel:+49-151-2345678", "sms", NUMBER),
+    ("+49\u00a0151\u00a02345678", "sms", NUMBER),
+    ("\u202a+49 ( 0 ) 151 2345678\u202c", "sms", NUMBER),
+    ("＋４９１５１２３４５６７８", "sms", NUMBER),
+    ("0049 151 2345678", "sms", NUMBER),
+    ("ADA@X.ORG", "email", "ada@x.org"),
+    ("ada@bücher.example", "email", "ada@xn--bcher-kva.example"),
+    ("ADA@xn--bcher-kva.example", "email", "ada@bücher.example"),
+    ("ada@BÜCHER.example", "email", "ada@bÜcher.example"),
+    ("ada@bücher.example", "email", "ada@bÜcher.example"),
+    ('Ada <"a..b"@x.org>', "email", "a..b@x.org"),
+    ("a..b@x.org", "email", '"a..b"@x.org'),
+]
+
+
+async def suppress_notation(
+    connection: asyncpg.Connection, written: str, channel: str, suppressed: str
 ) -> None:
+    """Enroll the subject with a contact, and suppress it in another notation, as it was stored."""
     await define(connection, "s", ("send", "Note", "{}", None))
     await enroll(connection, "s", SUBJECT, json.dumps({"contact": [written]}))
-    insert = "INSERT INTO sequencer.suppressions (channel, address) VALUES ($1, $2)"
-    await connection.execute(insert, channel, suppressed)
-    exported = json.loads(sequencerd("export-subject", SUBJECT))
+    async with connection.transaction():
+        await connection.execute("SET LOCAL session_replication_role = replica")
+        insert = "INSERT INTO sequencer.suppressions (channel, address) VALUES ($1, $2)"
+        await connection.execute(insert, channel, suppressed)
+
+
+@pytest.mark.parametrize(("written", "channel", "suppressed"), NOTATIONS)
+async def test_other_notations_of_an_address_are_found(
+    connection: asyncpg.Connection, written: str, channel: str, suppressed: str
+) -> None:
+    await suppress_notation(connection, written, channel, suppressed)
+    exported = json.loads(await connection.fetchval("SELECT sequencer.export_subject($1)", SUBJECT))
     assert [row["address"] for row in exported["suppressions"]] == [suppressed]
+    assert (await forget(connection))["suppressions"] == 1
+    left = await connection.fetchval("SELECT array_agg(address) FROM sequencer.suppressions")
+    assert left == [hashed(suppressed)]
+
+
+async def test_the_commands_know_other_notations_of_addresses(
+    sequencerd: Command, connection: asyncpg.Connection
+) -> None:
+    await suppress_notation(connection, "ada@bücher.example", "email", "ada@xn--bcher-kva.example")
+    exported = json.loads(sequencerd("export-subject", SUBJECT))
+    assert [row["address"] for row in exported["suppressions"]] == ["ada@xn--bcher-kva.example"]
     assert "suppressed addresses: 1" in sequencerd("forget", SUBJECT, "--yes")
-    (left,) = [
-        row[0] for row in await connection.fetch("SELECT address FROM sequencer.suppressions")
-    ]
-    assert left == hashed(suppressed)
+
+
+async def test_an_international_address_is_redacted_as_it_was_sent(
+    connection: asyncpg.Connection,
+) -> None:
+    """Servers quote the domain in ASCII."""
+    await define(connection, "s", ("send", "Note", "{}", None))
+    await enroll(connection, "s", SUBJECT, '{"email": "ada@bücher.example"}')
+    other = await enroll(connection, "s", "other")
+    await event(connection, other, "550 <Ada@xn--bcher-kva.example>: unknown")
+    assert (await forget(connection))["redacted"] == 1
+    kept = await connection.fetchval(
+        "SELECT message FROM sequencer.events WHERE enrollment_id = $1", other
+    )
+    assert kept == "550 <[forgotten]>: unknown"
+
+
+async def test_a_domain_in_ascii_is_that_of_the_standard(connection: asyncpg.Connection) -> None:
+    random = Random(7)
+    letters = "abcxyz0189-äößéłșñαβγяжטשعकไ한例え😀𐍈"
+    labels = ["".join(random.choices(letters, k=random.randint(1, 30))) for _ in range(300)]
+    found = await connection.fetch(
+        "SELECT label, sequencer.punycode(label) AS written FROM unnest($1::text[]) AS label",
+        labels,
+    )
+    assert {row["label"]: row["written"] for row in found} == {
+        label: label.encode("punycode").decode("ascii") for label in labels
+    }
+
+
+async def test_a_subject_with_many_addresses_is_forgotten(connection: asyncpg.Connection) -> None:
+    """As of a digest. The time to compile a pattern grows with the cube of the number of what must
+    not be beside a word.
+    """
+    await define(connection, "s", ("send", "Note", "{}", None))
+    addresses = [f"user{number}@example.com" for number in range(300)]
+    await enroll(connection, "s", SUBJECT, json.dumps({"items": addresses}))
+    other = await enroll(connection, "s", "other", '{"email": "user7@example.com"}')
+    await event(connection, other, "sent to user7@example.com, not to user7@example.com.au")
+    pattern = await connection.fetchval("SELECT sequencer.mentions_of($1)", SUBJECT)
+    assert (pattern.count("(?<!"), pattern.count("@")) == (1, 302)
+    done = await forget(connection)
+    assert (done["redacted"], done["mentioned_in"]) == (1, [other])
+    kept = await connection.fetchval("SELECT message FROM sequencer.events")
+    assert kept == "sent to [forgotten], not to user7@example.com.au"
 
 
 async def test_forget_reports_a_side_effect_in_progress(

@@ -261,6 +261,22 @@ async def test_functions_with_more_rights_are_pinned(connection: asyncpg.Connect
     assert not any(row["prosecdef"] for row in loose)
 
 
+async def test_an_editor_cannot_move_enrollments_without_a_record(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """By the setting that tells the trigger of a rename."""
+    await define(connection, "s", ("first", "Note", "{}", None), ("second", "Note", "{}", None))
+    await enroll(connection, "s", "ada")
+    editor = await asyncpg.connect(await make_login(connection, database, "login_editor", "editor"))
+    await editor.execute("SET sequencer.renaming = 'on'")
+    with pytest.raises(asyncpg.ForeignKeyViolationError):
+        await editor.execute("UPDATE sequencer.enrollments SET step = 'nowhere'")
+    await editor.execute("UPDATE sequencer.enrollments SET step = 'second'")
+    await editor.close()
+    row = await connection.fetchrow("SELECT visit, action FROM sequencer.events")
+    assert tuple(row) == (1, "moved")
+
+
 async def test_no_user_can_shadow_names_in_functions(
     sessions: dict[str, asyncpg.Connection], connection: asyncpg.Connection
 ) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
 from sequencerd.core.model import Enrollment, effect_key
-from sequencerd.storage import daemons
+from sequencerd.runners.suppression_check import forms
+from sequencerd.storage import daemons, migrate
+from sequencerd.storage.connections import connected
 from sequencerd.storage.listener import DefinitionsChanged, EnrollmentDue, parse
 from sequencerd.storage.migrations import available
 from sequencerd.storage.schemas import LOCK_CLASS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
-from tests.helpers.databases import SCHEMA
+from tests.helpers.databases import SCHEMA, Administrator, shard, with_database
 from tests.helpers.engines import define, enroll
 from tests.helpers.waiting import eventually
 from tests.sql.conftest import DAYS
@@ -775,6 +778,69 @@ async def test_an_entry_with_a_name_is_stored_as_the_address(
         " VALUES ('email', ' Ada <Ada@X.org> ') RETURNING address"
     )
     assert kept == "ada@x.org"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "a\u00e4@x.org\u200b",
+        "\ufeffA\u00c4@X.org",
+        "\u2003a\u00e4@x.org\v",
+        " \u202aAda <a\u00c4@x.org>\u202c",
+        "<a\u00ad\u00e4@x.org>",
+    ],
+)
+async def test_an_entry_is_stored_as_the_daemon_compares_it(
+    connection: asyncpg.Connection, written: str
+) -> None:
+    stored = await connection.fetchval(
+        "INSERT INTO sequencer.suppressions (channel, address) VALUES ('email', $1)"
+        " RETURNING address",
+        written,
+    )
+    assert stored == "a\u00e4@x.org"
+    assert stored in forms("email", written.partition("<")[2].rstrip(">\u202c") or written)
+
+
+@pytest.fixture
+def turkish(administrator: Administrator, server: str) -> Iterator[str]:
+    """The URL of an empty database in Turkish, in which the lower case of I is not i."""
+    name = f"test_{uuid4().hex[:12]}"
+    try:
+        administrator.execute(
+            f"CREATE DATABASE {name} TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'tr-TR'"
+        )
+    except asyncpg.PostgresError as error:
+        pytest.skip(f"this server has no such locale: {error}")
+    yield with_database(server, name)
+    administrator.drop(name)
+
+
+async def test_entries_do_not_depend_on_the_language_of_the_database(turkish: str) -> None:
+    async with connected(shard(turkish)) as connection:
+        assert await connection.fetchval("SELECT lower('I')") != "i"
+        await migrate.migrate(connection)
+        await define(connection, "s", ("first", "Note", "{}", None))
+        await enroll(connection, "s", "ada", '{"email": "INFO@X.ORG"}')
+        await connection.execute(
+            "INSERT INTO sequencer.suppressions (channel, address) VALUES ('EMAIL', 'INFO@X.ORG')"
+        )
+        kept = await connection.fetchrow("SELECT channel, address FROM sequencer.suppressions")
+        assert tuple(kept) == ("email", "info@x.org")
+        assert await connection.fetchval("SELECT suppressions FROM sequencer.forget('ada')") == 1
+
+
+async def test_a_wrong_schedule_does_not_hide_the_others(defined: asyncpg.Connection) -> None:
+    await defined.execute('UPDATE sequencer.sequences SET enroll = \'{"from": "app.due"}\'')
+    for at_most in ('"many"', "2.5", "1e30", "-1", "{}", "[1]", "null", "true"):
+        await defined.execute(
+            "INSERT INTO sequencer.sequences (name, first_step, enroll) VALUES ('wrong', 'a', $1)"
+            " ON CONFLICT (name) DO UPDATE SET enroll = excluded.enroll",
+            f'{{"at_most": {at_most}, "every": 5}}',
+        )
+        rows = await defined.fetch("SELECT sequence, at_most FROM sequencer.schedules")
+        found = {row["sequence"]: row["at_most"] for row in rows}
+        assert found == {"s": 1000, "wrong": 1000 if at_most == "null" else None}
 
 
 async def test_no_role_can_store_a_time_that_daemons_cannot_read(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import asyncpg
 import pytest
 
@@ -96,6 +98,47 @@ async def test_no_setting_of_a_session_fails_a_trigger(
                 raise AssertionError(f"with {setting}: {statement}: {error!r}") from error
         await transaction.rollback()
         await session.close()
+
+
+ADDRESSES = [("sms", "+49 (0)151.23-45"), ("email", "Ada <ADA.L@x.org>"), ("sms", "tel:+1 2/3")]
+
+
+async def privacy(connection: asyncpg.Connection) -> tuple[Any, ...]:
+    """Suppress and forget an address, and return all that follows."""
+    await enroll(
+        connection, "s", "customer-1.a", '{"email": "ada.l@x.org", "phone": "+49 151 2345"}'
+    )
+    await connection.executemany(
+        "INSERT INTO sequencer.suppressions (channel, address, reason)"
+        " VALUES ($1, $2, 'to ada.l@x.org, customer-1.a and +49 151 23 45, not adaxl@x.org')",
+        ADDRESSES,
+    )
+    stored = await connection.fetch("SELECT address FROM sequencer.suppressions ORDER BY 1")
+    exported = await connection.fetchval(
+        "SELECT jsonb_array_length(sequencer.export_subject('customer-1.a')->'suppressions')"
+    )
+    done = await connection.fetchrow("SELECT * FROM sequencer.forget('customer-1.a')")
+    left = await connection.fetch("SELECT address, reason FROM sequencer.suppressions ORDER BY 1")
+    return stored, exported, done, left
+
+
+async def test_no_setting_of_a_session_affects_privacy(editor: str, database: str) -> None:
+    found = {}
+    for setting in ("standard_conforming_strings = on", *SETTINGS):
+        session = await asyncpg.connect(database)  # without the plans of another
+        await session.execute(f"SET {setting}")
+        transaction = session.transaction()
+        await transaction.start()
+        found[setting] = await privacy(session)
+        await transaction.rollback()
+        await session.close()
+    usual, *others = found.items()
+    stored, exported, done, left = usual[1]
+    assert [row["address"] for row in stored] == ["+123", "+491512345", "ada.l@x.org"]
+    assert (exported, done["suppressions"]) == (2, 2)
+    assert left[0]["reason"] == "to [forgotten], [forgotten] and +[forgotten], not adaxl@x.org"
+    for setting, result in others:
+        assert result == usual[1], setting
 
 
 # --- two-phase commit

@@ -9,11 +9,12 @@ from typing import cast
 import asyncpg
 import pytest
 
-from sequencerd.storage import connections
+from sequencerd.storage import connections, migrate
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 from tests.helpers.pooler import pgbouncer
+from tests.sql.test_golden_schema import describe
 
 
 @pytest.mark.parametrize("runs_others", [True, False])
@@ -121,3 +122,18 @@ async def test_transactions_have_the_level_of_isolation_that_claims_need(
         if not pooled:
             assert await borrowed.fetchval(show) == "read committed"
     await pool.close()
+
+
+async def test_the_schema_is_the_same_where_backslashes_in_strings_are_escapes(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """A database that was upgraded from a very old version may have the setting."""
+    await migrate.grant(connection)
+    usual = await describe(connection)
+    name = await connection.fetchval("SELECT quote_ident(current_database())")
+    await connection.execute("DROP SCHEMA sequencer CASCADE")
+    await connection.execute(f"ALTER DATABASE {name} SET standard_conforming_strings = off")
+    async with connections.connected(shard(database)) as other:
+        await migrate.migrate(other)
+        await migrate.grant(other)
+    assert await describe(connection) == usual

@@ -1,0 +1,306 @@
+-- Functions that find addresses in every notation, whatever the locale of the database and the setting
+-- standard_conforming_strings of the session: patterns with backslashes are written as E''. No table is
+-- locked, and each statement can be executed again, as after going back to 1.0.0.
+
+-- suppressions ----------------------------------------------------------------------------------
+
+-- runners/sms/numbers.py and email/mime.py normalise a recipient in the same way: a number without blanks,
+-- dashes, invisible characters, and the zero of national calls as in +49 (0)151; an e-mail address without
+-- the invisible characters that are copied from web pages. Letters in ASCII are folded first, because a
+-- language may have another lower case for I than i, such as Turkish.
+CREATE OR REPLACE FUNCTION sequencer.stored_address(channel text, address text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    blanks CONSTANT text := E'[\\s\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+';
+    invisible CONSTANT text := E'[\\u00ad\\u061c\\u180e\\u200b\\u200e\\u200f\\u202a-\\u202e\\u2060-\\u206f'
+        '\\ufeff]+|^[\\u200c\\u200d]+|[\\u200c\\u200d]+$';
+    separators CONSTANT text := E'[\\s\\u00a0\\u00ad\\u058a\\u05be\\u061c\\u1680\\u1806\\u180e\\u2000-\\u2015'
+        '\\u2028-\\u202f\\u2043\\u2044\\u205f-\\u206f\\u2212\\u2215\\u2e17\\u2e1a\\u2e3a\\u2e3b\\u3000\\u301c'
+        '\\u3030\\u30a0\\u30fc\\ufe31\\ufe32\\ufe58\\ufe63\\ufeff\\uff0d().\\/-]';
+    plain text COLLATE "C" := btrim(address COLLATE "C", E' \t\r\n\u00a0\u3000');
+    number text COLLATE "C";
+    prefix text COLLATE "C";
+BEGIN
+    IF channel = 'email' THEN
+        plain := lower(lower(plain) COLLATE "default");
+        plain := regexp_replace(regexp_replace(plain, invisible, '', 'g'),
+                                '^' || blanks || '|' || blanks || '$', '', 'g');
+        RETURN coalesce(btrim(substring(plain FROM '<([^<>@]+@[^<>@]+)>$')), plain); -- Ada <a@x.org>
+    ELSIF channel <> 'sms' THEN
+        RETURN plain;
+    END IF;
+    plain := lower(plain);
+    number := translate(plain, '０１２３４５６７８９＋（）．／', '0123456789+()./');
+    number := regexp_replace(number, '^' || separators || '+', '');
+    prefix := coalesce(substring(number FROM '^[a-z][a-z0-9.+-]*:'), '');
+    number := regexp_replace(substr(number, length(prefix) + 1), '^' || separators || '+', '');
+    IF number !~ ('^([+0-9]|' || separators || ')+$') THEN
+        RETURN plain;
+    END IF;
+    number := regexp_replace(number, E'^(\\+(?!(?:39|378|379|225|241|242)' || separators
+        || ')[1-9][0-9]{0,2})' || separators || E'*\\(\\s*0\\s*\\)', E'\\1');
+    RETURN CASE WHEN prefix = 'tel:' THEN '' ELSE prefix END || regexp_replace(number, separators, '', 'g');
+END $$;
+
+COMMENT ON FUNCTION sequencer.stored_address IS 'Return an address as suppressions store it.';
+
+-- SECURITY DEFINER, because only the owner may execute stored_address.
+CREATE OR REPLACE FUNCTION sequencer.normalise_suppression() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NEW.topic := coalesce(NEW.topic, '*');
+    NEW.source := coalesce(NEW.source, 'application');
+    NEW.created_at := coalesce(NEW.created_at, now());
+    NEW.channel := lower(btrim(NEW.channel) COLLATE "C");
+    NEW.address := sequencer.stored_address(NEW.channel, NEW.address);
+    RETURN NEW;
+END $$;
+
+
+-- privacy ---------------------------------------------------------------------------------------
+
+CREATE OR REPLACE FUNCTION sequencer.punycode(label text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    codes CONSTANT integer[] := ARRAY(
+        SELECT ascii(letter) FROM unnest(string_to_array(label, NULL)) WITH ORDINALITY AS l (letter, number)
+         ORDER BY number);
+    written text := regexp_replace(label, '[^[:ascii:]]', '', 'g');
+    basic CONSTANT integer := length(written);
+    done integer := basic;
+    least_code integer := 128;
+    next_code integer;
+    code integer;
+    delta bigint := 0;
+    bias integer := 72;
+    rest bigint;
+    place integer;
+    threshold integer;
+BEGIN
+    IF basic > 0 THEN
+        written := written || '-';
+    END IF;
+    WHILE done < cardinality(codes) LOOP
+        next_code := (SELECT min(c) FROM unnest(codes) AS c WHERE c >= least_code);
+        delta := delta + (next_code - least_code)::bigint * (done + 1);
+        least_code := next_code;
+        FOREACH code IN ARRAY codes LOOP
+            IF code < least_code THEN
+                delta := delta + 1;
+            ELSIF code = least_code THEN
+                rest := delta;
+                place := 36;
+                LOOP
+                    threshold := least(greatest(place - bias, 1), 26);
+                    EXIT WHEN rest < threshold;
+                    written := written || substr('abcdefghijklmnopqrstuvwxyz0123456789',
+                        (threshold + (rest - threshold) % (36 - threshold))::integer + 1, 1);
+                    rest := (rest - threshold) / (36 - threshold);
+                    place := place + 36;
+                END LOOP;
+                written := written || substr('abcdefghijklmnopqrstuvwxyz0123456789', rest::integer + 1, 1);
+                delta := delta / CASE WHEN done = basic THEN 700 ELSE 2 END;
+                delta := delta + delta / (done + 1);
+                bias := 0;
+                WHILE delta > 455 LOOP
+                    delta := delta / 35;
+                    bias := bias + 36;
+                END LOOP;
+                bias := bias + 36 * delta / (delta + 38);
+                delta := 0;
+                done := done + 1;
+            END IF;
+        END LOOP;
+        delta := delta + 1;
+        least_code := least_code + 1;
+    END LOOP;
+    RETURN written;
+END $$;
+
+COMMENT ON FUNCTION sequencer.punycode IS 'Return a label of an international domain in ASCII, without xn-- (RFC 3492).';
+
+CREATE OR REPLACE FUNCTION sequencer.plain_email(address text) RETURNS text
+LANGUAGE sql IMMUTABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN local ~ '^".*"$' THEN regexp_replace(substr(local, 2, length(local) - 2), E'\\\\(.)', E'\\1', 'g')
+                ELSE local END || '@' || (
+           SELECT string_agg(CASE WHEN label ~ '[^[:ascii:]]' AND length(label) <= 63
+                                  THEN 'xn--' || sequencer.punycode(label) ELSE label END, '.' ORDER BY number)
+             FROM regexp_split_to_table(normalize(domain, NFKC), '[.。]') WITH ORDINALITY AS l (label, number))
+      FROM (SELECT sequencer.stored_address('email', plain_email.address) AS stored) AS s
+     CROSS JOIN LATERAL (SELECT substring(stored FROM '^(.+)@[^@]+$') AS local,
+                                substring(stored FROM '@([^@]+)$') AS domain) AS parts
+$$;
+
+COMMENT ON FUNCTION sequencer.plain_email IS 'Return an e-mail address in the form that all its notations have in common: in lower case, without quotation marks, its domain in ASCII; NULL for another text.';
+
+-- An address in the data is the subject's, wherever it is. In messages it may belong to others, such as the
+-- sender's, so those only serve to find suppressions.
+CREATE OR REPLACE FUNCTION sequencer.terms_of(subject text) RETURNS TABLE (kind text, term text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH texts (value, is_own) AS MATERIALIZED (
+        SELECT terms_of.subject, true
+        UNION
+        SELECT v.value #>> '{}', true
+          FROM sequencer.enrollments AS e, jsonb_path_query(e.data, 'strict $.**') AS v (value)
+         WHERE e.subject = terms_of.subject AND jsonb_typeof(v.value) IN ('string', 'number')
+        UNION
+        SELECT v.message, false
+          FROM sequencer.enrollments AS e JOIN sequencer.events AS v ON v.enrollment_id = e.id
+         WHERE e.subject = terms_of.subject AND v.message LIKE '%@%'
+        UNION
+        SELECT e.last_error, false FROM sequencer.enrollments AS e
+         WHERE e.subject = terms_of.subject AND e.last_error LIKE '%@%'
+        UNION -- what other shards hold of it
+        SELECT t.value, t.is_own
+          FROM jsonb_to_recordset(nullif(current_setting('sequencer.texts', true), '')::jsonb)
+               AS t (value text, is_own boolean)
+    ), emails (value, is_own) AS (
+        SELECT DISTINCT rtrim(m.found[1], '.'), is_own
+          FROM texts, regexp_matches(value, '[^[:space:]<>,;:"''()]+@[^[:space:]<>,;:"''()]+', 'g') AS m (found)
+         WHERE octet_length(m.found[1]) <= 320
+        UNION -- with quotation marks
+        SELECT value, true FROM texts
+         WHERE is_own AND value LIKE '%"@%' AND octet_length(value) <= 1000
+    ), numbers (number) AS (
+        SELECT substring(sequencer.stored_address('sms', value) FROM E'^(?:[a-z][a-z0-9.+-]*:)?(\\+?[0-9]{5,17})$')
+          FROM texts WHERE is_own AND length(value) <= 60 AND value ~ '[0-9０-９].*[0-9０-９]'
+    )
+    SELECT CASE WHEN is_own THEN 'email' ELSE 'message' END, form
+      FROM emails, unnest(ARRAY[lower(value COLLATE "C"), sequencer.plain_email(value)]) AS form
+     WHERE form IS NOT NULL
+    UNION
+    SELECT 'phone', regexp_replace(number, E'^(\\+|00)', '') FROM numbers WHERE number ~ E'^(\\+|00)'
+    UNION
+    SELECT 'digits', number FROM numbers WHERE number ~ '^[0-9]{7}'
+    UNION
+    SELECT 'value', lower(btrim(value) COLLATE "C") FROM texts
+     WHERE is_own AND octet_length(value) BETWEEN 1 AND 1000
+    UNION -- as addresses of custom runners are kept
+    SELECT 'verbatim', btrim(value, E' \t\r\n\u00a0\u3000') FROM texts
+     WHERE is_own AND octet_length(value) BETWEEN 1 AND 1000
+$$;
+
+CREATE OR REPLACE FUNCTION sequencer.addresses_of(subject text) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH terms AS MATERIALIZED (SELECT * FROM sequencer.terms_of(addresses_of.subject)), forms (form) AS (
+        SELECT term FROM terms WHERE kind IN ('email', 'message', 'value', 'verbatim')
+        UNION SELECT channel || prefix || term
+                FROM terms, unnest(ARRAY['', 'whatsapp:', 'rcs:']) AS channel, unnest(ARRAY['', '+', '00']) AS prefix
+               WHERE kind IN ('phone', 'digits')
+    )
+    SELECT form FROM forms UNION ALL SELECT sequencer.suppression_hash(form) FROM forms
+$$;
+
+-- Few addresses are not in ASCII, or in quotation marks; those are compared in the form that all notations
+-- have in common.
+CREATE OR REPLACE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT s.* FROM sequencer.suppressions AS s
+     WHERE s.address IN (SELECT sequencer.addresses_of(suppressions_of.subject))
+    UNION
+    SELECT s.* FROM sequencer.suppressions AS s
+     WHERE s.address ~ '[^[:ascii:]]|"@' AND sequencer.plain_email(s.address) IN (
+           SELECT t.term FROM sequencer.terms_of(suppressions_of.subject) AS t WHERE t.kind IN ('email', 'message'))
+$$;
+
+-- Matches only whole words; a short subject, such as 7, only where messages of sequencerd quote it. Words
+-- share what must not be beside them: with that in each, a thousand take minutes to compile.
+CREATE OR REPLACE FUNCTION sequencer.mentions_of(subject text) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH words AS MATERIALIZED (
+        SELECT regexp_replace(t.text, E'([][!-/:-@^_`{-~\\\\])', E'\\\\\\1', 'g') AS word
+          FROM (SELECT mentions_of.subject AS text
+                UNION SELECT term FROM sequencer.terms_of(mentions_of.subject) WHERE kind = 'email') AS t
+    )
+    SELECT concat_ws('|',
+        (SELECT string_agg(format(E'(?<='')%1$s(?='')|(?<=\\mfrom )%1$s(?= to )|(?<= to )%1$s(?= by )', word), '|')
+           FROM words WHERE length(word) < 5),
+        (SELECT format(E'(?<![[:alnum:]_.@+-])(?:%s)(?![[:alnum:]_@-]|\\.[[:alnum:]])', string_agg(word, '|'))
+           FROM words WHERE length(word) >= 5 HAVING count(*) > 0),
+        (SELECT format('(?<![0-9])(?:00)?(?:%s)(?![0-9])', string_agg(
+                array_to_string(regexp_split_to_array(term, ''), '[ ()./-]*'), '|'))
+           FROM sequencer.terms_of(mentions_of.subject) WHERE kind = 'phone' HAVING count(*) > 0))
+$$;
+
+-- LIKE takes a tenth of the time of the regular expression, which is compared only with texts that have an
+-- outline. lower(... COLLATE "C") folds the case of ASCII letters alone, so of a word the longest part in
+-- ASCII is searched; of a number the digits, whatever is between them.
+CREATE OR REPLACE FUNCTION sequencer.outlines_of(subject text) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT array_agg(DISTINCT outline) FROM (
+        SELECT '%' || regexp_replace(lower(longest.part COLLATE "C"), E'([%_\\\\])', E'\\\\\\1', 'g') || '%'
+          FROM (SELECT outlines_of.subject AS text
+                UNION SELECT term FROM sequencer.terms_of(outlines_of.subject) WHERE kind = 'email') AS t
+         CROSS JOIN LATERAL (
+               SELECT part FROM regexp_split_to_table(t.text, '[^[:ascii:]]+') AS part
+                ORDER BY length(part) DESC LIMIT 1) AS longest
+        UNION ALL
+        SELECT '%' || array_to_string(regexp_split_to_array(term, ''), '%') || '%'
+          FROM sequencer.terms_of(outlines_of.subject) WHERE kind = 'phone') AS outlines (outline)
+$$;
+
+
+-- schedules -------------------------------------------------------------------------------------
+
+-- A definition that cannot be read does not hide the others.
+CREATE OR REPLACE VIEW sequencer.schedules AS
+SELECT q.name AS sequence, q.status, q.enroll->>'from' AS source,
+       coalesce(q.enroll->>'schedule', concat_ws(' ', 'every', q.enroll->'every'->>'amount',
+                                                 q.enroll->'every'->>'unit')) AS schedule,
+       CASE WHEN q.enroll->>'at_most' IS NULL THEN 1000
+            WHEN q.enroll->>'at_most' ~ '^[0-9]{1,9}$' THEN (q.enroll->>'at_most')::integer END AS at_most,
+       r.next_run_at, r.last_run_at, r.duration, r.found, r.enrolled, r.problem
+  FROM sequencer.sequences AS q LEFT JOIN sequencer.scheduled_runs AS r ON r.sequence = q.name
+ WHERE q.enroll IS NOT NULL ORDER BY q.name;
+
+
+-- enrollments -----------------------------------------------------------------------------------
+
+-- A user can set sequencer.renaming by hand: it counts only in what the trigger follow_rename executes.
+CREATE OR REPLACE FUNCTION sequencer.normalise_move() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('sequencer.renaming', true) = 'on' AND pg_trigger_depth() > 1 THEN
+        RETURN NEW;
+    ELSIF OLD.step = NEW.step AND OLD.sequence = NEW.sequence
+          AND current_setting('sequencer.sets_visit', true) = OLD.ctid::text THEN
+        RETURN NEW; -- the statement sets other columns of the daemon as well
+    END IF;
+    IF NOT EXISTS (SELECT FROM sequencer.steps
+                    WHERE sequence = NEW.sequence AND name = NEW.step) THEN
+        RAISE foreign_key_violation USING
+            MESSAGE = format('step %L does not exist in sequence %L', NEW.step, NEW.sequence),
+            SCHEMA = 'sequencer', TABLE = 'enrollments', COLUMN = 'step',
+            HINT = 'SELECT name FROM sequencer.steps WHERE sequence = ... lists its steps.';
+    END IF;
+    NEW.visit := OLD.visit + 1;
+    NEW.attempt := 0;
+    NEW.leases := 0;
+    NEW.retry_at := NULL;
+    NEW.expires_at := NULL;
+    NEW.waits_until := NULL;
+    NEW.leased_by := NULL;
+    NEW.executed := '{}';
+    IF OLD.sequence <> NEW.sequence AND OLD.goals_met = NEW.goals_met THEN -- as in core/advance.py
+        NEW.goals_met := ARRAY(SELECT jsonb_array_elements_text(
+            coalesce(OLD.goals_elsewhere->NEW.sequence, '[]')));
+        NEW.goals_elsewhere := nullif(coalesce(OLD.goals_elsewhere, '{}') - NEW.sequence
+            || CASE WHEN OLD.goals_met = '{}' THEN '{}'
+                    ELSE jsonb_build_object(OLD.sequence, OLD.goals_met) END, '{}');
+    END IF;
+    IF OLD.entered_at IS NOT NULL THEN -- one that has yet to start keeps its time
+        NEW.entered_at := now();
+        IF OLD.status = 'active' AND NEW.status = 'active' THEN -- otherwise normalise_status sets it
+            NEW.wake_at := now();
+        END IF;
+    END IF;
+    INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message, seconds_at_step)
+    VALUES (NEW.id, clock_timestamp(), OLD.sequence, OLD.step, OLD.visit, 'moved',
+            format('%s %s %s', CASE WHEN (OLD.sequence, OLD.step) = (NEW.sequence, NEW.step)
+                                    THEN 'restarted' ELSE 'to' END, NEW.step, sequencer.changed_by()),
+            extract(epoch FROM clock_timestamp() - OLD.entered_at));
+    RETURN NEW;
+END $$;
+
+
+REVOKE ALL ON FUNCTION sequencer.stored_address, sequencer.punycode, sequencer.plain_email FROM PUBLIC;
