@@ -51,8 +51,8 @@ os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(sys.prefix) / "bytecode"))
 # As for most users: without a buffer, Python has nothing left to write at exit.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
-# A busy machine breaks no deadline. `make quick` tries a third of the examples, and
-# `make test THOROUGH=1` ten times as many.
+# Deadlines are off, because the machine may be busy. `make quick` tries a third of the examples,
+# and `make test THOROUGH=1` ten times as many.
 PATIENT = hypothesis.settings(
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=30
 )

@@ -1,5 +1,5 @@
-"""Whatever comes in from files, servers, applications and the network: it is taken, or refused in
-words, and the others go on. CHAOS_INPUTS is how many are tried of each kind.
+"""Random input from files, servers, applications and the network is accepted, or rejected with a
+message, and all else continues. CHAOS_INPUTS is how many inputs of each kind are tried.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def test_any_answer_of_an_endpoint_is_a_result_for_each(
 
 @asynccontextmanager
 async def says(replies: list[bytes]) -> AsyncIterator[int]:
-    """A server that says one thing after the other, whatever it hears, and hangs up."""
+    """A server that sends its replies one after the other, whatever it receives, and hangs up."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -97,7 +97,7 @@ class Model:
     hanging: set[int] = field(default_factory=set)  # whose side effect a living daemon executes
 
     def settle(self) -> None:
-        """Everybody goes as far as they get."""
+        """Let all enrollments go as far as they can."""
         for expected in self.enrollments:
             if not self.is_paused and expected.status == "active":
                 expected.has_begun = True

@@ -1,4 +1,4 @@
-"""All faults at once, for as long as CHAOS_SECONDS says: nothing grows with what has failed."""
+"""All faults at random for CHAOS_SECONDS: no resource of a daemon grows with them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A world to break: a PostgreSQL, daemons and applications as processes and tasks, and a sink.
-
-The sink takes mail and calls, and remembers every delivery with its key, whether or not the answer
-gets back. What goes wrong and when is a plan made from a seed.
+"""A system to break: a PostgreSQL server, daemons and applications as processes and tasks, and a
+sink. The sink takes mail and calls, and remembers every delivery with its key, whether or not the
+answer arrives. A seed determines what fails and when.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 LEASE = 3  # seconds
 RATE = 6 if IS_SHORT else 80  # enrollments a second
 SLOWDOWN = 3 if IS_SHORT else 1
-"""How much slower the sink is, so that a small load has as many side effects under way."""
+"""How much slower the sink is, so that a small load has as many side effects in flight."""
 CONNECT = TRANSIENT_ERRORS
 
 MAIL = '{"from": "a@example.com", "to": "b@example.com", "subject": "x", "text": "x"}'
@@ -120,7 +119,7 @@ class Server:
 
     @contextmanager
     def standby(self, folder: Path) -> Iterator[Server]:
-        """One that follows it, and without which nothing is committed any more."""
+        """Make a standby, without which the server commits nothing."""
         host = parse_qs(urlsplit(self.url).query)["host"][0]
         folder.mkdir()
         folder.chmod(0o777)
@@ -174,7 +173,7 @@ def pair_of_servers() -> Iterator[tuple[Server, Server]]:
 
 
 class Sink:
-    """Where everything is delivered to: how often for each visit, and under which keys."""
+    """The recipient of everything: counts the deliveries of each visit, with their keys."""
 
     def __init__(self, rng: random.Random) -> None:
         self.mails: Counter[str] = Counter()
@@ -247,7 +246,7 @@ class Daemon:
 
 
 class World:
-    """Everything together; `database` is what applications use, `used` what daemons use."""
+    """The whole system; `database` is the URL of applications, `used` that of daemons."""
 
     server: Server  # for the faults
 
@@ -291,7 +290,7 @@ class World:
         return daemon
 
     async def started(self, count: int) -> None:
-        """Wait until so many daemons work: one that loses a connection before that ends."""
+        """Wait until so many daemons are ready: one that loses a connection before that exits."""
         connection = await asyncpg.connect(self.database)
         await until(connection, f"SELECT count(*) >= {count} FROM sequencer.daemons")
         await connection.close()
@@ -305,7 +304,7 @@ class World:
             await self.start()
 
     async def enroll(self, seconds: float, rate: float = RATE) -> None:
-        """An application that enrolls one after the other, whatever happens to its connection."""
+        """Enroll subjects one after the other, whatever happens to the connection."""
         loop = asyncio.get_running_loop()
         end, number = loop.time() + seconds, 0
         connection: asyncpg.Connection | None = None
@@ -330,7 +329,7 @@ class World:
             connection.terminate()
 
     async def drain(self, daemons: int, seconds: float = 2 * PATIENCE) -> None:
-        """Return when no enrollment is active any more, or raise TimeoutError."""
+        """Wait until no enrollment is active. Raises TimeoutError."""
         async with asyncio.timeout(seconds):
             while True:
                 await self.keep(daemons)
@@ -348,7 +347,7 @@ class World:
                 await asyncio.sleep(0.1)
 
     async def stop(self) -> None:
-        """Ends all daemons in good order; raises AssertionError for one that can't."""
+        """Stop all daemons gracefully. Raises AssertionError for one that does not stop."""
         for daemon in self.daemons:
             daemon.send(signal.SIGCONT)
             daemon.send(signal.SIGTERM)
@@ -396,7 +395,7 @@ async def living(database: str, folder: Path, seed: int) -> AsyncIterator[World]
 
 
 class Proxy:
-    """Between daemons and database: passes on, or cuts, holds or swallows what goes through."""
+    """A proxy between daemons and the database: it passes data on, or cuts, holds or drops it."""
 
     def __init__(self, database: str) -> None:
         parts = urlsplit(database)

@@ -23,7 +23,7 @@ ENTRIES = "SELECT address, topic, source FROM sequencer.suppressions ORDER BY ad
 
 @pytest.fixture
 async def token(connection: asyncpg.Connection) -> str:
-    """The mark of a message that went to ada@example.org alone, and of one with a copy to bob."""
+    """Return the mark of a message to ada@example.org alone, and that of one with a copy to bob."""
     await define(connection, "s", ("mail", "Email", "{}", None))
     id_ = await enroll(connection, "s", "user-42")
     await sent(connection, id_, 1, "ada@example.org")

@@ -54,7 +54,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    """What a command prints on standard output; on standard error, if it fails."""
+    """Return what a command prints on standard output, or on standard error if it fails."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     out, errors = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""An operator's commands: what they select, what they ask, what they leave behind."""
+"""An operator's commands: what they select, ask, and leave behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command imports: help and the version are there at once, and no command loads the rest."""
+"""What a command imports: help and the version are fast, and no command loads the rest."""
 
 from __future__ import annotations
 

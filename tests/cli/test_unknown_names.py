@@ -22,7 +22,7 @@ MISSPELT = {
     "to": ("wellcome", "welcome"),
     "failure": ("eror", "error"),
 }
-"""For each argument that is a name, a wrong value, and the name that is meant."""
+"""For each argument that is a name: a wrong value, and the right one."""
 REQUIRED = {
     "sequence": "onboarding",
     "sequences": "onboarding",

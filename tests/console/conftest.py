@@ -251,7 +251,7 @@ def token(page: httpx.Response) -> str:
 
 
 async def counted(client: httpx.AsyncClient, table: str, **query: str) -> list[dict[str, Any]]:
-    """The rows of a table that is made of counts, once there are any."""
+    """Return the rows of a table that is made of counts, as soon as there are any."""
 
     async def rows() -> list[dict[str, Any]]:
         answer = await client.get(f"/tables/{table}.json", params=query)

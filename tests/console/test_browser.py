@@ -1,6 +1,6 @@
 """The console in a real browser: Debian's chromium, driven by Playwright. `bin/browser` installs
-them; where one of them is missing, the tests are skipped, and the end of the run says so. The
-screenshots of docs/console.md are made here: with SCREENSHOTS=1 they are written to docs/.
+them. If one is missing, the tests are skipped, and the end of the run reports that. The screenshots
+of docs/console.md are made here: with SCREENSHOTS=1 they are written to docs/.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ async def window(
 
 
 def is_complaint(text: str) -> bool:
-    """Of what a page may do; that the server can't be reached is what some tests are about."""
+    """Return whether a message is a complaint; some tests make the server unreachable."""
     return "Content Security Policy" in text or ("Error:" in text and "Failed to fetch" not in text)
 
 
@@ -98,7 +98,7 @@ RUN_AXE = """async () => {
 
 
 async def check_accessible(page: Page) -> None:
-    """Asks axe for what WCAG 2.2 AA demands. It is put in from outside, past the page's policy."""
+    """Check the rules of WCAG 2.2 AA with axe, which is injected past the page's policy."""
     found = await page.evaluate(RUN_AXE)
     if found is None:
         await page.evaluate(AXE)
@@ -182,7 +182,9 @@ def test_every_page_is_among_those_that_are_tested() -> None:
 
 
 async def check_page(page: Page, path: str) -> None:
-    """Look at a page at every width and in both schemes. On a phone thumbs must meet targets."""
+    """Check a page at every width and in both colour schemes. On a phone, targets must be large
+    enough.
+    """
     for width in WIDTHS:
         scheme = SCHEMES.get(width)
         if scheme:

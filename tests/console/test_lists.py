@@ -1,4 +1,4 @@
-"""Failures by cause, lists with filters, and what can be done with what is selected."""
+"""Failures by cause, lists with filters, and actions on a selection."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ async def test_a_move_that_is_confirmed_twice_is_made_once(
 async def test_a_selection_fails_again_with_new_causes(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    """What became of it is counted by the new causes, whatever the old one was."""
+    """The outcomes are counted by the new causes, whatever the old one was."""
     await failing(connection)
 
     async def behave(task: Task) -> Result:

@@ -1,5 +1,5 @@
-"""Nonsense in each parameter of each page and form, as routes name them: a clear message, nothing
-that runs in the browser, and never an internal error or a database that seems to be away.
+"""Nonsense in each parameter of each page and form gives a clear message: nothing that runs in the
+browser, no internal error, and no database that seems to be unavailable.
 """
 
 from __future__ import annotations

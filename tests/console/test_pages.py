@@ -1,4 +1,4 @@
-"""Each page and table of the console, asked of the real listener over a real database."""
+"""Each page and table of the console, from the real listener with a real database."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PAGES = (
 
 
 class Checker(HTMLParser):
-    """Refuses what a page must not have: script or style in it, and tags that don't match."""
+    """Reject what a page must not contain: inline scripts or styles, and tags that do not match."""
 
     VOID = ("meta", "link", "input", "br")
 

@@ -1,5 +1,5 @@
-"""What changes something, as routes name it: tried by each role, without a login, with a forged
-form, and without console.write. What is refused changes nothing and tells nothing.
+"""Every route that changes something is tried by each role, without a login, with a forged form,
+and without console.write. A refused request changes nothing and reveals nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ NEEDED: dict[str, Role | None] = {
     "/logout": None,
     "/oidc": None,
 }
-"""What needs which role. Without one it changes at most the session of the request."""
+"""The role that each route needs; None changes at most the session of the request."""
 
 WITHOUT_WRITE = ("/sessions", "/login", "/logout", "/oidc")
 SHOWS_ALONE = ("/message/test", "/edit/check", "/step", "/step/edited")

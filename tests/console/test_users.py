@@ -1,4 +1,4 @@
-"""Users of the console: their roles, by settings or by the groups that a proxy names, and their
+"""Users of the console: their roles, from the settings or from the groups of a proxy, and their
 sessions.
 """
 

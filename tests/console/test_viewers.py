@@ -1,5 +1,5 @@
-"""What a viewer may see where data are masked: of every page and every download, as routes name
-them, not a byte that is personal. Operators see all.
+"""With masked data, no page and no download of the console shows a viewer any personal data;
+operators see all.
 """
 
 from __future__ import annotations

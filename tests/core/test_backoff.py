@@ -1,4 +1,4 @@
-"""When a runner whose server fails is tried again, and which enrollments spend attempts."""
+"""When a runner with a failing server is tried again, and which enrollments spend attempts."""
 
 from __future__ import annotations
 
@@ -163,8 +163,9 @@ def test_a_call_for_several_blames_no_enrollment() -> None:
 def test_a_total_outage_costs_no_enrollment_its_last_attempt(
     before: list[int], during: list[int], later: float
 ) -> None:
-    """Of an outage after a time in which all went well: at most one enrollment is accused, once,
-    and not for good."""
+    """In an outage after a time without failures, at most one enrollment spends an attempt, once,
+    and not its last one.
+    """
     runner = Runner()
     for number in before:
         runner.call(number)

@@ -1,4 +1,4 @@
-"""Configs: what is wrong with one is described in terms of the file, not of pydantic."""
+"""Errors of configs are described in terms of the file, not of pydantic."""
 
 from __future__ import annotations
 

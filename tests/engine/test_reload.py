@@ -1,4 +1,4 @@
-"""Other runners are taken over while the engine works: nothing is lost, nothing begins twice."""
+"""Runners are replaced while the engine works: nothing is lost, and nothing begins twice."""
 
 from __future__ import annotations
 

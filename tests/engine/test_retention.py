@@ -1,4 +1,4 @@
-"""What is taken away and when: partitions of the history, ended enrollments; nothing else."""
+"""What retention deletes, and when: partitions of the history and ended enrollments, no more."""
 
 from __future__ import annotations
 

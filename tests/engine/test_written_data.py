@@ -1,4 +1,4 @@
-"""What UpdateData writes: keys merged, counted and removed, beside what an application changes."""
+"""What UpdateData writes: keys merged, counted and removed, while an application changes others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers of their own, which stop, or have extensions that the embedded PostgreSQL lacks."""
+"""Separate servers, which can be stopped, or have extensions that the embedded PostgreSQL lacks."""
 
 from __future__ import annotations
 

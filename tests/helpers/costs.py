@@ -1,4 +1,4 @@
-"""A pytest plugin for --durations: where the time of the processors went, as waiting costs none."""
+"""A pytest plugin for --durations: it reports CPU time, because waiting costs none."""
 
 from __future__ import annotations
 

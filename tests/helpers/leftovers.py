@@ -1,7 +1,6 @@
-"""A pytest plugin: what a failing test leaves open fails no other test.
-
-The traceback keeps a test's sockets and tasks. They would be collected during a later test, whose
-failure the warnings of an unclosed resource would be.
+"""A pytest plugin: resources that a failing test leaves open fail no other test. The traceback
+keeps them alive, so they would be collected during a later test, which would then fail with the
+warning of an unclosed resource.
 """
 
 from __future__ import annotations

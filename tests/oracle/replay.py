@@ -1,4 +1,4 @@
-"""Asks the core what the original's libraries were asked, and counts the answers that agree.
+"""Ask the core what the original's libraries were asked, and count the answers that agree.
 
     python -m tests.oracle.replay [--failures] [DIRECTORY]
 

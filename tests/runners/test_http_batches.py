@@ -1,4 +1,4 @@
-"""HTTP runners against endpoints with limits, and answers that have to be read with care."""
+"""HTTP runners with endpoints that have limits, and with unusual answers."""
 
 from __future__ import annotations
 

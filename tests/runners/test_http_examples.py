@@ -1,4 +1,6 @@
-"""The runners in other languages that examples/ shows: they serve a step, and refuse a stranger."""
+"""The example runners in other languages execute a step, and reject calls without a valid
+signature.
+"""
 
 from __future__ import annotations
 

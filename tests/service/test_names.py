@@ -1,4 +1,4 @@
-"""Names that hang, resolved by a resolver that does: on asyncio's loop and on uvloop."""
+"""Names whose resolution hangs, on asyncio's loop and on uvloop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAIL = Mail("shop@example.com", ("ada@example.com",), (), b"Subject: Hi\r\n\r\nH
 
 
 class Resolver:
-    """The system's resolver, which hangs for `slow.example` until it is let go."""
+    """The system's resolver, which hangs for `slow.example` until it is released."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.let_go = threading.Event()

@@ -64,7 +64,7 @@ def is_ready(message: str) -> bool:
 def service(
     manager: socket.socket, database: str, file: Path, folder: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A daemon as systemd starts it; stopped in good order at the end."""
+    """A daemon as systemd starts it, which is stopped gracefully at the end."""
     variables = {
         **os.environ,
         "SEQUENCERD_CONFIG": str(file),

@@ -1,4 +1,6 @@
-"""What the roles lack: each grant stands on its own, is repeated, and is named if it fails."""
+"""Missing privileges of the roles: each grant is a statement of its own, is repeated, and is named
+if it fails.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""What holds from the first release on: files of sql/ are only added, and an upgraded schema is the
-same as a new one.
-
-Until there is a second file, a migration of the tests stands for it.
+"""From the first release on, files of sql/ are only added, and an upgraded schema is the same as a
+new one. Until there is a second file, the tests have a migration of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Connections: what is left of a session that was changed, and how times are written."""
+"""Connections: how sessions are reset, and how times are written."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Plans of the hot statements, with many that sleep and statistics from when there were few:
-none reads the table through, whichever plan PostgreSQL settles on.
+"""Plans of the hot statements, with many sleeping enrollments and statistics from when there were
+few: none scans the whole table, whichever plan PostgreSQL chooses.
 """
 
 from __future__ import annotations

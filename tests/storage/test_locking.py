@@ -1,4 +1,4 @@
-"""Rows whose side effects have ended: what is read again, and what is not."""
+"""Locking rows whose side effects have ended: what is read again, and what is not."""
 
 from __future__ import annotations
 

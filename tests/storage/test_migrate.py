@@ -1,4 +1,4 @@
-"""Migrations: applied once, in order, by one at a time; refused where they don't belong."""
+"""Migrations are applied once, in order, by one process at a time; other schemas are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as they are written, and that the database reads entries of suppressions alike."""
+"""Phone numbers in all notations, and that the database normalises suppressions in the same way."""
 
 from __future__ import annotations
 
