@@ -321,35 +321,24 @@ async def revisions_in_all(context: PageContext, query: Query) -> Table:
 
 
 async def found_in_all(
-    shards: Mapping[str, PageContext],
+    context: PageContext,
     query: Query,
     find: Callable[[PageContext, Query], Awaitable[EnrollmentPage]],
 ) -> EnrollmentPage:
     """Return the enrollments that all shards find, in the order of a single database."""
     is_by_id = (query.get("sort") or "-id") == "-id" and query.get("q") is None
-    before = _before(list(shards), query)
-    asked = {name: query.of_shard(name, shards) for name in shards}
-    names = [name for name, ours in asked.items() if ours is not None]
-    answers = await asyncio.gather(
-        *(
-            find(shards[name], Query({**ours.given, **before[name]}, query.rows))
-            for name, ours in asked.items()
-            if ours is not None
-        ),
-        return_exceptions=True,
-    )
-    found: dict[str, EnrollmentPage] = {}
-    remarks = []
-    for name, answer in zip(names, answers, strict=True):
-        if isinstance(answer, EnrollmentPage):
-            found[name] = answer
-        elif isinstance(answer, TRANSIENT_ERRORS):
-            missing.get()[name] = brief(answer)
-            remarks.append(f"The shard {name} is missing here: {brief(answer)}.")
-        else:
-            raise answer
-    if not found:
-        raise next(answer for answer in answers if isinstance(answer, BaseException))
+    before = _before(list(context.parts), query)
+    asked = {
+        name: Query({**ours.given, **before[name]}, query.rows)
+        for name in context.parts
+        if (ours := query.of_shard(name, context.parts)) is not None
+    }
+    found = await in_all(context, lambda part: find(part, asked[str(part.shard.name)]), only=asked)
+    remarks = [
+        f"The shard {name} is missing here: {why}."
+        for name, why in missing.get().items()
+        if name in asked and name not in found
+    ]
     first = next(iter(found.values())).table
     rows = [
         {
@@ -378,7 +367,7 @@ async def found_in_all(
             key = "number" if sort in ("id", "-id") else sort.removeprefix("-")
             rows.sort(key=lambda row: comparable(row[key]), reverse=sort.startswith("-"))
         further = {
-            name: at_shard(name, "/search", **one.table.more)
+            str(name): at_shard(name, "/search", **one.table.more)
             for name, one in found.items()
             if one.table.more
         }

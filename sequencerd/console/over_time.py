@@ -58,6 +58,10 @@ class TimeRange:
             yield time
             time += UNITS[self.unit]
 
+    def has(self, step_key: StepKey) -> bool:
+        """Return whether a step is shown."""
+        return self.sequence in (None, step_key[0]) and self.step in (None, step_key[1])
+
 
 def range_of(query: Query, now: datetime) -> TimeRange:
     """Return the range in the query parameters. Raises WrongQueryError."""
@@ -153,7 +157,7 @@ async def _read_one(
     definitions: Mapping[str, Sequence],
     chosen: TimeRange,
 ) -> Activity:
-    sequence, step = chosen.sequence, chosen.step
+    sequence = chosen.sequence
     recent_since = counts.recent_since if counts else None
     until = min(chosen.until, recent_since or chosen.until)
     rows: list[Mapping[str, Any]] = []
@@ -171,9 +175,9 @@ async def _read_one(
     }
     for row in rows:
         key = row["sequence"], row["step"]
-        if (to := arrivals.of(*key, row["action"])) and (sequence is None or to[0] == sequence):
+        if (to := arrivals.of(*key, row["action"])) and chosen.has(to):
             times["entered"][to][row["at"]] += row["times"]
-        if (measure := _measure(definitions, *key, row["action"])) is not None:
+        if (measure := _measure(definitions, *key, row["action"])) and chosen.has(key):
             times[measure][key][row["at"]] += row["times"]
     late = await connections.read(
         pool,
@@ -187,16 +191,10 @@ async def _read_one(
     is_capped = is_capped or sum(row["read"] for row in late) >= MAX_LATENESS_ROWS
     longest: defaultdict[StepKey, dict[datetime, float]] = defaultdict(dict)
     for row in late:
-        if step not in (None, row["step"]):
-            continue
-        key = row["sequence"], row["step"]
-        for measure in ("late", *LATENESS):
-            times[measure][key][row["at"]] += row[measure]
-        longest[key][row["at"]] = row["longest"]
-    if step is not None:
-        for by_step in times.values():
-            for key in [key for key in by_step if key[1] != step]:
-                del by_step[key]
+        if chosen.has(key := (row["sequence"], row["step"])):
+            for measure in ("late", *LATENESS):
+                times[measure][key][row["at"]] += row[measure]
+            longest[key][row["at"]] = row["longest"]
     return Activity(times, longest, counts.activity_until if counts else None, is_capped)
 
 

@@ -380,7 +380,7 @@ async def search(request: Request) -> Response:
 async def _found(context: PageContext, query: Query) -> EnrollmentPage:
     """Return the list for the filters, or the enrollments that a search text finds."""
     if context.parts:
-        return await found_in_all(context.parts, query, _found)
+        return await found_in_all(context, query, _found)
     if query.get("q") and not any(query.get(name) for name in (*FILTERS, "sort", "columns")):
         return await views.search(context.pool, query, context.mask, context.settings.mask)
     selection = await select(context, query)
