@@ -306,7 +306,7 @@ async def test_a_shard_lost_during_a_change_is_named(
         suppressed = await post(client, "/suppress", **ENTRY)
         assert "Suppressed in a, not in b: repeat the change" in suppressed.text
         named = await post(client, "/change", action="cancel", id="a/1,b/1", number="2", reason="x")
-        assert "were chosen that cannot be changed: shard b: " in named.text
+        assert "of the chosen enrollments cannot be changed: shard b: " in named.text
         for number, status in ((0, 303), (1, 503)):
             given = {"sequence": "s", "subject": SUBJECTS[number], "reason": "new"}
             await shards["a"].execute("UPDATE sequencer.sequences SET status = 'active'")
