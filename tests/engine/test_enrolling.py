@@ -17,7 +17,7 @@ from sequencerd.engine import enrolling
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.problems import Problems
-from sequencerd.storage import connections
+from sequencerd.storage import connections, sources
 from tests.helpers.databases import make_login, shard
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 
@@ -220,6 +220,21 @@ async def test_a_refusal_of_every_subject_is_one_problem(
     assert len(await defined.fetchval(SUBJECTS)) == 503
 
 
+async def test_many_refusals_stop_no_run_that_enrolls_others(
+    defined: asyncpg.Connection, database: str
+) -> None:
+    await defined.execute(
+        "INSERT INTO app.invoices SELECT 'more-' || n FROM generate_series(1, 50) AS n;"
+        "CREATE FUNCTION app.refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE 'no more'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON sequencer.enrollments FOR EACH ROW"
+        " WHEN (NEW.subject LIKE 'more-%') EXECUTE FUNCTION app.refuse()"
+    )
+    async with daemon(database) as one:
+        assert (await one.turn()).endswith("47 more subjects could not be enrolled")
+    assert await defined.fetchval(SUBJECTS) == ["invoice-1", "invoice-2", "invoice-3"]
+
+
 @pytest.mark.parametrize("enroll", [{}, {**HOURLY, "at_most": "many"}, {"from": 3, "every": "x"}])
 async def test_nonsense_in_the_table_is_reported(
     defined: asyncpg.Connection, database: str, enroll: dict[str, Any]
@@ -251,6 +266,25 @@ async def test_only_one_of_several_daemons_enrolls(
             await asyncio.gather(one.turn(), other.turn(), third.turn())
             await defined.execute(RUN_NOW)
     assert len(await defined.fetchval(SUBJECTS)) == 9
+
+
+async def test_a_run_that_is_done_elsewhere_meanwhile_enrolls_nothing(
+    defined: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example by a daemon that had the lock until its connection was lost."""
+    read = sources.read_source
+
+    async def read_slowly(*arguments: Any) -> Any:
+        found = await read(*arguments)
+        await defined.execute(
+            "UPDATE sequencer.scheduled_runs SET next_run_at = now() + interval '1 hour'"
+        )
+        return found
+
+    monkeypatch.setattr(sources, "read_source", read_slowly)
+    async with daemon(database) as one:
+        assert await one.turn() == ""
+    assert await defined.fetchval(SUBJECTS) is None
 
 
 async def test_the_policies_after_and_always_decide_what_a_run_enrolls(
