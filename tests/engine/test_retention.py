@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import RetentionSettings
-from sequencerd.storage import connections
+from sequencerd.storage import activity, connections
 from sequencerd.storage.cleanup import try_lock_retention
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.waiting import eventually
@@ -114,6 +114,21 @@ async def test_a_month_is_dropped_when_all_of_it_is_old(
     assert [row["at"] for row in kept] == [month(-5)]
     await retention.tidy(pool, RetentionSettings(events=YEAR), now + timedelta(seconds=1), LOG)
     assert younger not in await partitions(defined)
+
+
+async def test_history_that_is_not_counted_yet_is_kept(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = await make_past(defined, 14)
+    end = month(-13)
+    for counted, is_kept in ((end - timedelta(hours=1), True), (end, False)):
+
+        async def counted_until(_: asyncpg.Connection, at: datetime = counted) -> datetime:
+            return at
+
+        monkeypatch.setattr(activity, "counted_until", counted_until)
+        await tidy_all(pool)
+        assert (old in await partitions(defined)) is is_kept
 
 
 async def test_the_present_month_can_not_be_dropped(connection: asyncpg.Connection) -> None:
@@ -265,8 +280,12 @@ async def test_each_part_of_retention_runs_even_if_another_fails(
     await defined.execute("UPDATE sequencer.enrollments SET ended_at = now() - interval '366 days'")
     for broken in ("add_event_partitions", "drop_event_partition"):
         await defined.execute(f"ALTER FUNCTION sequencer.{broken} RENAME TO hidden_{broken}")
-    with pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"):
+    with (
+        capture_logs() as logs,
+        pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"),
+    ):
         await tidy_all(pool)
+    assert ["drop_event_partition" in line["error"] for line in logs if "error" in line] == [True]
     assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 0
     assert old in await partitions(defined)
     await defined.execute(
