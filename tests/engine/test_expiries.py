@@ -16,6 +16,7 @@ from sequencerd.runners.email.runner import EmailRunner
 from tests.engine.test_outages import DOWN, closed_port, fails
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.servers import HOST, smtp_server
+from tests.helpers.waiting import PATIENCE
 
 LONG = Pauses(3600.0, 3600.0)  # nothing is tried again within a test
 SHORT = Pauses(0.02, 0.05)
@@ -145,6 +146,50 @@ async def test_a_waiting_enrollment_keeps_its_turn(
         assert await connection.fetchval("SELECT count(*) FROM sequencer.overdue") == 0
         await connection.execute("UPDATE sequencer.daemons SET alive_until = now() - interval '1h'")
         assert await connection.fetchval("SELECT count(*) FROM sequencer.overdue") == 1
+
+
+KNOWN = "SELECT expires_at IS NOT NULL FROM sequencer.enrollments WHERE id = $1"
+
+
+async def test_a_sweep_finds_the_expiry_of_what_was_committed_late(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Work": Recorder(fails)}, pauses=LONG) as engine:
+        await define(connection, "s", ("work", "Work", FROM_DATA, None))
+        await enroll(connection, "s", "first", after(3600))
+        await until(connection, DOWN, "Work")
+        await until(connection, KNOWN, await enroll(connection, "s", "second", after(3600)))
+        late = await connection.fetchval(
+            "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
+            " VALUES ('s', 'late', $1, now() - interval '10 minutes') RETURNING id",
+            after(0),
+        )
+        await engine.sweep()
+        await until(connection, EXPIRED, 1)
+        assert (await way(connection, late))[-1] == "work completed"
+
+
+async def test_an_expired_enrollment_that_is_locked_is_tried_again_later(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def claim_nothing(*_: object) -> None:
+        """As if another session had locked it."""
+
+    work = Recorder(fails)
+    async with running_engine(database, {"Work": work}, pauses=LONG, batch=1) as engine:
+        await define(connection, "s", ("work", "Work", FROM_DATA, None))
+        await enroll(connection, "s", "first", after(3600))
+        await until(connection, DOWN, "Work")
+        id_ = await enroll(connection, "s", "ada", after(3600))
+        await until(connection, KNOWN, id_)
+        with monkeypatch.context() as locked:
+            locked.setattr(engine._claims, "claim_some", claim_nothing)
+            await connection.execute(
+                "UPDATE sequencer.enrollments SET data = $2 WHERE id = $1", id_, after(0)
+            )
+            async with asyncio.timeout(PATIENCE):
+                await engine._expiries.run()
+        await until(connection, EXPIRED, 1)
 
 
 async def test_a_pause_ends_after_the_expiry(database: str, connection: asyncpg.Connection) -> None:
