@@ -154,7 +154,9 @@ def enroll(run: Run) -> str:
 
     rows = [[count, *cells(alone[count]), *cells(beside[count])] for count in alone]
     rows.append(["in bulk", *cells(bulk), "", "", ""])
-    heads = ["connections", "bare table", "no daemon runs", "", "bare table", "beside a daemon", ""]
+    heads = ["connections"]
+    for when in ("no daemon", "beside a daemon"):
+        heads += [f"bare table, {when}", f"enrollments, {when}", "of it"]
     return table(heads, rows)
 
 
@@ -185,8 +187,9 @@ def cores(run: Run) -> str:
             for line in lines
         ]
         count *= 2
-    heads = ["cores of PostgreSQL", "of the daemons", "daemons", "transitions a second"]
-    heads += ["µs of the daemons", "µs of PostgreSQL", "cores used by the daemons", "by PostgreSQL"]
+    heads = ["cores of PostgreSQL", "cores of the daemons", "daemons", "transitions a second"]
+    heads += ["µs of the daemons", "µs of PostgreSQL", "cores used by the daemons"]
+    heads += ["cores used by PostgreSQL"]
     return table(heads, rows)
 
 
@@ -195,7 +198,7 @@ def snapshot(run: Run) -> str:
     subjects = "1000" if run.is_quick else "50000"
     line = run.lines("scale", "--works", "snapshot", "--subjects", subjects)[0]
     rows = [[whole(line["free_per_s"]), whole(line["held_per_s"]), f"{line['ratio']:.0%}"]]
-    return table(["`w1` alone, a second", "while a snapshot is held open", ""], rows)
+    return table(["`w1` alone, a second", "while a snapshot is held open", "of it"], rows)
 
 
 def console(run: Run) -> str:
@@ -274,7 +277,7 @@ def held_peers(run: Run) -> str:
             line = [line for line in lines if line["seconds"] < 60 * minute][-1]
             rows.append([f"{name}, {moment}", *_compared(line)])
     heads = ["queue, and when", "a second", "99% late by, ms", "overdue", "dead rows", "table, MB"]
-    heads += ["indexes, MB", "µs of PostgreSQL for each", "of the worker"]
+    heads += ["indexes, MB", "µs of PostgreSQL for each", "µs of the worker for each"]
     asked = "; ".join(f"{name} {rate:,}" for name, rate in rates.items())
     note = (
         f"For {end:g} minutes, with the snapshot from minute {since:g} to {until:g}. In the"
@@ -316,7 +319,7 @@ def _course(lines: Iterable[Line]) -> str:
         for line in lines
     ]
     heads = ["minute", "rows", "dead rows", "overdue", "99% late by, ms", "table, MB"]
-    heads += ["indexes, MB", "µs of the daemon for each event", "of PostgreSQL"]
+    heads += ["indexes, MB", "µs of the daemon for each event", "µs of PostgreSQL for each event"]
     return table([*heads, "memory of the daemon, MB"], rows)
 
 

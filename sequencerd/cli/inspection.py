@@ -183,8 +183,8 @@ def _kept_connections() -> Iterator[Callable[[Shard], Awaitable[asyncpg.Connecti
 
 @contextmanager
 def _screen() -> Iterator[Callable[[Sequence[Any], Sequence[str]], None]]:
-    """Return what prints rows and lines: on a terminal in place of the previous ones, otherwise
-    below them.
+    """Return the function that prints rows and lines: on a terminal in place of the previous ones,
+    otherwise below them.
     """
     if not sys.stdout.isatty():
 

@@ -471,15 +471,15 @@ StepKey = tuple[str, str]
 
 Fence = tuple[int, int, int, str | None]
 """Identifies a lease of an enrollment: id, visit, number of the lease in it, and the daemon. The
-attempt would not do: it is given back where the fault is not the enrollment's.
+attempt would not suffice: it is given back if the enrollment is not at fault.
 """
 
 
 class Enrollment(NamedTuple):
     """A subject's journey: where it is and since when. `entered_at` is None until it has begun.
 
-    A tuple in the order of the columns that are read, as is whatever exists once for each move of
-    each enrollment: tuples are made several times faster than frozen dataclasses.
+    A tuple in the order of the columns that are read. Everything that is made for each move of each
+    enrollment is a tuple, because tuples are made several times faster than frozen dataclasses.
     """
 
     # its own values
@@ -509,10 +509,10 @@ class Enrollment(NamedTuple):
     def key(self) -> str:
         """The idempotency key of the side effect of this visit.
 
-        Id and visit are for readers. Half of the random tag tells it from the keys of other
-        databases, and the microsecond at which the visit began from those of this one after a
-        restore, in which an id comes to a visit at another time. The first visit is the same after
-        a restore, even if it begins later.
+        Id and visit are for readers. Half of the random tag distinguishes it from keys of other
+        databases. The microsecond at which the visit began distinguishes it from keys that this
+        database made before it was restored: then, the visit begins at another time. The key of the
+        first visit is the same after a restore, even if the visit begins later.
         """
         begun = self.created_at if self.visit == 1 else self.entered_at
         return f"{self.id}:{self.visit}:{self.tag.hex[:16]}{_microseconds(begun) if begun else ''}"

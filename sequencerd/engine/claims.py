@@ -267,7 +267,7 @@ class Claims:
 
     def excluded(self, step_key: StepKey) -> list[int]:
         """Return the ids that must not be claimed: quarantined enrollments, and those that another
-        daemon leased while this one was cut off, until their results arrive here.
+        daemon has leased while this one was cut off, until their results arrive here.
         """
         self._taken_over &= self._leases.by_id.keys()
         return [*self._quarantine.ids(step_key), *self._taken_over]

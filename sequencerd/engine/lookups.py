@@ -17,7 +17,7 @@ import asyncpg
 from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
 from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.http import Endpoint, read_id, read_list
-from sequencerd.runners.http_client import Unreachable, judge
+from sequencerd.runners.http_client import TOO_LARGE, AnswerTooLarge, Unreachable, judge
 from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupSettings
 from sequencerd.storage import connections, sources
@@ -124,9 +124,21 @@ class Lookups:
         self._endpoints.append(endpoint)
         form = settings.form or ("original" if settings.arn else "list")
 
+        async def halves(subjects: list[str]) -> dict[str, External]:
+            middle = len(subjects) // 2
+            return await ask(subjects[:middle]) | await ask(subjects[middle:])
+
         async def ask(subjects: list[str]) -> dict[str, External]:
             question = {"runners": subjects} if form == "original" else subjects
-            reply = await endpoint.post(json.dumps(question).encode())
+            is_one = len(subjects) == 1
+            try:
+                reply = await endpoint.post(json.dumps(question).encode())
+            except AnswerTooLarge:
+                if is_one:
+                    raise
+                return await halves(subjects)
+            if reply.status == TOO_LARGE and not is_one:
+                return await halves(subjects)
             text = f"it answered {reply.status} {reply.excerpt()}".rstrip()
             if judge(reply, text) is not None:
                 raise Unreachable(text)

@@ -60,7 +60,7 @@ from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
 WRITERS = 3  # of results: one computes while the others wait for the database
 MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop runs
 QUARANTINE_TURN = 1.0  # seconds between checks for work to be repeated
-LOOK_SHARE = 0.1  # of the time, for scans of the whole index
+SCAN_SHARE = 0.1  # of the time, for scans of the whole index
 
 
 class Engine:
@@ -98,7 +98,7 @@ class Engine:
         self._heap: Heap[StepKey] = Heap()
         self._busy: set[StepKey] = set()
         self._again: set[StepKey] = set()  # busy steps that are to be worked on once more
-        self._look_at = 0.0  # when to look through the whole index again, in the loop's time
+        self._scan_at = 0.0  # when to scan the whole index again, in the loop's time
         self._background = Background(self._stopping, log)
         lease_time = timedelta(seconds=settings.lease)
         self.problems = Problems()
@@ -478,14 +478,14 @@ class Engine:
         entries. So frequent calls begin at the cursors, except for a part of the time.
         """
         loop = asyncio.get_running_loop()
-        whole = whole or loop.time() >= self._look_at
+        whole = whole or loop.time() >= self._scan_at
         async with connections.borrow(self._pool) as connection:
             started = loop.time()
             wakes = await first_wakes(connection, {} if whole else self._cursors.known)
             ended = loop.time()
         if whole:
             self._cursors.forget_ahead()
-            self._look_at = ended + (ended - started) * (1 / LOOK_SHARE - 1)
+            self._scan_at = ended + (ended - started) * (1 / SCAN_SHARE - 1)
             self._cursors.forget_unused(self._clock.now())
         return wakes
 

@@ -31,6 +31,7 @@ from sequencerd.runners.answers import ANSWERS_OF_WORDS, check_json, read_outcom
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import (
     MAX_ANSWER,
+    TOO_LARGE,
     HttpClient,
     HttpReply,
     Unreachable,
@@ -197,7 +198,7 @@ class BatchRunner:
         except Unreachable as error:
             failed = error.failed(f"{self._name}: {error}")
             return late | dict.fromkeys((task.key for task in tasks), failed)
-        if reply.status == 413 and len(tasks) > 1:
+        if reply.status == TOO_LARGE and len(tasks) > 1:
             self._batch_bytes = min(self._batch_bytes, len(body) // 2)
             return None
         return late | self._judge(reply, tasks)

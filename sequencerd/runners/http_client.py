@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 from urllib.request import getproxies, proxy_bypass
 
+import h2.errors
 import h2.events
 import h2.exceptions
 import httpx
@@ -242,6 +243,7 @@ class HttpClient:
         except Unreachable as error:
             failed = error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+            sent = sent and not _is_unprocessed(error)
             failed = Unreachable(
                 f"{place}: {_reason(error)}",
                 sent=sent,
@@ -379,6 +381,16 @@ def _place(url: httpx.URL) -> str:
     return f"{host}:{_port(url)}"
 
 
+def _is_unprocessed(error: BaseException) -> bool:
+    """Return whether the server says that it has not begun a request (RFC 9113, 8.7)."""
+    return any(
+        isinstance(argument, h2.events.StreamReset)
+        and argument.error_code == h2.errors.ErrorCodes.REFUSED_STREAM
+        for one in causes(error)
+        for argument in one.args
+    )
+
+
 def _is_retired(error: BaseException) -> bool:
     """Return whether GOAWAY has ended an HTTP/2 connection: h2 then refuses all requests."""
     return any(
@@ -468,6 +480,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 PAYMENT_REQUIRED = 402
+TOO_LARGE = 413
 _OPERATORS = frozenset({401, PAYMENT_REQUIRED, 403, 405, 407, 421, 426})
 _PASSING = frozenset({408, 409, 423, 425, 429})
 

@@ -49,6 +49,9 @@ def is_environment(error: BaseException) -> bool:
 
 
 def _class(error: asyncpg.PostgresError) -> str:
+    # a full queue of notifications has the code of rows that are too large
+    if getattr(error, "server_source_function", None) == "PreCommit_Notify":
+        return "53"
     return (error.sqlstate or "")[:2]
 
 

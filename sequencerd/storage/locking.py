@@ -79,8 +79,8 @@ class Peeked(NamedTuple):
 async def peek(
     connection: asyncpg.Connection, due: DueEnrollments, *, with_ahead: bool
 ) -> Peeked | None:
-    """Read what a claim would claim, without a lock, and what any daemon but this one has leased.
-    None if a claim must read it: if its last writer is not known, or data are large.
+    """Read without a lock what a claim would claim, and what other daemons have leased. Return None
+    if a claim must read it, because its last writer is not known, or data are large.
     """
     rows = await connection.fetch(QUERIES["peek"], *due, with_ahead)
     if any(row["version"] is None or row["data"] is None for row in rows):

@@ -52,7 +52,7 @@ class EnrollmentWrites:
     goals_met: dict[int, tuple[Rows[str], str | None]] = field(default_factory=dict)  # elsewhere
     data: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # merged into the data
     places: Mapping[int, str] = field(default_factory=dict)
-    """By id, where rows are that the transaction has locked, as far as that is known (ctid)."""
+    """The places (ctid) of rows that the transaction has locked, by id, as far as known."""
 
     @property
     def are_alike(self) -> bool:

@@ -19,6 +19,7 @@ import pytest
 
 from sequencerd.core.model import LookupAnswer, Task
 from sequencerd.engine import lookups
+from sequencerd.runners.http_client import MAX_ANSWER
 from sequencerd.service.health import Health
 from sequencerd.service.metrics import Metrics
 from sequencerd.settings import LookupSettings
@@ -268,6 +269,39 @@ async def ask_endpoint(body: bytes, *ids: int) -> list[LookupAnswer]:
         answers = await made.get("plans").run(None, [task(id_) for id_ in ids])
         await made.close()
     return list(answers)
+
+
+@pytest.mark.parametrize("limit", ["question", "answer"])
+async def test_too_large_a_batch_is_halved_until_it_fits(limit: str) -> None:
+    async def respond(request: Request) -> Answer:
+        subjects = json.loads(request.body)
+        if limit == "question" and len(subjects) > 2:
+            return Answer(413, b"request entity too large")
+        large = "x" * (MAX_ANSWER // 3)
+        return Answer(body=json.dumps([{"id": one, "of": large} for one in subjects]).encode())
+
+    async with http_server(respond) as server:
+        pool: Any = None
+        made = lookups.Lookups(pool, {"plans": LookupSettings(url=server.url)})
+        answers = await made.get("plans").run(None, [task(id_) for id_ in range(7)])
+        await made.close()
+    assert [one.external and one.external["id"] for one in answers] == [
+        f"user-{id_}" for id_ in range(7)
+    ]
+
+
+@pytest.mark.parametrize("answer", [Answer(413), Answer(body=b"x" * (MAX_ANSWER + 1))])
+async def test_one_subject_that_is_too_large_is_a_failure(answer: Answer) -> None:
+    async def respond(_: Request) -> Answer:
+        return answer
+
+    async with http_server(respond) as server:
+        pool: Any = None
+        made = lookups.Lookups(pool, {"plans": LookupSettings(url=server.url)})
+        (found,) = await made.get("plans").run(None, [task(7)])
+        await made.close()
+    assert found.external is None
+    assert len(server.requests) == 1
 
 
 async def test_data_that_cannot_be_used_concern_their_subject_only() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,17 @@ from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST_WAKE
-from sequencerd.storage import locking, migrate, sequences
+from sequencerd.storage import embedded, locking, migrate, sequences
 from tests.helpers.command_line import Command
-from tests.helpers.databases import QUOTED, execute, make_login, with_database
+from tests.helpers.databases import (
+    FAST_SETTINGS,
+    QUOTED,
+    execute,
+    initialize_server,
+    make_login,
+    server_folder,
+    with_database,
+)
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
 
@@ -552,6 +561,47 @@ async def test_an_error_of_the_environment_fails_no_enrollment(
 
 
 # --- what can't be read, and what is large
+
+
+@pytest.mark.slow
+async def test_a_full_queue_of_notifications_fails_no_enrollment() -> None:
+    """The server reports it as if the row were too large. Only those that end notify here, so that
+    a failure could be written.
+    """
+    with server_folder() as folder:
+        initialize_server(folder)
+        with embedded.running(
+            folder, settings=FAST_SETTINGS | {"max_notify_queue_pages": "64"}
+        ) as server:
+            connection = await asyncpg.connect(server.url)
+            await migrate.migrate(connection)
+            await define(connection, "s", ("note", "Note", "{}", None))
+            await connection.execute("""
+                CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                    PERFORM pg_notify('app', repeat('x', 7000));
+                    RETURN NEW;
+                END $$;
+                CREATE TRIGGER tell AFTER UPDATE ON sequencer.enrollments
+                    FOR EACH ROW WHEN (NEW.status = 'completed') EXECUTE FUNCTION tell()""")
+            slow = await asyncpg.connect(server.url)
+            await slow.execute("LISTEN app")
+            recorder = Recorder()
+            async with running_engine(server.url, {"Note": recorder}, sweep=0.1):
+                async with slow.transaction():  # meanwhile, it reads none of them
+                    with suppress(asyncpg.ProgramLimitExceededError):
+                        while True:
+                            await connection.execute("SELECT pg_notify('app', repeat('x', 7000))")
+                    await connection.execute("SET sequencer.notify = off")
+                    await enroll(connection, "s", "a")
+                    await until(connection, QUARANTINED, 1)
+                # this removes what has been read
+                await until(connection, "SELECT pg_notification_queue_usage() < 0.5")
+                await until(connection, ALL_ENDED)
+            assert await connection.fetchval(DONE, 1)
+            assert len(recorder.keys) == 1
+            await slow.close()
+            await connection.close()
 
 
 @pytest.mark.slow

@@ -25,11 +25,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from h2.errors import ErrorCodes
 from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
 
 from sequencerd.core.model import Task
 
 HOST = "127.0.0.1"
+REFUSED_STREAM = b"REFUSED_STREAM"
+"""As a raw answer over HTTP/2: the request was not begun, as servers say that are overloaded."""
+
 GOAWAY = b"GOAWAY"
 """As a raw answer over HTTP/2: the connection is given up, as servers do that are restarted."""
 
@@ -442,6 +446,10 @@ class Http2Server(HttpServer):
             given = await self.respond(request)
             if given.raw == GOAWAY:
                 talk.close_connection(last_stream_id=stream)
+                flush()
+                return
+            if given.raw == REFUSED_STREAM:
+                talk.reset_stream(stream, ErrorCodes.REFUSED_STREAM)
                 flush()
                 return
             if given.raw is not None:

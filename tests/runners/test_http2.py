@@ -65,6 +65,16 @@ async def test_the_name_of_a_host_may_end_with_a_dot(
     assert isinstance(results[0], Answer), results
 
 
+async def test_a_request_that_was_not_begun_spends_no_attempt(tls: ssl.SSLContext) -> None:
+    async def respond(request: Request) -> servers.Answer:
+        return servers.Answer(raw=servers.REFUSED_STREAM)
+
+    async with http_server(respond, tls) as server:
+        (result,) = await call(server)
+    assert isinstance(result, Failed)
+    assert (result.fault, result.unknown) == ("server", False)
+
+
 async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
     together = asyncio.Event()
 

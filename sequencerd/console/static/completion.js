@@ -1,6 +1,6 @@
 "use strict";
-// What can be written at a place of a sequence's YAML, by the JSON Schema of files. The text need not
-// be whole: the place is found by indentation alone.
+// Complete a sequence's YAML by the JSON Schema of files. The text may be incomplete: only the
+// indentation decides where a position is.
 
 const Completion = (() => {
   const KEY = /^("[^"]*"|'[^']*'|[^\s#"'{[&*!|>%@`-][^:#]*?|-[^\s:][^:#]*?)\s*:(?=\s|$)/;
@@ -27,7 +27,7 @@ const Completion = (() => {
   const isBlank = (line) => /^\s*(#.*)?$/.test(line);
   const indentation = (line) => line.length - line.trimStart().length;
 
-  // The mappings and lists in {} and [] that a line opens from a column on, as they are at a position: the
+  // The mappings and lists in {} and [] that a line opens from a column on and that contain a position: the
   // outermost first, each with its values and the key at the position. Null if there are none.
   function flowAt(line, from, position) {
     const first = line.slice(from).trimStart()[0];
@@ -35,7 +35,7 @@ const Completion = (() => {
     const open = [];
     let found = null;
     let token = "";
-    let isCut = false; // what is being typed counts for nothing
+    let isCut = false; // what is being typed is ignored
     const end = () => {
       const last = open.at(-1);
       if (last.key !== undefined && !isCut) last.values[last.key] = plain(token);
@@ -112,7 +112,7 @@ const Completion = (() => {
     return found;
   }
 
-  // A schema with what it refers to, and its alternatives, as far as the values allow them.
+  // A schema with the definitions that it refers to, and the alternatives that the values allow.
   function expand(root, schema, values) {
     if (!schema || typeof schema !== "object") return [];
     if (schema.$ref) return expand(root, root.$defs[schema.$ref.replace("#/$defs/", "")], values);
@@ -132,7 +132,7 @@ const Completion = (() => {
     return own;
   }
 
-  // The schemas of what the path leads to. `below` are the values of the last mapping.
+  // The schemas of the values at a path. `below` are the values of the last mapping.
   function schemasAt(root, lines, path, below) {
     let schemas = [root];
     path.forEach((one) => {
@@ -149,7 +149,7 @@ const Completion = (() => {
 
   const NAMES_STEP = new Set(["next", "altNext", "step"]);
 
-  // The names of steps: what is deeper than a key of the first step is no key of another.
+  // The names of steps: a line that is indented deeper than a key of the first step is no key of a step.
   function stepNames(lines) {
     const found = [];
     let column = null;
@@ -164,7 +164,7 @@ const Completion = (() => {
     return found;
   }
 
-  // The options at a position, and where what they replace begins; null where there is nothing to say.
+  // The options at a position, and where the text that they replace begins; null if there are none.
   function complete(text, position, root, known) {
     const lines = text.split("\n");
     const before = text.slice(0, position).split("\n");
@@ -185,7 +185,7 @@ const Completion = (() => {
       return offered(from, values(lines, path, { ...own, line: number }, siblings(lines, number, own.column), root, known));
     }
     const column = line.length - typed.length;
-    // the key that is being typed must not count as one that is there
+    // the key that is being typed does not count as present
     lines[number] = lines[number].slice(0, column);
     const { path, isText } = pathAt(lines, number, column);
     if (isText) return null;
@@ -234,7 +234,7 @@ const Completion = (() => {
   const IS_PLAIN = /^[a-z_](?!.*(: |:$| #))[^[\]{},"'\n]*$/i;
   const IS_OTHER = /^(true|false|yes|no|on|off|null|y|n)$/i;
 
-  // A name is quoted where YAML would read something else.
+  // A name is quoted if YAML would read it as something else.
   function name(label) {
     const isPlain = IS_PLAIN.test(label) && !IS_OTHER.test(label) && label === label.trim();
     return { label, type: "variable", apply: isPlain ? label : JSON.stringify(label) };

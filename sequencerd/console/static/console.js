@@ -1,6 +1,6 @@
 "use strict";
-// What a page does beside showing: times in the reader's zone, keys, and following what
-// changes.
+// What pages do in the browser: show times in the reader's zone, handle keys, and update
+// themselves.
 
 const clock = new Intl.DateTimeFormat("sv-SE", {
   dateStyle: "short", timeStyle: "medium",
@@ -14,7 +14,7 @@ function showTimes(root) {
   }
 }
 
-// Keys as in mail programs: j and k go down and up the rows, x ticks one, Enter opens it, / searches.
+// Keys as in mail programs: j and k move down and up the rows, x selects one, Enter opens it, / searches.
 const isTyping = (element) => element?.isContentEditable
   || element?.matches("input:not([type=checkbox]), select, textarea");
 
@@ -35,16 +35,15 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// A row leads where its link leads. Its text is in front of the link, so that it can be selected.
+// Clicking a row opens its link. Its text is in front of the link, so that it can be selected.
 document.addEventListener("click", (event) => {
   const link = event.target.closest("tbody tr")?.querySelector("td > a");
   if (!link || event.target.closest("a, button, input, label") || !getSelection().isCollapsed) return;
   link.dispatchEvent(new MouseEvent("click", event));
 });
 
-// One stream while the page is seen. The server tells that there is a newer version of what is
-// shown, and htmx fetches it. A stream that ends is opened again by the browser, and here where the
-// browser gives up.
+// One stream while the page is visible. The server reports that there is a newer version of what is
+// shown, and htmx fetches it. The browser reopens a stream that ends; if it gives up, this does.
 let source = null;
 let again = null;
 
@@ -79,7 +78,7 @@ function later(work) {
 const refresh = () => htmx.trigger(document.body, "live");
 const isLive = (event) => event.detail?.ctx?.sourceElement?.id === "live";
 
-// what could not be fetched: what is shown stays, and is asked for again
+// after a failed request, the page stays as it is, and requests again
 function failed(event) {
   if (!isLive(event)) return;
   const status = event.detail.ctx.response?.status;
@@ -91,7 +90,7 @@ function failed(event) {
 document.addEventListener("htmx:response:error", failed);
 document.addEventListener("htmx:error", failed);
 
-// a session that is over leads to the login
+// after the end of a session, go to the login
 document.addEventListener("htmx:before:swap", (event) => {
   if (!new URL(event.detail.ctx.response.raw.url).pathname.endsWith("/login")) return;
   event.preventDefault();
@@ -113,5 +112,5 @@ window.addEventListener("pageshow", (event) => event.persisted && follow());
 
 showTimes(document);
 follow();
-// a page that says that something can't be reached is asked for again
+// reload a page that says that something cannot be reached
 if (document.querySelector("[data-retry]")) setTimeout(() => location.reload(), 5000);

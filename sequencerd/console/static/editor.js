@@ -11,7 +11,7 @@
     indentWithTab, keymap, lineNumbers, lintGutter, lintKeymap, linter, syntaxHighlighting, tags, yaml,
   } = CodeMirror;
 
-  // colours are those of the page, so that both schemes hold
+  // the colours are those of the page, in both schemes
   const theme = EditorView.theme({
     "&": { border: "1px solid var(--field, var(--soft))", borderRadius: "6px", background: "var(--back)", color: "var(--text)" },
     "&.cm-focused": { outline: "2px solid var(--accent)", outlineOffset: "1px" },
@@ -33,7 +33,7 @@
     ".cm-lintRange-error": { backgroundImage: "none", textDecoration: "underline wavy var(--bad)" },
     ".cm-lintRange-warning": { backgroundImage: "none", textDecoration: "underline wavy var(--warn)" },
     ".cm-lintRange-active": { backgroundColor: "var(--bad-tint)" },
-    // instead of images in the style, which the page's policy forbids
+    // instead of images in styles, which the page's policy forbids
     ".cm-lint-marker": { width: "auto", height: "auto" },
     ".cm-lint-marker-error": { content: "none", color: "var(--bad)" },
     ".cm-lint-marker-warning": { content: "none", color: "var(--warn)" },
@@ -64,7 +64,7 @@
     return isAsked ? { ...found, validFor: /^[\w. -]*$/ } : null;
   }
 
-  // what the server finds: the same check as that of the plan
+  // the errors that the server finds, by the same check as for a plan
   async function check(view) {
     const body = new URLSearchParams({ token: form.elements.token.value, text: view.state.doc.toString() });
     const answer = await fetch(area.dataset.check, { method: "POST", body });
@@ -107,7 +107,7 @@
       ],
     }),
   });
-  // a page that comes back has the text of the form
+  // a page that is shown again has the text of the form
   window.addEventListener("pageshow", () => {
     if (area.value !== view.state.doc.toString()) {
       view.dispatch({ changes: { from: 0, to: view.state.doc.length, insert: area.value } });

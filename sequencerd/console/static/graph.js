@@ -1,6 +1,6 @@
 "use strict";
-// Draws the graph of a sequence. Places are computed anew only where steps or ways have changed;
-// where only counts have, their texts are replaced, and what has the focus keeps it.
+// Draws the graph of a sequence. The layout is computed again only if steps or edges have changed.
+// If only counts have, their texts are replaced, and the focus stays where it is.
 
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
@@ -9,7 +9,7 @@
   const LINE = 17; // more for a limit
   let drawn = "";
   let view = null;
-  let focus = null; // what gets the focus once it is shown
+  let focus = null; // the element that gets the focus once it is shown
 
   function element(name, attributes, ...children) {
     const made = document.createElementNS(SVG, name);
@@ -18,9 +18,9 @@
     return made;
   }
 
-  // a letter may be several characters, such as an emoji or one with an accent
+  // a letter may be several characters, such as an emoji or a letter with an accent
   const letters = (text) => Array.from(new Intl.Segmenter().segment(text), ({ segment }) => segment);
-  // what is written from right to left stays apart from what is beside it
+  // isolate text that is written from right to left from its surroundings
   const apart = (text) => (/[^\0-\x7f]/.test(text) ? `\u2068${text}\u2069` : text);
   const short = (text, most) => {
     const all = letters(text);
@@ -28,7 +28,7 @@
   };
   const high = (node) => HEIGHT + (node.limit ? LINE : 0);
 
-  // Write as much of a text as there is room for: letters differ in width.
+  // Write as much of a text as fits: letters differ in width.
   function write(place, text, room) {
     const key = `${room} ${text}`;
     if (place.dataset.text === key) return;
@@ -43,7 +43,7 @@
     }
   }
 
-  // Where each way leads. What only goals lead to is drawn apart, with an end of its own.
+  // Where each edge leads. Steps that only goals lead to are drawn separately, with an end of their own.
   function targets(data) {
     const main = new Set(data.nodes.filter((node) => node.first).map((node) => node.name));
     for (const name of main) {
@@ -90,7 +90,7 @@
     });
     const wide = element("path", { class: "wide", d: path(points) });
     const label = element("text", { class: "label", x, y: y + 4 });
-    // the ways of a step stand in its panel as well: one stop of the keyboard less for each
+    // the panel of a step lists its edges as well, so the keyboard need not stop at each
     return element("a", { href: edge.url, class: "edge", "data-edge": n, tabindex: -1 }, wide, line, label, element("title", {}));
   }
 
@@ -153,7 +153,7 @@
     );
   }
 
-  // above the frame: within it they would cover steps
+  // above the frame: inside it, they would cover steps
   function showButtons() {
     const bar = document.getElementById("zoom");
     bar.replaceChildren();
@@ -169,8 +169,8 @@
     }
   }
 
-  // A step or a way opens beside the graph: the page is fetched under its new address, and what is
-  // the same stays as it is.
+  // A step or an edge opens beside the graph: the page is fetched under its new address, and the parts
+  // that have not changed stay as they are.
   function open(event) {
     const link = event.target.closest("#graph a, .journey .close, .ranges a, #step .ways a");
     if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
@@ -232,7 +232,7 @@
 
   const address = () => location.pathname + location.search;
 
-  // whatever was requested before a click is for another address
+  // a request that was sent before a click is for another address
   document.addEventListener("htmx:before:request", (event) => {
     if (!isLive(event)) return;
     event.detail.ctx.request.action = address();

@@ -1,6 +1,6 @@
 "use strict";
-// Zooms and moves a drawing: by buttons, wheel, keyboard, mouse and touch; with a small map of it
-// where it is larger than its frame.
+// Zooms and moves a drawing, with buttons, wheel, keyboard, mouse and touch. If it is larger than its
+// frame, a small map of it is shown.
 
 function viewport(frame, { width, height, middle }) {
   const drawing = frame.querySelector("svg.drawing");
@@ -9,7 +9,7 @@ function viewport(frame, { width, height, middle }) {
   let scale = 1;
   let left = 0;
   let top = 0;
-  let isMoved = false; // by the reader; else the frame decides
+  let isMoved = false; // by the user; otherwise the frame decides
 
   const most = 3;
   const fitting = () => Math.min(frame.clientWidth / width, frame.clientHeight / height, 1);
@@ -33,7 +33,7 @@ function viewport(frame, { width, height, middle }) {
     }
   }
 
-  // a point of the frame stays where it is
+  // keep a point of the frame where it is
   function zoom(factor, x = frame.clientWidth / 2, y = frame.clientHeight / 2) {
     const next = Math.min(Math.max(scale * factor, least()), most);
     left += x / scale - x / next;
@@ -57,8 +57,8 @@ function viewport(frame, { width, height, middle }) {
     show();
   }
 
-  // At first as large as can be read, with the chosen or first step in the middle; on a phone all of it, if
-  // there is something to be seen then.
+  // At first as large as is readable, with the selected or first step in the middle; on a phone all of it,
+  // unless it would be too small.
   function start() {
     const wide = frame.clientWidth / width;
     scale = frame.clientWidth < 600
@@ -115,14 +115,14 @@ function viewport(frame, { width, height, middle }) {
     drawing.addEventListener(name, (event) => pointers.delete(event.pointerId));
   }
 
-  // what was dragged was not clicked; a key clicks without a pointer
+  // a drag is not a click; a key clicks without a pointer
   drawing.addEventListener("click", (event) => {
     if (moved > 4 && event.detail) { event.preventDefault(); event.stopPropagation(); }
     moved = 0;
   }, true);
   drawing.addEventListener("dragstart", (event) => event.preventDefault());
 
-  // a page is scrolled by a wheel, unless the graph is in use
+  // the wheel scrolls the page, unless the graph is in use
   frame.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey && !frame.contains(document.activeElement)) return;
     event.preventDefault();

@@ -115,7 +115,7 @@ _OPPOSITES = {
     "startsWith": "notstartswith doesnotstartwith",
     "endsWith": "notendswith doesnotendwith",
 }
-"""Names of conditions of which lodash has only the opposite."""
+"""Names of conditions for which lodash has only the opposite."""
 
 PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 """A path of names separated by dots, the usual form."""

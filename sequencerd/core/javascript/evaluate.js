@@ -1,10 +1,10 @@
-// Runs in a new context after lodash and handlebars; its value is called with the table of locales
-// and gives what sandbox.py calls. Texts go in and out as JSON where they may hold any character.
+// Runs in a new context after lodash and handlebars. Its value is a function that takes the table of
+// locales and returns what sandbox.py calls. Texts that may hold any character are passed as JSON.
 "use strict";
 (localesText) => {
   const { _, Handlebars } = globalThis;
   const { parse, stringify } = JSON;
-  const compile = globalThis.eval; // of what handlebars wrote
+  const compile = globalThis.eval; // of code that handlebars wrote
   delete globalThis._;
   delete globalThis.Handlebars;
 
@@ -13,8 +13,8 @@
   const PLAIN_PATH = /^\w+(\.\w+)+$/;
   const ONLY_READS = /^(eq|gte?|lte?|is[A-Z]\w*|has|inRange|includes|startsWith|endsWith|size)$/;
 
-  // An enrollment's goals and conditions read the same text one after the other: parsed once, as
-  // no command that may change what was parsed gets it.
+  // An enrollment's goals and conditions read the same text one after the other. It is parsed once:
+  // commands that may change the result get a copy of their own.
   let lastText;
   let lastView;
 
@@ -94,7 +94,7 @@
     return isMissing(value) ? "" : String(value);
   }
 
-  // What a helper prints of a value: in strict mode there must be one.
+  // What a helper prints for a value, which must exist in strict mode.
   function printed(value, options) {
     if (rendering.strict && isMissing(value)) fail(options, "the value is missing");
     return text(value);
@@ -113,7 +113,7 @@
   }
 
   const HELPERS = {
-    // Python knows the calendar: what it has not answered yet is asked, and all rendered again.
+    // Python knows the calendar: request the answers that are missing, then render again.
     date(value, options) {
       if (typeof value !== "string") {
         const found = text(value) === "" ? "missing" : `not a text but ${_.truncate(stringify(value))}`;
@@ -174,7 +174,7 @@
     return Object.hasOwn(locales, name) ? name : name.split("-")[0];
   }
 
-  // Each with the least and the most number of arguments, and its options; none: any.
+  // Each with the least and the greatest number of arguments, and its options; without these, any.
   const USES = {
     date: [1, 1, "format", "zone", "locale"],
     default: [1, Infinity],
@@ -201,7 +201,7 @@
 
   // --- reading templates
 
-  // The lexer's expressions begin with ^, for which QuickJS looks from each character on.
+  // The lexer's expressions begin with ^, but QuickJS tries them at each character.
   const { lexer } = Handlebars.Parser;
   // In a style, a tag that begins with two braces ends with two: in {color:{{data.color}}} the third
   // is CSS. Elsewhere it is a mistake.
@@ -232,22 +232,22 @@
     };
   });
 
-  // Walks through a template: notes its helpers, the paths that it reads, and what is wrong.
+  // Walks through a template and collects its helpers, the paths that it reads, and its errors.
   class Reader extends Handlebars.Visitor {
     constructor() {
       super();
       this.wrong = []; // [line, kind, name]
-      this.options = []; // [line, helper, option, text] of those written in place
-      this.dates = []; // [keys, {option: text}] of the dates that are surely written
+      this.options = []; // [line, helper, option, text] of literal ones
+      this.dates = []; // [keys, {option: text}] of dates that are certainly printed
       this.helpers = new Set();
       this.inlines = new Set(["@partial-block"]); // partials that it defines
-      this.used = []; // [line, partial, has a block, is called for certain with the view itself]
+      this.used = []; // [line, partial, has a block, is certainly called with the view itself]
       this.isDynamic = false; // it computes the name of a partial
       this.reads = new Set();
-      this.surelyReads = new Set(); // from the view itself, for certain
-      this.fromView = []; // the paths that begin at the view, for certain
+      this.surelyReads = new Set(); // certainly from the view itself
+      this.fromView = []; // the paths that certainly begin at the view
       this.depth = 0; // how many ../ lead to it
-      this.names = []; // of block parameters in sight
+      this.names = []; // of block parameters in scope
       this.atRoot = true; // the current value may be the view itself
       this.surely = true; // it is
     }
@@ -386,7 +386,7 @@
     }
   }
 
-  // What can be told of a template without rendering it, as JSON.
+  // The analysis of a template without rendering it, as JSON.
   function analyse(text) {
     const reader = new Reader();
     reader.read(parse(text));
@@ -395,7 +395,7 @@
     return stringify({ wrong, options, dates, ...sets, used, isDynamic });
   }
 
-  // A template in which the keys of the view have other names.
+  // The template with other names for keys of the view.
   function rename(text) {
     const { source, names } = parse(text);
     const reader = new Reader();
@@ -417,7 +417,7 @@
 
   // --- rendering
 
-  // {{{a}}}{{{b}}} with 1 and 2 prints 12: neighbours are not added up.
+  // {{{a}}}{{{b}}} with 1 and 2 prints 12: adjacent numbers are not added.
   const { append } = Handlebars.JavaScriptCompiler.prototype;
   Handlebars.JavaScriptCompiler.prototype.append = function () {
     if (!this.isInline()) {
@@ -444,7 +444,7 @@
     };
   }
 
-  // The templates of a message are rendered one after the other, and none can change its view.
+  // The templates of a message are rendered one after the other, and none can change the view.
   let last = { text: "null", view: null };
 
   function viewOf(text) {
@@ -452,8 +452,8 @@
     return last.view;
   }
 
-  // What takes long in compiling a template: it gives the specifications of its parts, and the
-  // helpers that it calls.
+  // The slow part of compiling a template: return the specifications of its parts, and the helpers
+  // that it calls.
   function translate(program) {
     const { source, partials = {}, html, strict } = parse(program);
     const used = new Set(["helperMissing", "blockHelperMissing"]);
@@ -469,7 +469,7 @@
 
   function template(program, translated) {
     const { source, partials = {}, html, strict } = parse(program);
-    // only the helpers that it calls: the runtime copies them for each rendering
+    // only the helpers that it calls, because the runtime copies them for each rendering
     const [mainSpec, partialSpecs, used] = parse(translated ?? translate(program));
     // calls `begin` before a part is rendered for the first time
     const beginning = (made, begin) => {
@@ -485,7 +485,7 @@
       };
       return { ...made, main: whole };
     };
-    let prepared; // what the runtime makes anew for each rendering, unless it is that of a partial
+    let prepared; // what the runtime makes for each rendering, unless it is that of a partial
     const mainParts = beginning(compile(mainSpec), (container) => {
       prepared = {
         ..._.pick(container, ["decorators", "helpers", "hooks", "partials", "protoAccessControl"]),
@@ -520,9 +520,9 @@
     };
   }
 
-  // --- nothing that one evaluation does can be seen by the next
+  // --- no evaluation has an effect on the next one
 
-  // What is inherited from Object.prototype can be set all the same on an object of one's own.
+  // Names inherited from Object.prototype can nevertheless be set on own objects.
   for (const key of Object.getOwnPropertyNames(Object.prototype)) {
     const { value, writable } = Object.getOwnPropertyDescriptor(Object.prototype, key);
     if (!writable) continue;

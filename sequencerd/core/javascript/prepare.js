@@ -1,5 +1,5 @@
-// Runs in a new context before lodash and handlebars: takes away what answers differently twice,
-// and bounds the few native functions that loop without looking at the limits.
+// Runs in a new context before lodash and handlebars. It removes everything whose results may differ,
+// and limits the few native functions that loop without checking the limits.
 "use strict";
 (() => {
   for (const name of [
@@ -15,7 +15,7 @@
   };
   Math.random = () => 0.5;
 
-  // On `{"length": 1e15}` these would not come back, and no limit would stop them.
+  // With `{"length": 1e15}`, these would not return, and no limit would stop them.
   const LONGEST = 1e6;
   for (const name of [
     "concat", "copyWithin", "fill", "flat", "includes", "indexOf", "join", "lastIndexOf", "reverse",

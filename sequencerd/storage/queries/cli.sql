@@ -107,7 +107,7 @@ UNION ALL
 SELECT enrollments, events, suppressions, redacted, mentioned_in FROM sequencer.forget($1);
 
 -- name: know_texts
--- Let forget and export_subject look in this transaction also for the addresses that other shards hold.
+-- Let forget and export_subject search in this transaction also for the addresses that other shards have.
 SELECT set_config('sequencer.texts', $1, true);
 
 -- name: export_subject
