@@ -37,8 +37,8 @@ COMMON = ("psycopg[binary]==3.3.9", "uvloop==0.23.0")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A queue: its program in bench/peers, its packages for Python, what it is as it runs, and how
-    much is asked of it at most, so that no queue takes much longer than the others.
+    """A queue: its program in bench/peers, its packages for Python, its name in the table, and the
+    most work that it gets, so that no queue takes much longer than the others.
     """
 
     program: str
@@ -84,7 +84,7 @@ ALONE = (
     ("timer", "p99_ms"),
     ("raw notify", "p99_ms"),
 )
-"""What has no counterpart at the peers."""
+"""Workloads that have no counterpart in the other queues."""
 
 OWN_WORKS = "limit,pure,data,w1,flat,http,wave,timer,wake"
 
@@ -95,14 +95,14 @@ Figures = dict[tuple[str, str, str], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much each program has to do, unless it is slow."""
+    """The work of each program, unless it is slow."""
 
     subjects: int = 50_000
     wave: int = 20_000
     samples: int = 200
 
     def arguments(self, subjects: int, wave: int) -> list[str]:
-        """Return the arguments of a program that can do so much."""
+        """Return the arguments of a program for its part of the work."""
         return [
             *("--subjects", str(min(subjects, self.subjects))),
             *("--wave", str(min(wave, self.wave))),
@@ -110,7 +110,7 @@ class Sizes:
         ]
 
     def shown(self, names: Iterable[str]) -> str:
-        """Return a sentence that says who has less to do."""
+        """Return a sentence that names the queues with less work."""
         known = [(name, KNOWN[name]) for name in names if name in KNOWN]
         few = [name for name, peer in known if peer.subjects < self.subjects]
         small = [name for name, peer in known if peer.wave < self.wave]
@@ -156,7 +156,7 @@ def _run(command: list[str], folder: Path) -> bool:
 def programs(
     peers: Iterable[str], sizes: Sizes, works: str = OWN_WORKS
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield everything that takes part: a name, and the command that measures it."""
+    """Yield the name of each program, and the command that measures it."""
     yield (
         "sequencerd",
         [
@@ -177,7 +177,7 @@ def run(
     name: str, command: Sequence[str], server: postgresql.Server, *, is_kept: bool = False
 ) -> list[Line] | None:
     """Run one program, print its lines, and return them; None if other processes disturbed it,
-    unless they are kept all the same. A program that prints nothing for SILENCE is stopped.
+    unless such figures are kept. A program that prints nothing for SILENCE is stopped.
     """
     lines: list[Line] = []
     signal.signal(signal.SIGALRM, _give_up)
@@ -281,7 +281,7 @@ def shown(value: float) -> str:
 
 
 def alone(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
-    """Yield the table of what has no counterpart at the peers."""
+    """Yield the table of workloads without a counterpart in the other queues."""
     limit = medians.get(("sequencerd", "limit", "transitions_per_s"))
     yield "| work | sequencerd | of the limit |"
     yield "| --- | ---: | ---: |"

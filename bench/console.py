@@ -82,7 +82,7 @@ SELECT n, now() - interval '14 days' * (1 - n::float8 / $2) + m * interval '10 m
 
 
 async def fill(connection: asyncpg.Connection, count: int) -> None:
-    """Everybody and what has happened."""
+    """Insert the enrollments and their history."""
     await connection.execute("SET session_replication_role = replica")  # faster, and no NOTIFY
     await connection.execute(DEFINE, SEQUENCES)
     await connection.execute(DEFINE_STEPS, SEQUENCES, STEPS)
@@ -96,7 +96,7 @@ async def fill(connection: asyncpg.Connection, count: int) -> None:
 
 
 async def main() -> None:
-    """Prints the figures."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dsn", required=True)
     parser.add_argument("--enrollments", type=int, default=1_000_000)
@@ -164,7 +164,7 @@ def pages_of(count: int) -> dict[str, str]:
 
 
 async def measure(client: httpx.AsyncClient, requests: int, count: int, server: int | None) -> None:
-    """A line for each page: milliseconds of its first time and of the rest."""
+    """Print a line for each page: the milliseconds of its first request, and of the others."""
     for name, path in pages_of(count).items():
         took = []
         before = used(server)
@@ -191,7 +191,9 @@ def used(server: int | None) -> float:
 
 
 async def writes(app: Starlette, url: str, count: int) -> None:
-    """Enrollments a second from another process, without and with a reader of the console."""
+    """Measure the enrollments a second of another process, without and with a reader of the
+    console.
+    """
     rates: dict[bool, list[float]] = {False: [], True: []}
     paths = [f"/console{path}" for path in pages_of(count).values()]
     served = make_app(list, list, CollectorRegistry(), app)
@@ -216,7 +218,7 @@ async def python(program: str, *arguments: str) -> asyncio.subprocess.Process:
 
 
 async def cost(connection: asyncpg.Connection) -> None:
-    """What the counts in the background take, each alone."""
+    """Measure each of the background counts by itself."""
     now = await connection.fetchval(QUERIES["server_time"])
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     yesterday = day - timedelta(days=1)
@@ -236,7 +238,7 @@ async def cost(connection: asyncpg.Connection) -> None:
 
 
 async def disturbance(dsn: str, samples: int) -> None:
-    """The engine's latency without viewers, and with a reader who never pauses."""
+    """Measure the engine's latency without readers, and with one that never pauses."""
     async with engine.defined(dsn, ("a", "Task", "{}")) as (url, connection):
         console = make_console(
             ServedShard(

@@ -1,4 +1,4 @@
-"""Times what the core does once per enrollment, each measure beside its target.
+"""Time what the core does once per enrollment, and compare it with targets.
 
     python bench/core.py [--repeat 5] [--json]
 
@@ -69,7 +69,7 @@ HTML = """\
 
 @dataclass(frozen=True)
 class Measure:
-    """What is timed, and the most microseconds that one call may take; None is for information."""
+    """A function to time, and the most microseconds that a call may take; None: no target."""
 
     name: str
     call: Callable[[], object]

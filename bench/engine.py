@@ -88,7 +88,7 @@ async def no_op(_config: object, runners: Sequence[Any]) -> None:
 
 @asynccontextmanager
 async def fresh(dsn: str) -> AsyncIterator[str]:
-    """The URL of a new database."""
+    """Provide the URL of a new database."""
     connection = await asyncpg.connect(dsn)
     await connection.execute(f"DROP DATABASE IF EXISTS {NAME} WITH (FORCE)")
     await connection.execute(f"CREATE DATABASE {NAME}")
@@ -102,7 +102,7 @@ async def fresh(dsn: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple[str, Any]]:
-    """A database with a sequence of (name, type, config) and a connection."""
+    """Provide a database with a sequence of (name, type, config), and a connection."""
     async with fresh(dsn) as url:
         connection = await asyncpg.connect(url)
         await migrate.migrate(connection)
@@ -124,7 +124,7 @@ async def defined(dsn: str, *steps: tuple[str, str, str]) -> AsyncIterator[tuple
 
 @asynccontextmanager
 async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> AsyncIterator[Engine]:
-    """The daemon's engine and listener, ready."""
+    """Provide a daemon's engine and listener that are ready."""
     at = Shard(url)
     pool, heart = await connections.connect_pool(at, 5), await connections.connect_pool(at, 1)
     log = structlog.wrap_logger(structlog.PrintLogger(sys.stderr))
@@ -177,7 +177,7 @@ async def enroll(connection: Any, count: int, wake_at: datetime | None = None) -
 
 
 async def until(connection: Any, query: str, pause: float = 0.05) -> None:
-    """Asks until the answer is true: rows set no event."""
+    """Poll until the answer is true, because rows set no event."""
     while not await connection.fetchval(query):  # noqa: ASYNC110
         await asyncio.sleep(pause)
 
@@ -215,7 +215,7 @@ async def steps_in_a_row(
 
 
 def answer_calls(port: Any) -> None:
-    """An HTTP server that answers "next" for all, as a process of its own."""
+    """Run an HTTP server, as a separate process, that answers "next" for all enrollments."""
 
     async def answer(request: Request) -> JSONResponse:
         event = await request.json()
@@ -240,7 +240,7 @@ async def http(dsn: str, subjects: int) -> None:
 
 @contextmanager
 def process(serve: Callable[[Any], None]) -> Iterator[int]:
-    """The port of a server in a process of its own, which writes it down."""
+    """Provide the port of a server in a separate process."""
     port = multiprocessing.Value("i", 0)
     server = multiprocessing.Process(target=serve, args=(port,), daemon=True)
     server.start()
@@ -253,7 +253,7 @@ def process(serve: Callable[[Any], None]) -> Iterator[int]:
 
 
 async def limit(dsn: str, subjects: int) -> None:
-    """Claim, update and history of batches in one session, and nothing else."""
+    """Claim rows, update them and write history, in batches, in one session."""
     async with fresh(dsn) as url:
         connection = await asyncpg.connect(url)
         await connection.execute(
@@ -302,7 +302,7 @@ async def limit(dsn: str, subjects: int) -> None:
 
 
 async def wave(dsn: str, count: int) -> None:
-    """Everybody begins at one instant; a runner notes when."""
+    """Let all tasks be due at one instant; a runner records when they start."""
     async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
         lateness: list[float] = []
         async with engine(url):
@@ -328,14 +328,16 @@ async def wave(dsn: str, count: int) -> None:
 
 
 def next_start() -> asyncio.Future[float]:
-    """When the runner is called next."""
+    """Wait for the next call of the runner, and return its time."""
     future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
     listeners[:] = [lambda _: future.set_result(time.perf_counter())]
     return future
 
 
 async def timer(dsn: str, samples: int) -> None:
-    """Lateness by the database's clock, which is this machine's; a few come before to warm up."""
+    """Measure the lateness by the database's clock, which is this machine's, after a few tasks to
+    warm up.
+    """
     async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
         late = []
         async with engine(url):

@@ -49,7 +49,7 @@ COMMANDS = (
 
 
 async def fill(url: str, rows: int) -> None:
-    """Insert the enrollments, and let the planner know."""
+    """Insert the enrollments, and analyse the tables."""
     connection = await asyncpg.connect(url)
     await migrate.migrate(connection)
     await connection.execute(FILL.replace("$rows", str(rows)))
@@ -58,7 +58,7 @@ async def fill(url: str, rows: int) -> None:
 
 
 def run(url: str, *arguments: str) -> tuple[float, float]:
-    """Return the seconds that a command takes, and those of them on a CPU of this side."""
+    """Return the seconds that a command takes, and its seconds of CPU time."""
     begun, before = time.perf_counter(), _cpu()
     done = subprocess.run(
         [sys.executable, "-m", "sequencerd", "--database", url, *arguments],

@@ -23,14 +23,14 @@ Line = Mapping[str, Any]
 
 
 def read(text: str) -> list[tuple[str, Line]]:
-    """The lines of JSON that have a workload, each with its program."""
+    """Return the lines of JSON that have a workload, each with its program."""
     found = re.finditer(r"^(?:([\w-]+) +)?(\{.*\})$", text, re.MULTILINE)
     lines = [(match[1] or "sequencerd", json.loads(match[2])) for match in found]
     return [(name, line) for name, line in lines if "work" in line]
 
 
 def bars(title: str, unit: str, values: Mapping[str, Sequence[float]]) -> str:
-    """One bar for each name, the longest as long as the room."""
+    """Draw one bar for each name; the longest fills the width."""
     room = WIDTH - LEFT - RIGHT
     scale = room / max(max(each) for each in values.values())
     parts = [f'<text x="0" y="16">{escape(title)}</text>']
@@ -49,7 +49,7 @@ def bars(title: str, unit: str, values: Mapping[str, Sequence[float]]) -> str:
 
 
 def curves(title: str, seconds: Sequence[float], values: Mapping[str, Sequence[float]]) -> str:
-    """Megabytes over time."""
+    """Draw megabytes over time."""
     height, room = 200, WIDTH - 2 * 60
     most = 1.1 * max(max(each) for each in values.values())
     parts = [f'<text x="0" y="16">{escape(title)}</text>']
@@ -85,7 +85,7 @@ def svg(height: float, parts: Sequence[str]) -> str:
 
 
 def pictures(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and the drawing of each picture of which the text has figures."""
+    """Yield the name and the drawing of each picture for which the text has figures."""
     rates: dict[str, list[float]] = {}
     waves: dict[str, list[float]] = {}
     for name, line in (lines := read(text)):

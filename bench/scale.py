@@ -63,7 +63,7 @@ TASKS = tuple((name, "Task", "{}") for name in "abc")
 
 
 async def enrolling(dsn: str, arguments: argparse.Namespace) -> None:
-    """By turns into both tables; the medians."""
+    """Insert into both tables in turns, and print the medians."""
     tables = ("bare", "sequencer.enrollments")
     for beside in (False, True):
         async with defined(dsn, *TASKS[:1]) as (url, connection):
@@ -102,7 +102,7 @@ def say_both(work: str, rates: Mapping[str, list[float]], **figures: float) -> N
 
 
 async def one_by_one(url: str, table: str, count: int, seconds: float) -> float:
-    """Rows a second."""
+    """Return the rows inserted a second."""
     connections = [await asyncpg.connect(url) for _ in range(count)]
     inserts = [await connection.prepare(INSERT.format(table)) for connection in connections]
     for number, insert in enumerate(inserts):  # a new session is slow at first
@@ -127,20 +127,20 @@ async def one_by_one(url: str, table: str, count: int, seconds: float) -> float:
 
 
 def memory() -> float:
-    """The resident memory of this process, in megabytes."""
+    """Return the resident memory of this process, in megabytes."""
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * resource.getpagesize() / 2**20
 
 
 class Letterbox:
-    """Takes every mail."""
+    """Accepts every mail."""
 
     async def handle_DATA(self, *_: object) -> str:  # noqa: N802 - as aiosmtpd calls it
         return "250 OK"
 
 
 def take_mail(port: Any) -> None:
-    """A mail server, as a process of its own."""
+    """Run a mail server as a separate process."""
 
     async def serve() -> None:
         server = await asyncio.get_running_loop().create_server(
@@ -153,7 +153,7 @@ def take_mail(port: Any) -> None:
 
 
 async def mix(dsn: str, arguments: argparse.Namespace) -> None:
-    """Each waits a second and is decided upon; a tenth gets a mail, the others a task."""
+    """Let each enrollment wait a second, then branch: a tenth get mail, the others a task."""
     if arguments.peer:
         await mix_of_peer(dsn, arguments)
         return
@@ -186,7 +186,9 @@ async def mix(dsn: str, arguments: argparse.Namespace) -> None:
 
 
 async def enroll_steadily(url: str, arguments: argparse.Namespace) -> None:
-    """As many a second as asked for, in fifty transactions; who ended a minute ago is deleted."""
+    """Enroll at the given rate, in fifty transactions a second, and delete enrollments that ended a
+    minute ago.
+    """
     loop = asyncio.get_running_loop()
     connection = await asyncpg.connect(url)
     begun, number = loop.time(), 0
@@ -227,7 +229,7 @@ async def hold_snapshot(url: str, held: Sequence[float] | None) -> None:
 
 
 class Sizes:
-    """What there is, and what has happened since the last time: cost and lateness."""
+    """The sizes of the tables, and cost and lateness since the last line."""
 
     def __init__(self, connection: asyncpg.Connection, server: int | None, work: str) -> None:
         self._connection, self._server, self._work = connection, server, work
@@ -279,7 +281,7 @@ class Sizes:
 
 
 def each(passed: float, took: float, worker: float, server: float) -> dict[str, float]:
-    """Return how many have passed their waits a second, and the CPU time that each has cost."""
+    """Return how many enrollments a second have passed their waits, and the CPU time of each."""
     if not passed:
         return {"per_s": 0.0}
     return {
@@ -392,7 +394,7 @@ async def snapshot(dsn: str, arguments: argparse.Namespace) -> None:
 
 
 def work_for_ever(url: str) -> None:
-    """A daemon as a process of its own."""
+    """Run a daemon as a separate process."""
 
     async def work() -> None:
         daemon.tune_collector()
@@ -403,7 +405,9 @@ def work_for_ever(url: str) -> None:
 
 
 async def daemons(dsn: str, arguments: argparse.Namespace) -> None:
-    """With the cores that each side may use, and the CPU time of each for a transition."""
+    """Measure several daemons on the cores of each side: the CPU time of each side for a
+    transition.
+    """
     with pinned(await postmaster(dsn), arguments.server_cores) as server:
         for count in arguments.daemons:
             await some_daemons(dsn, arguments, count, server)
@@ -448,7 +452,7 @@ async def some_daemons(
 
 
 async def postmaster(dsn: str) -> int | None:
-    """The process of the server, if it runs on this machine."""
+    """Return the process of the server, if it runs on this machine."""
     connection = await asyncpg.connect(dsn)
     parent = parent_of(await connection.fetchval("SELECT pg_backend_pid()"))
     await connection.close()
@@ -466,7 +470,7 @@ def parent_of(backend: int) -> int | None:
 
 @contextmanager
 def pinned(server: int | None, cores: set[int] | None) -> Iterator[int | None]:
-    """Let a server and the sessions that it starts use these cores alone."""
+    """Let a server, and the sessions that it starts, use only these cores."""
     if server is None or cores is None:
         if cores:
             raise SystemExit("--server-cores: the server does not run on this machine")
@@ -481,7 +485,7 @@ def pinned(server: int | None, cores: set[int] | None) -> Iterator[int | None]:
 
 
 def core_numbers(text: str) -> set[int]:
-    """Cores as taskset takes them, such as 0,2-3."""
+    """Parse cores as taskset does, such as 0,2-3."""
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")

@@ -1,4 +1,5 @@
-"""What a transition costs with 1, 2 and 4 shards on one machine: one JSON line for each figure.
+"""Measure what a transition costs with 1, 2 and 4 shards on one machine: one JSON line for each
+figure.
 
     PYTHONPATH=. python bench/shards.py
 
@@ -54,7 +55,7 @@ async def prepare(url: str, subjects: Sequence[str]) -> None:
 
 
 def work_for_ever(urls: Sequence[str]) -> None:
-    """A daemon that serves some shards, as a process of its own."""
+    """Run a daemon that serves some shards, as a separate process."""
 
     async def work() -> None:
         tune_collector()

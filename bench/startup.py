@@ -61,7 +61,9 @@ EDITS = 5
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many of each there are; `own` is 1 if half of the steps have a config of their own."""
+    """The numbers of sequences, steps and enrollments; `own` is 1 if half of the steps have a
+    unique config.
+    """
 
     sequences: int
     steps: int  # of each sequence
@@ -92,7 +94,7 @@ async def fill(connection: asyncpg.Connection, shape: Shape) -> None:
 
 
 def work(url: str, server: int, seconds: float, answer: Connection) -> None:
-    """Be a daemon, and send its figures."""
+    """Run a daemon, and send its figures."""
     tune_collector()
     answer.send(asyncio.run(observe(url, server, seconds)))
 

@@ -53,7 +53,7 @@ class Run:
 
     server: postgresql.Server
     is_quick: bool
-    is_kept: bool  # whatever else the machine does
+    is_kept: bool  # even if other processes disturbed it
     raw: list[str]  # the lines that were printed, for the pictures
 
     def lines(self, name: str, *arguments: str, program: Sequence[str] = ()) -> list[Line]:
@@ -84,7 +84,7 @@ def whole(value: float) -> str:
 
 
 def figures(run: Run) -> str:
-    """Everybody; the slow ones once."""
+    """Measure sequencerd and the other queues, the slow ones once."""
     sizes = Sizes(500, 500, 10) if run.is_quick else Sizes(50_000, 20_000, 100)
     rounds = 1 if run.is_quick else 2
     programs = list(compare.programs(compare.KNOWN, sizes))
@@ -109,7 +109,7 @@ def figures(run: Run) -> str:
 
 
 def servers(run: Run) -> str:
-    """The same workloads on two versions, in turns, and on 18 with and without its new I/O."""
+    """Measure the same workloads on two versions in turns, on 18 with and without its new I/O."""
     sizes = Sizes(500, 500, 10) if run.is_quick else Sizes(50_000, 20_000, 50)
     variants: list[tuple[str, dict[str, str]]]
     variants = [("15", {}), ("18", {}), ("18", {"io_method": "sync"})]
@@ -140,7 +140,7 @@ def servers(run: Run) -> str:
 
 
 def enroll(run: Run) -> str:
-    """Rows a second."""
+    """Measure inserts, in rows a second."""
     size = ("--rounds", "1", "--seconds", "1") if run.is_quick else ("--seconds", "4")
     lines = run.lines("scale", "--works", "enroll", *size)
     alone = {line["connections"]: line for line in lines if line["work"] == "enroll"}
@@ -161,7 +161,7 @@ def enroll(run: Run) -> str:
 
 
 def cores(run: Run) -> str:
-    """PostgreSQL on the first half of the cores, the daemons on the second."""
+    """Run PostgreSQL on the first half of the cores, and the daemons on the second."""
     known = sorted(os.sched_getaffinity(0))
     subjects = ("--subjects", "2000") if run.is_quick else ("--subjects", "50000")
     rows = []
@@ -194,7 +194,7 @@ def cores(run: Run) -> str:
 
 
 def snapshot(run: Run) -> str:
-    """W1 with a snapshot held open."""
+    """Measure w1 while a snapshot is held open."""
     subjects = "1000" if run.is_quick else "50000"
     line = run.lines("scale", "--works", "snapshot", "--subjects", subjects)[0]
     rows = [[whole(line["free_per_s"]), whole(line["held_per_s"]), f"{line['ratio']:.0%}"]]
@@ -202,7 +202,7 @@ def snapshot(run: Run) -> str:
 
 
 def console(run: Run) -> str:
-    """Milliseconds on the server."""
+    """Measure the pages of the console, in milliseconds on the server."""
     size = ("20000", "5") if run.is_quick else ("1000000", "60")
     lines = run.lines("console", "--enrollments", size[0], "--requests", size[1])
     rows = [[line["page"], line["p50_ms"], line["p99_ms"]] for line in lines if "page" in line]
@@ -215,7 +215,7 @@ def console(run: Run) -> str:
 
 
 def startup(run: Run) -> str:
-    """Medians of three starts."""
+    """Measure starts of a daemon: medians of three."""
     size = ("--scale", "0.01", "--seconds", "2") if run.is_quick else ()
     lines = [line for line in run.lines("startup", *size) if "ready_s" in line]
     rows = []
@@ -241,19 +241,19 @@ def startup(run: Run) -> str:
 
 
 def mix(run: Run) -> str:
-    """At the beginning, in the middle and at the end."""
+    """Measure ten minutes of load, and show the beginning, the middle and the end."""
     lines = _minutes(run, "0.2" if run.is_quick else "10")
     return _course([lines[len(lines) * part // 5] for part in range(5)] + [lines[-1]])
 
 
 def held(run: Run) -> str:
-    """Ten minutes, thirty with a snapshot, and ten more."""
+    """Measure ten minutes of load, thirty with a snapshot, and ten more."""
     minutes = ("0.5", "--held", "0.1", "0.3") if run.is_quick else ("50", "--held", "10", "30")
     return _course(_minutes(run, *minutes)[1::2])
 
 
 def held_peers(run: Run) -> str:
-    """Ours and two other queues: before the snapshot, at its end, and after."""
+    """Measure sequencerd and two other queues: before a snapshot, at its end, and after it."""
     scale = 1 / 32 if run.is_quick else 1.0
     since, until, end = (scale * minute for minute in (HELD_FROM, HELD_UNTIL, HELD_MINUTES))
     rows: list[list[str]] = []
@@ -272,7 +272,7 @@ def held_peers(run: Run) -> str:
             rows.append([f"{name}: disturbed by other processes, or stopped", *[""] * 8])
             continue
         if not whose:
-            lines.pop()  # what was left when nobody enrolled any more
+            lines.pop()  # the rest, after the last enrollment
         for moment, minute in (("before", since), ("at its end", until), ("after", math.inf)):
             line = [line for line in lines if line["seconds"] < 60 * minute][-1]
             rows.append([f"{name}, {moment}", *_compared(line)])
@@ -296,7 +296,7 @@ def _compared(line: Line) -> list[str]:
 
 
 def _minutes(run: Run, minutes: str, *more: str) -> list[Line]:
-    """Return the lines of a mix in which something has happened."""
+    """Return the lines of a mix, without those in which nothing happened."""
     rate = ("--rate", "200") if run.is_quick else ()
     lines = run.lines("scale", "--works", "mix", "--minutes", minutes, *rate, *more)
     return [line for line in lines if "worker_each_us" in line]
