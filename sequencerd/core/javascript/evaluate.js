@@ -237,7 +237,7 @@
     constructor() {
       super();
       this.wrong = []; // [line, kind, name]
-      this.options = []; // [line, helper, option, text] of literal ones
+      this.constants = []; // [line, helper, option, value] of literal ones; "": the first argument
       this.dates = []; // [keys, {option: text}] of dates that are certainly printed
       this.helpers = new Set();
       this.inlines = new Set(["@partial-block"]); // partials that it defines
@@ -304,8 +304,8 @@
       }
       const [least, most, ...options] = USES[name];
       const pairs = hash?.pairs ?? [];
-      for (const { key, value } of pairs) {
-        if (value.type === "StringLiteral") this.options.push([line, name, key, value.value]);
+      for (const { key, value } of [{ key: "", value: params[0] }, ...pairs]) {
+        if (value?.value !== undefined) this.constants.push([line, name, key, value.value]);
       }
       if (isBlock ? Object.hasOwn(HELPERS, name) : BLOCKS.includes(name)) {
         this.wrong.push([line, isBlock ? "inline" : "block", name]);
@@ -390,9 +390,9 @@
   function analyse(text) {
     const reader = new Reader();
     reader.read(parse(text));
-    const { wrong, options, dates, reads, surelyReads, inlines, used, isDynamic } = reader;
+    const { wrong, constants, dates, reads, surelyReads, inlines, used, isDynamic } = reader;
     const sets = { reads: [...reads], surelyReads: [...surelyReads], inlines: [...inlines] };
-    return stringify({ wrong, options, dates, ...sets, used, isDynamic });
+    return stringify({ wrong, constants, dates, ...sets, used, isDynamic });
   }
 
   // The template with other names for keys of the view.

@@ -57,6 +57,7 @@ USAGE: Mapping[str, str] = {
 }
 """The helpers, with their syntax."""
 
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|0[xXoObB][0-9a-fA-F]+")
 _SYNTAX = re.compile(r"(?:Parse|Lexical) error on line (\d+)[:.].*?\n(.*)\n-*\^", re.DOTALL)
 _AT_LINE = re.compile(r"(.*) - (\d+):\d+", re.DOTALL)
 
@@ -283,8 +284,8 @@ def _wrong(found: Mapping[str, Any]) -> Iterator[str]:
     """Describe the errors of a template, except for missing partials."""
     for line, kind, name in found["wrong"]:
         yield f"line {line}: {_described(kind, name)}"
-    for line, *option in found["options"]:
-        for said in _misused(*option):
+    for line, *constant in found["constants"]:
+        for said in _misused(*constant):
             yield f"line {line}: {said}"
 
 
@@ -371,18 +372,54 @@ def _described(kind: str, name: str) -> str:
     return f"{name} does not take these arguments: write {USAGE[name]}"
 
 
-def _misused(helper: str, option: str, text: str) -> Iterator[str]:
-    """Describe the error in a constant option of a helper."""
-    checks: Mapping[tuple[str, str], Callable[[str], object]] = {
-        ("date", "format"): compile_format,
-        ("date", "zone"): dates.zone,
-        ("date", "locale"): check_locale,
-        ("number", "locale"): check_locale,
-    }
+def _misused(helper: str, option: str, value: object) -> Iterator[str]:
+    """Describe the error in a constant argument of a helper; the first one has no `option`."""
+    check = _CONSTANTS.get((helper, option))
     try:
-        checks.get((helper, option), str)(text)
+        if check is not None:
+            check(value)
     except DefinitionError as error:
-        yield str(error)
+        yield f"{option}: {error}" if option == "decimals" else str(error)
+
+
+def _text_for(option: str, check: Callable[[str], object]) -> Callable[[object], None]:
+    """Return a check of an option that is a text; null stands for its default."""
+
+    def checked(value: object) -> None:
+        if value is not None and not isinstance(value, str):
+            raise DefinitionError(f"{option} must be a text, not {json.dumps(value)}")
+        if value is not None:
+            check(value)
+
+    return checked
+
+
+def _check_decimals(value: object) -> None:
+    if isinstance(value, bool) or value not in range(21):
+        raise DefinitionError(f"must be a whole number from 0 to 20, not {json.dumps(value)}")
+
+
+def _check_date(value: object) -> None:
+    if not isinstance(value, str) or dates.parse(value, dates.zone("UTC")) is None:
+        raise DefinitionError(f"{json.dumps(value)} is not a date, write an ISO 8601 text")
+
+
+def _check_number(value: object) -> None:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if not _NUMBER.fullmatch(text.strip()):
+        raise DefinitionError(f"{json.dumps(value)} is not a number")
+
+
+_CONSTANTS: Mapping[tuple[str, str], Callable[[object], None]] = {
+    ("date", ""): _check_date,
+    ("date", "format"): _text_for("format", compile_format),
+    ("date", "zone"): _text_for("zone", dates.zone),
+    ("date", "locale"): _text_for("locale", check_locale),
+    ("number", ""): _check_number,
+    ("number", "decimals"): _check_decimals,
+    ("number", "locale"): _text_for("locale", check_locale),
+}
+"""The checks of constant arguments, by helper and option."""
 
 
 @lru_cache(maxsize=10_000)

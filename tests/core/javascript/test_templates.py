@@ -232,11 +232,36 @@ def test_a_malformed_template_is_refused(source: str) -> None:
         ("{{#eq a b}}{{/eq}}", "eq is not a block"),
         ('{{date due locale="xx"}}', "'xx' is not a known locale"),
         ("{{* x}}", "not a decorator"),
+        ("a\n{{date due locale=5}}", "line 2: locale must be a text, not 5"),
+        ("{{date due zone=true}}", "line 1: zone must be a text, not true"),
+        ("{{date due format=1}}", "line 1: format must be a text, not 1"),
+        ("{{#if no}}\n{{date '2026-02-30'}}{{/if}}", 'line 2: "2026-02-30" is not a date'),
+        ("{{date 20260201}}", "line 1: 20260201 is not a date, write an ISO 8601 text"),
+        ("{{number 'two'}}", 'line 1: "two" is not a number'),
+        ("{{number '1_000'}}", 'line 1: "1_000" is not a number'),
+        ("{{number true}}", "line 1: true is not a number"),
+        ("{{number n locale=1}}", "line 1: locale must be a text, not 1"),
+        ("{{#if (number n decimals=21)}}{{/if}}", "decimals: .* from 0 to 20, not 21"),
+        ("{{number n decimals=-1}}", "decimals: .* from 0 to 20, not -1"),
+        ("{{number n decimals=1.5}}", "decimals: .* from 0 to 20, not 1.5"),
+        ("{{number n decimals='2'}}", 'decimals: .* from 0 to 20, not "2"'),
     ],
 )
 def test_an_error_is_reported_with_its_line(source: str, words: str) -> None:
     with pytest.raises(DefinitionError, match=f"(?s){words}"):
         compile_template(source, escape=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{number ' 1.5e3 '}}{{number '0x10'}}{{number '.5'}}{{number -7}}",
+        "{{number '1e21'}}{{number n decimals=undefined locale=null}}{{number n decimals=20}}",
+        "{{date '2026-02-28' zone=null locale=undefined format=null}}{{date due format=''}}",
+    ],
+)
+def test_what_can_be_rendered_is_not_refused(source: str) -> None:
+    assert render(source, {"n": 1, "due": "2026-01-01"})
 
 
 def test_all_errors_of_a_template_are_reported() -> None:
