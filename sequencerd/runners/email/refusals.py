@@ -97,7 +97,7 @@ _SIZE_CODES = frozenset({"2.3", "3.4"})
 _QUOTA_CODES = frozenset({"1.90", "1.91", "7.28", "7.508", "7.650", "7.651"})  # Microsoft, Gmail
 _OPERATOR_CODES = frozenset({"7.8", "7.57", "7.139", "7.606", "7.708"})  # RFC 4954, Microsoft
 _SENDER_CODES = frozenset(  # RFC 3463, Gmail, Microsoft
-    {"1.7", "1.8", "7.26", "7.60", "7.501", "7.502", "7.503", "7.750"}
+    {"1.7", "1.8", "7.26", "7.60", "7.501", "7.502", "7.503", "7.515", "7.750"}
 )
 _SYSTEM_CODES = frozenset({"3.1", "3.2", "3.5"})  # full, not accepting, misconfigured (RFC 3463)
 
@@ -172,7 +172,7 @@ _RATE = _any(
     r"throttl|submissionquota|submission quota|refusequota",
     r"\brate[- ]?limit|\bratelimit",
     _near(r"\brate\b", r"exceed|over ?limit|too high|unusual|excessive|\bhigh\b|\blimit"),
-    r"too (?:fast|quick|frequent|often)|slow(?:er| down)\b|frequency (?:is )?limit",
+    r"too (?:fast|quick|frequent|often)|slow(?:er| down)\b|frequency (?:is )?limit|高频|频繁",
     r"too (?:many|much) (?:[\w-]+ ){0,2}?(?:connections?|sessions?|messages?|e?-?mails?|requests?"
     r"|log-?ins?|attempts?|submissions?|transactions?|concurrent|volume|traffic)\b",
     rf"too many .{{0,40}}(?:{_PERIOD})",

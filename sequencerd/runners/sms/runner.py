@@ -62,7 +62,9 @@ from sequencerd.runners.unsubscribe import UnsubscribeLinks, check_reads
 # Error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63017, 63018})
 _DAILY = frozenset({63038})  # the account's daily number of messages
-_OPERATORS = frozenset({20003, 20005, 30002})  # the login, or a suspended account
+_OPERATORS = frozenset({20003, 20005, 20008, 20404, 30002})  # the login, or the account
+_SENDERS = frozenset({21212, 21603, 21606, 21659, 21660, 21661, 21701, 21703, 21704, 21705})
+"""About the sender or the messaging service: perhaps the same for all messages."""
 _MAINTENANCE = 21730
 _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region; also with 403
 _CARRIERS_DAY = frozenset({30023, 30027})  # a carrier's daily number of messages
@@ -301,6 +303,8 @@ def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
         return Failed(message, retry_after=asked, fault="server", cause=cause)
     if code == _MAINTENANCE:
         return Failed(message, retry_after=asked, fault="server", cause="unavailable")
+    if code in _SENDERS:
+        return Failed(message, retry_after=asked, fault="unclear")
     if code in _PASSING:
         return Failed(message, retry_after=rest_of_day(now) if code in _CARRIERS_DAY else asked)
     failed = judge(reply, message)

@@ -82,7 +82,10 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
         (400, 21610, True, "enrollment"),  # unsubscribed
         (400, 21614, True, "enrollment"),  # not a mobile number
         (400, None, True, "enrollment"),
-        (404, 20404, True, "enrollment"),
+        (404, 20404, False, "server"),  # there is no such account
+        (404, None, True, "enrollment"),
+        (400, 21606, False, "unclear"),  # the sender cannot send messages
+        (404, 21703, False, "unclear"),  # the messaging service has no sender
         (401, 20003, False, "server"),
         (403, None, False, "server"),
         (408, None, False, "unclear"),
