@@ -69,6 +69,10 @@ def _ignore_error(task: asyncio.Task[AbstractSet[SuppressionKey]]) -> None:
         task.exception()
 
 
+_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
+"""What no text of PostgreSQL can contain, although a lookup may return it."""
+
+
 def describe(found: Mapping[str, str]) -> str:
     """Describe suppressed addresses, with the topic unless it is all topics."""
     return ", ".join(
@@ -87,7 +91,7 @@ def forms(channel: str, address: str) -> set[str]:
     if channel == "email" and not all(map(str.isascii, known)):
         written = (address.strip(), *known)
         known |= {form for one in written for form in _stored_cases(one)}
-    return known | set(map(hashed, known))
+    return {one for one in known if not _UNSTORABLE.search(one)} | set(map(hashed, known))
 
 
 def _stored_cases(address: str) -> set[str]:
@@ -111,9 +115,12 @@ def _stored_cases(address: str) -> set[str]:
 def spellings(address: str) -> set[str]:
     """Return an e-mail address in lower case, with its domain both in ASCII and as users write it,
     its local part with and without the quotation marks that dots may require, and all of it with
-    and without invisible characters; a number without separators.
+    and without invisible characters; without a name before it, as in `Ada <ada@example.com>`; a
+    number without separators.
     """
     plain = address.strip().lower()
+    if "@" in plain and plain.endswith(">"):
+        plain = plain[:-1].rpartition("<")[2].strip()
     if visible(plain) != plain and "@" in plain:
         return {plain} | spellings(visible(plain))
     local, at, domain = plain.rpartition("@")
