@@ -23,6 +23,7 @@ from sequencerd.runners.email.refusals import (
 from sequencerd.runners.email.smtp_dialogue import (
     SHUTTING_DOWN,
     Dialogue,
+    MismatchError,
     SmtpError,
     SmtpRefused,
     SmtpReply,
@@ -185,7 +186,9 @@ class MailTransport:
             if isinstance(error, TokenError):
                 failed = Failed(text, False, error.retry_after, fault, cause=error.cause)
             else:
-                failed = Failed(text, fault=fault, cause=cause_of_no_connection(error))
+                is_wrong = isinstance(error, MismatchError)
+                cause = "refused" if is_wrong else cause_of_no_connection(error)
+                failed = Failed(text, fault=fault, cause=cause)
         finally:
             attempt.end()
         if failed is None:

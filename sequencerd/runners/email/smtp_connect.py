@@ -25,6 +25,7 @@ from sequencerd.runners.email.oauth import AccessTokens
 from sequencerd.runners.email.smtp_dialogue import (
     ClosedError,
     Dialogue,
+    MismatchError,
     SmtpError,
     SmtpRefused,
     SmtpReply,
@@ -71,7 +72,7 @@ async def _greet(client: _Client, server: SmtpServer) -> None:
     if server.starttls is False or (server.starttls is None and not offered) or server.tls:
         return
     if not offered:
-        raise SmtpError(
+        raise MismatchError(
             "the server offers no STARTTLS, and the SMTP URL asks for it (starttls=never: don't)"
         )
     await client.starttls()
@@ -99,14 +100,14 @@ async def _login(client: _Client, user: str, password: str) -> None:
         client.AUTH_METHODS = ("plain", "login", "cram-md5")
     if not client.supported_auth_methods:
         names = ", ".join(client.server_auth_methods).upper() or "none"
-        raise SmtpError(f"the server offers no supported authentication ({names})")
+        raise MismatchError(f"the server offers no supported authentication ({names})")
     await client.login(user, password)
 
 
 async def _login_with_token(client: _Client, user: str, tokens: AccessTokens) -> None:
     """Log in; if the token is rejected, try again with a new one."""
     if "xoauth2" not in client.server_auth_methods:
-        raise SmtpError("the server offers no authentication with XOAUTH2")
+        raise MismatchError("the server offers no authentication with XOAUTH2")
     token = await tokens.get()
     try:
         await client.auth_xoauth2(user, token)
@@ -204,10 +205,10 @@ def _explained(error: SMTPException, client: _Client) -> SmtpError:
         # it closed the connection before another login was tried
         error = SMTPAuthenticationError(*client.said)
     if not isinstance(error, SMTPResponseException):
-        return SmtpError(error.message)
+        return MismatchError(error.message)
     text = decode_reply(error.message.encode(errors="surrogateescape"))
     if error.code < 400:
-        return SmtpError(f"{error.code} {text}" if error.code > 0 else text)
+        return MismatchError(f"{error.code} {text}" if error.code > 0 else text)
     match error:
         case SMTPConnectResponseError():
             what = ""

@@ -40,6 +40,10 @@ class ClosedError(SmtpError):
         super().__init__("the server has closed the connection")
 
 
+class MismatchError(SmtpError):
+    """The server does not offer what the settings need, or does not speak SMTP."""
+
+
 class SmtpRefused(SmtpError):  # noqa: N818 - it is what has happened
     """A refusal. `what` was refused, such as "the login"; `stage` is the same as a code."""
 
@@ -203,7 +207,7 @@ class Dialogue:
                 continue  # some servers send blank lines before a reply
             match = _REPLY.fullmatch(line)
             if match is None:
-                raise SmtpError(f"the answer of the server is not SMTP: {line[:80]!r}")
+                raise MismatchError(f"the answer of the server is not SMTP: {line[:80]!r}")
             texts.append(decode_reply(match[3]))
             if match[2] != b"-":
                 return SmtpReply(int(match[1]), "\n".join(texts))

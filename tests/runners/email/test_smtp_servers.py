@@ -397,6 +397,28 @@ async def test_a_closed_idle_connection_costs_no_attempt(command: str, answer: s
     assert len(server.messages) == 2
 
 
+@pytest.mark.parametrize(
+    ("url", "greeting", "says"),
+    [
+        ("smtp://{host}?starttls=always", "220 here", "offers no STARTTLS"),
+        ("smtp://ada:secret@{host}?starttls=never", "220 here", "no supported authentication"),
+        ("smtp://{host}?starttls=never", "HTTP/1.1 400 Bad Request", "HTTP/1.1 400"),
+        ("smtp://{host}?starttls=never", "SSH-2.0-OpenSSH", "SSH-2.0"),
+    ],
+)
+async def test_a_server_that_is_not_as_the_settings_say_is_there(
+    url: str, greeting: str, says: str
+) -> None:
+    """So `doctor` does not advise to start it."""
+    async with scripted(answers={"CONNECT": [greeting]}, extensions=[]) as server:
+        made = EmailRunner(url.format(host=f"127.0.0.1:{server.port}"))
+        result = await made.check()
+        await made.close()
+    assert isinstance(result, Failed)
+    assert says in result.message
+    assert (result.fault, result.cause) == ("server", "refused")
+
+
 @pytest.mark.parametrize("extensions", [["PIPELINING"], []])
 async def test_a_refused_sender_is_the_reason_though_the_server_hangs_up(
     extensions: list[str],
