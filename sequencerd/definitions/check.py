@@ -113,7 +113,11 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         for exit_ in step.exits:
             if exit_.condition is not None:
                 yield from _check_condition(step, exit_, sequence)
-        is_custom = isinstance(step.behaviour, SideEffect) and not is_message(step.type)
+        if not isinstance(step.behaviour, SideEffect):
+            continue
+        if "onExpired" in step.config and step.behaviour.expires is None:
+            yield Remark(step.name, ("config", "onExpired"), "has no effect without expires")
+        is_custom = not is_message(step.type)
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
 
@@ -304,6 +308,8 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
         return _NO_LOOKUP
     if root in ROOT_KEYS:
         return None
+    if isinstance(path, str) and "{{" in path:
+        return "a path is not a template: write it without braces, such as data.name"
     if not root or not isinstance(path, str):
         return f"no data has this path; it begins with one of {', '.join(ROOT_KEYS)}"
     if root in FORMER_KEYS:

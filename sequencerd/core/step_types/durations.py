@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from sys import intern
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -57,6 +57,19 @@ class DurationConfig(Config):
     are elapsed time."""
     holidays: CalendarName | None = None
     """For business days: the calendar of sequencer.holidays to skip, such as DE."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_short(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.keys() & {"amount", "unit"}:
+            match [key for key in value if key in BUSINESS_DAYS or full_name(str(key))]:
+                case [unit]:
+                    raise ValueError(f"write {{amount: {value[unit]}, unit: {unit}}}")
+                case [_, *_]:
+                    raise ValueError(
+                        "takes one unit: write for example {amount: 90, unit: minutes}"
+                    )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
