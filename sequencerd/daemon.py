@@ -463,7 +463,7 @@ class _ShardService:
             async with connections.borrow(self._pools.engine) as connection:
                 return await read_suppressed(connection, keys)
         except TRANSIENT_ERRORS as error:
-            raise NotNow(f"the suppressions can't be read: {error}") from error
+            raise NotNow(f"the suppressions cannot be read: {error}") from error
 
     async def _take(self, runner: str, per_second: float, count: int) -> tuple[float, float]:
         return await shared_rates.take(self._pools.rates, runner, per_second, count, self._log)

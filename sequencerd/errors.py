@@ -2,7 +2,7 @@
 
     SequencerdError            the message is for the user, whole
     ├── SettingsError          a setting is unknown or wrong
-    ├── DatabaseError          the database can't be used: unreachable, refused, too old
+    ├── DatabaseError          the database cannot be used: unreachable, refused, too old
     │   └── MigrationError     the schema is missing, older, newer or changed
     ├── FileError              a file of definitions is wrong
     ├── PlanError              a plan cannot be applied, or is out of date

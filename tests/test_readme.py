@@ -25,7 +25,7 @@ from tests.helpers.packages import Packages
 
 REPOSITORY = Path(__file__).parent.parent
 
-# What a block can't do in a test is done beside it: installing from the network, becoming root,
+# What a block cannot do in a test is done beside it: installing from the network, becoming root,
 # changing the machine, and the whole test suite, which is what is running.
 SHIMS = {
     # an environment uses the pip of this one: to install another takes seconds of CPU time

@@ -52,14 +52,14 @@ def _quoted(path: Path) -> str:
 def warnings(user: str | None) -> list[str]:
     """Return why the service could not use this installation, or not run as this user."""
     found = [
-        f"the service can't see {folder}, where this installation is; install it into /opt"
+        f"the service cannot see {folder}, where this installation is; install it into /opt"
         for folder in _HIDDEN
         if any(str(file).startswith(folder) for file in _files())
     ]
     if user is None and not found and (closed := _closed_path()):
         prefix = Path(sys.prefix)
         advice = f"-R go+rX {prefix}" if closed.is_relative_to(prefix) else f"go+x {closed}"
-        found.append(f"the service's user can't read {closed}; run: chmod {advice}")
+        found.append(f"the service's user cannot read {closed}; run: chmod {advice}")
     try:
         pwd.getpwnam(user or "root")
     except KeyError:
@@ -96,7 +96,7 @@ def write(folder: Path, texts: dict[str, str]) -> list[Path]:
             new.replace(path)
         except OSError as error:
             hint = "; try sudo" if isinstance(error, PermissionError) else ""
-            raise UsageError(f"{path} can't be written: {error.strerror}{hint}") from error
+            raise UsageError(f"{path} cannot be written: {error.strerror}{hint}") from error
         written.append(path)
     return written
 

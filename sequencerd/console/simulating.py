@@ -222,7 +222,7 @@ def _word(text: str) -> OutcomeWord:
     for word in OUTCOME_WORDS:
         if word == text:
             return word
-    raise UsageError(f"side effects can't end with {text!r}")
+    raise UsageError(f"side effects cannot end with {text!r}")
 
 
 def _answer(type_: str, text: str) -> Outcome:

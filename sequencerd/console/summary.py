@@ -157,10 +157,10 @@ class Summary:
             except (TimeoutError, asyncpg.QueryCanceledError) as error:
                 # it is slow, but available: the previous counts are still worth showing
                 self._error = None
-                self._log.warning("the console can't count in time", error=brief(error))
+                self._log.warning("the console cannot count in time", error=brief(error))
             except Exception as error:  # the pages say that counting failed
                 if self._error is None:
-                    self._log.warning("the console can't count", error=brief(error))
+                    self._log.warning("the console cannot count", error=brief(error))
                 self._error = error
                 if isinstance(error, LOST_ERRORS):
                     factor = 0  # however long it took: no page is shown until the next count
@@ -233,7 +233,7 @@ class Summary:
                 self._kept[query] = await self._read(query, *arguments)
             except (TimeoutError, asyncpg.QueryCanceledError) as error:
                 self._log.warning(
-                    "the console can't count in time", statement=query, error=brief(error)
+                    "the console cannot count in time", statement=query, error=brief(error)
                 )
         await self._read_recent(now)
         took = time.monotonic() - begun
@@ -248,7 +248,7 @@ class Summary:
         try:
             rows = await self._read("console_activity_recent", since, now + COMING_PERIOD)
         except (TimeoutError, asyncpg.QueryCanceledError) as error:
-            self._log.warning("the console can't count recent events", error=brief(error))
+            self._log.warning("the console cannot count recent events", error=brief(error))
         else:
             self._recent = rows, since, until
 

@@ -103,7 +103,7 @@ def _read_text(path: Path) -> str:
     except IsADirectoryError:
         raise DocumentError(f"is a folder: name its files, such as {path}/*.yaml") from None
     except (OSError, ValueError) as error:
-        raise DocumentError(f"can't be read: {getattr(error, 'strerror', error)}") from error
+        raise DocumentError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
     if len(content) > MAX_SIZE:
         raise DocumentError(f"has more than {MAX_SIZE} bytes: split it into several files")
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -247,7 +247,7 @@ def _text(text: str, mark: yaml.Mark) -> str:
     except UnicodeDecodeError:
         raise _wrong("the text has half of a surrogate pair, \\ud800 to \\udfff", mark) from None
     if "\0" in text:
-        raise _wrong("the text has a character that PostgreSQL can't hold, \\u0000", mark)
+        raise _wrong("the text has a character that PostgreSQL cannot hold, \\u0000", mark)
     return text
 
 

@@ -100,7 +100,7 @@ class Lookups:
         async def ask(subjects: list[str]) -> dict[str, External]:
             return await self._by_sql(name, subjects)
 
-        # the server ends the statement; this is for what it can't, and the wait for a connection
+        # the server ends the statement; this is for what it cannot, and the wait for a connection
         timeout = 2 * self._timeout + 5
         return Lookup(name, ask, replace(LOOKUP_LIMITS, timeout=timeout))
 

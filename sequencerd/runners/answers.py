@@ -115,7 +115,7 @@ def read_outcome(value: object, model: type[ActionAnswer] = ActionAnswer) -> Res
         outcome = model.model_validate(value)
     except ValidationError as error:
         wrong = "; ".join(map(str, faults(error, model, value, "an answer")))
-        return Failed(one_line(f"the answer can't be used: {wrong}"), unknown=True)
+        return Failed(one_line(f"the answer cannot be used: {wrong}"), unknown=True)
     if outcome.model_fields_set <= {"action"}:
         # the same object each time, so that the engine moves all these enrollments together
         return ANSWERS_OF_WORDS[str(outcome.action)]
@@ -133,7 +133,7 @@ def check_result(result: Answer | Failed) -> Result:
     if isinstance(result, Failed):
         wrong = [name for name, is_right in _fields(result).items() if not is_right]
         if wrong:
-            return Failed(f"the Failed can't be used: wrong {', '.join(wrong)}", unknown=True)
+            return Failed(f"the Failed cannot be used: wrong {', '.join(wrong)}", unknown=True)
         return result
     after = result.retry_after
     given = {
@@ -149,7 +149,7 @@ def check_result(result: Answer | Failed) -> Result:
     if not isinstance(checked, Answer) or not result.undeliverable:
         return checked
     if not _is_undeliverable(result.undeliverable):
-        return Failed("the Answer can't be used: wrong undeliverable", unknown=True)
+        return Failed("the Answer cannot be used: wrong undeliverable", unknown=True)
     return replace(checked, undeliverable=result.undeliverable)
 
 

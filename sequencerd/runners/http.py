@@ -46,7 +46,7 @@ BATCH_BYTES = 96_000
 
 MAX_ITEM = 64 * 1024  # bytes of the answer per enrollment, if that is more than MAX_ANSWER
 MAX_IDS = 5
-NO_JSON = "data holds a number that can't be written as JSON"
+NO_JSON = "data holds a number that cannot be written as JSON"
 
 
 class Endpoint(Protocol):

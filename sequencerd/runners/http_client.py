@@ -289,7 +289,7 @@ class HttpClient:
             if proxy.host and (is_socks or proxy.scheme in ("http", "https")):
                 return proxy
         raise Unreachable(
-            f"the proxy in the environment ({url.scheme}_proxy or all_proxy) can't be used: "
+            f"the proxy in the environment ({url.scheme}_proxy or all_proxy) cannot be used: "
             "write http://host:port",
             cause="refused",
         )
@@ -441,7 +441,7 @@ class _Incoming:
         except EncodingError as error:
             raise Unreachable(str(error), sent=True) from None
         except zlib.error as error:
-            raise Unreachable(f"the compressed answer can't be read: {error}", sent=True) from None
+            raise Unreachable(f"the compressed answer cannot be read: {error}", sent=True) from None
 
     def reply(self, secrets: frozenset[str]) -> HttpReply:
         """Return the answer, which may repeat these secrets."""
@@ -456,7 +456,7 @@ def check_url(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
-        raise ValueError("the URL can't be read: write https://host/path") from None
+        raise ValueError("the URL cannot be read: write https://host/path") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError("the URL must begin with https://host or http://host")
     if parsed.port is not None and not 0 < parsed.port < 65536:
@@ -473,7 +473,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or name.lower() in ("host", "content-length"):
-            raise ValueError(f"headers: {name!r} can't be set")
+            raise ValueError(f"headers: {name!r} cannot be set")
         if not _HEADER_VALUE.fullmatch(value):
             raise ValueError(f"headers: the value of {name} must be printable ASCII")
     return {_OWN_NAMES.get(name.lower(), name): value for name, value in headers.items()}

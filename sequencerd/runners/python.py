@@ -247,7 +247,7 @@ def load(group: str = GROUP) -> dict[str, Runner]:
             loaded = point.load()
         except Exception as error:
             raise ValueError(
-                f"the Python runner {point.name!r} ({point.value}) can't be loaded: "
+                f"the Python runner {point.name!r} ({point.value}) cannot be loaded: "
                 f"{type(error).__name__}: {one_line(text_of(error))}"
             ) from error
         found[point.name] = as_runner(loaded, name=point.name)

@@ -86,7 +86,7 @@ class Health:
         if self.stopping:
             reasons.append("the daemon is stopping")
         if heard is None:
-            reasons.append("the database can't be reached: LISTEN is not on")
+            reasons.append("the database cannot be reached: LISTEN is not on")
         elif now - heard > MAX_LISTEN_SILENCE:
             reasons.append(f"the listening connection has not answered for {now - heard:.0f} s")
         if swept is None:

@@ -185,7 +185,7 @@ async def serving(
             taken(listen)
             yield
             return
-        raise SettingsError(f"{setting}: can't listen on {listen}: {error.strerror}") from error
+        raise SettingsError(f"{setting}: cannot listen on {listen}: {error.strerror}") from error
     server = _HttpServer(app)
 
     def serve() -> None:

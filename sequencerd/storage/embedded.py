@@ -167,7 +167,7 @@ def _unprivileged() -> pwd.struct_passwd:
             return pwd.getpwnam(name)
         except KeyError:
             continue
-    raise EmbeddedError("PostgreSQL can't run as root, and there is no user postgres or nobody")
+    raise EmbeddedError("PostgreSQL cannot run as root, and there is no user postgres or nobody")
 
 
 def _copy(programs: Path) -> Path:

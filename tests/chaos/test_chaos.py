@@ -344,7 +344,7 @@ def small_disk() -> Iterator[Path]:
 
 
 async def test_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
-    """First tables can't grow, then the server gives up, for want of a log."""
+    """First tables cannot grow, then the server gives up, for want of a log."""
     filler = small_disk / "filler"
     settings = {"max_wal_size": "32MB", "min_wal_size": "32MB", "wal_recycle": "off"}
     stack = ExitStack()

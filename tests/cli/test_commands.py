@@ -100,7 +100,7 @@ def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
         (["enroll", "s", "ada", "--step", "x"], 1, "sequence 's' has no step 'x'"),
         (["show", "999"], 1, "enrollment 999 does not exist"),
         (["status", "t"], 1, "'t' does not exist"),
-        (["apply", "nowhere.yaml"], 1, "nowhere.yaml:1: error: can't be read"),
+        (["apply", "nowhere.yaml"], 1, "nowhere.yaml:1: error: cannot be read"),
         (["appply"], 2, "invalid choice"),
         (["--config", "nowhere.toml", "status"], 2, "nowhere.toml"),
         (["--database", "mysql://x", "status"], 2, "write postgresql://"),

@@ -128,7 +128,7 @@ def test_why_there_is_no_preview(trial: Path, capsys: pytest.CaptureFixture[str]
         ("trial.yaml welcome --data 7", "--data must be a JSON object"),
         ("trial.yaml welcome --timezone X", "--timezone: "),
         ("trial.yaml welcome --enrollment 7 --data {}", "--data does not go with --enrollment"),
-        ("nowhere.yaml welcome", "nowhere.yaml:1: error: can't be read"),
+        ("nowhere.yaml welcome", "nowhere.yaml:1: error: cannot be read"),
     ):
         errors = run(capsys, "preview", *arguments.split(), code=1)
         assert words in errors, errors

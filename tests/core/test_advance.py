@@ -1461,7 +1461,7 @@ def test_the_data_of_a_condition_are_read_by_javascript_alone() -> None:
     asking = {**PAID, **sums}
     data = (
         '{"sum": 12345678901234568, "deep": ' + "[" * 3_000 + "]" * 3_000 + "}"
-    )  # Python's json can't
+    )  # Python's json cannot
     found = sequence(
         step("ask", "Conditional", asking, "yes"),
         step("yes", "WaitForDuration", {"amount": 1, "unit": "day"}),

@@ -371,7 +371,7 @@ def test_common_encodings_are_read(tmp_path: Path, content: bytes) -> None:
         ("? [a]\n: b", 1, "the key must be text"),
         ("a: 1\nb: 1\na: 2", 3, "the key 'a' is given twice"),
         ("<<: 1", 1, "<< needs a mapping"),
-        ('a: "\\0"', 1, "PostgreSQL can't hold"),
+        ('a: "\\0"', 1, "PostgreSQL cannot hold"),
         ('a: "\\ud800"', 1, "half of a surrogate pair"),
         (b"a: 1\nb: \xff", 2, "not in UTF-8"),
         (b"a: 1\nb: \x01", 2, "0x01 is not allowed here"),
@@ -468,7 +468,7 @@ def test_findings_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nowhere.yaml", "nowhere.yaml:1: error: can't be read: No such file or directory"),
+        ("nowhere.yaml", "nowhere.yaml:1: error: cannot be read: No such file or directory"),
         (".", "is a folder: name its files, such as"),
         ("empty.yaml", "it contains no sequence"),
     ],

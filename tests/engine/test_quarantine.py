@@ -560,7 +560,7 @@ async def test_an_error_of_the_environment_fails_no_enrollment(
     assert gate.begun == 10
 
 
-# --- what can't be read, and what is large
+# --- what cannot be read, and what is large
 
 
 @pytest.mark.slow

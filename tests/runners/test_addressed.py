@@ -95,7 +95,7 @@ async def test_an_address_that_cannot_be_rendered_fails_its_enrollment_alone() -
 
 async def test_while_the_list_cannot_be_read_nothing_is_sent() -> None:
     async def ask(_: list[SuppressionKey]) -> set[SuppressionKey]:
-        raise NotNow("the suppressions can't be read")
+        raise NotNow("the suppressions cannot be read")
 
     recorder = Recorder()
     made = AddressedRunner(recorder, Suppressions(ask))

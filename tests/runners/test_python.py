@@ -247,7 +247,7 @@ async def test_runners_of_installed_packages(
 @pytest.mark.parametrize(
     ("points", "code", "says"),
     [
-        ("Coupon = shop_runners:missing", "", "'Coupon' .shop_runners:missing. can't be loaded"),
+        ("Coupon = shop_runners:missing", "", "'Coupon' .shop_runners:missing. cannot be loaded"),
         ("Coupon = shop_runners:x", "raise OSError('no')", "OSError: no"),
         ("Coupon = shop_runners:x", "x = 5", "'Coupon' is not a function"),
         ("Coupon = shop_runners:X", "class X: pass", "'Coupon' is not a function"),
@@ -303,7 +303,7 @@ async def test_a_time_that_the_database_does_not_take_is_an_answer_that_cannot_b
 
     for function in (as_object, as_answer):
         (result,) = await run(function)
-        assert "the answer can't be used: wakeAt" in failed(result).message
+        assert "the answer cannot be used: wakeAt" in failed(result).message
         assert "write a time in the years 1900 to 9998" in failed(result).message
 
 

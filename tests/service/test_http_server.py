@@ -199,7 +199,7 @@ async def test_a_daemon_without_its_database_is_alive_and_not_ready(
             name,
         )
         down = await answers(client, "/readyz", is_down)
-        assert down.json()["reasons"] == ["the database can't be reached: LISTEN is not on"]
+        assert down.json()["reasons"] == ["the database cannot be reached: LISTEN is not on"]
         assert is_ok(await client.get("/healthz"))
         await execute(server, f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
         await answers(client, "/readyz", is_ok)

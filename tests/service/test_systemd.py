@@ -311,8 +311,8 @@ def test_unreachable_installations_are_reported(
         main(["install-service", "--to", str(tmp_path / "missing")])
     assert ended.value.code == 1
     errors = capsys.readouterr().err
-    assert "can't see /home/" in errors
-    assert "missing/sequencerd.service can't be written: No such file" in errors
+    assert "cannot see /home/" in errors
+    assert "missing/sequencerd.service cannot be written: No such file" in errors
     assert main_prints(capsys, "install-service", "--print").count("\nDynamicUser=yes\n") == 2
 
 
@@ -337,7 +337,7 @@ def test_an_installation_that_is_closed_to_others_is_reported(
         ):
             path.chmod(0o700)
             (warning,) = install_service.warnings(None)
-            assert warning == f"the service's user can't read {path}; run: chmod {advice}"
+            assert warning == f"the service's user cannot read {path}; run: chmod {advice}"
         assert install_service.warnings("root") == []
 
 

@@ -21,7 +21,7 @@ from tests.helpers.databases import FAST_SETTINGS, initialize_server
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    # not within pytest's folder, which another user than root can't enter
+    # not within pytest's folder, which another user than root cannot enter
     with tempfile.TemporaryDirectory(prefix="sequencerd-") as made:
         Path(made).chmod(0o711)
         yield Path(made) / "server"

@@ -1,7 +1,7 @@
 """Debian in systemd-nspawn, without a network: trees made by debootstrap, wheels for their Python.
 
 Trees and wheels are kept, by default in the user's cache; SEQUENCERD_SYSTEM_CACHE names another
-folder. A machine writes to an overlay that ends with it. What can't be had here skips the test.
+folder. A machine writes to an overlay that ends with it. What cannot be had here skips the test.
 """
 
 from __future__ import annotations

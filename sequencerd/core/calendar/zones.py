@@ -30,7 +30,7 @@ def zone(name: str) -> ZoneInfo:
     """Return the zone with an IANA name. Case is ignored: no two IANA names differ in case alone.
 
     Raises DefinitionError for a name that is not in the IANA list. Nothing else is looked up, so
-    a name can't lead to a file outside of it.
+    a name cannot lead to a file outside of it.
     """
     known = _names().get(name.lower()) if isinstance(name, str) else None
     if known is None:

@@ -53,7 +53,7 @@ _NEEDS_FUNCTIONS = """
 
 LEFT_OUT = {
     **dict.fromkeys(
-        _NEEDS_FUNCTIONS.split(), "it needs a function, which a definition can't contain"
+        _NEEDS_FUNCTIONS.split(), "it needs a function, which a definition cannot contain"
     ),
     **dict.fromkeys(("random", "sample"), "its result is random"),
     **dict.fromkeys(("mixin", "noConflict", "runInContext"), "it changes lodash itself"),

@@ -229,7 +229,7 @@ class EmailConfig(Config):
         for name in self.headers:
             if not _HEADER_NAME.fullmatch(name):
                 raise ValueError(
-                    f"headers: {name!r} can't be set here: write X-..., List-..., "
+                    f"headers: {name!r} cannot be set here: write X-..., List-..., "
                     f"{', '.join(HEADERS)}"
                 )
         return self

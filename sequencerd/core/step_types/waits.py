@@ -306,7 +306,7 @@ def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> InstantSte
     faults.check()
 
     def answer(context: Context) -> StepAnswer:
-        # From the arrival on, so that a change elsewhere can't make it miss its time; but a time
+        # From the arrival on, so that a change elsewhere cannot make it miss its time; but a time
         # that was missed by more than a little counts only where the config says so.
         zone = dates.zone(context.timezone)
         values = [value(context) for value in wanted]

@@ -340,5 +340,7 @@ def _content_id(attachment: Attachment, name: str, view: Mapping[str, Any]) -> s
         return None
     content_id = content_id or name
     if not _CONTENT_ID.fullmatch(content_id):
-        raise RenderError(f"{attachment.path}.contentId: {one_line(content_id, 50)!r} can't be one")
+        raise RenderError(
+            f"{attachment.path}.contentId: {one_line(content_id, 50)!r} cannot be one"
+        )
     return content_id

@@ -154,7 +154,7 @@ def as_written(address: str) -> str:
 def check_header(field: str, text: str) -> str:
     """Return a text if it fits into a header: no line break can add another. Raises RenderError."""
     if _CONTROL.search(text):
-        raise RenderError(f"{field}: a line break or control character can't be in a header")
+        raise RenderError(f"{field}: a line break or control character cannot be in a header")
     if _HALF.search(text):
         raise RenderError(f"{field}: half of a character (a lone surrogate)")
     if len(text) > MAX_HEADER:

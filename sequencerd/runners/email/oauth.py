@@ -163,7 +163,7 @@ class TokenCommand:
                 stderr=asyncio.subprocess.DEVNULL,
             )
         except OSError as error:
-            raise TokenError(f"token_command can't be run: {error.strerror}") from None
+            raise TokenError(f"token_command cannot be run: {error.strerror}") from None
         try:
             async with asyncio.timeout(TIMEOUT):
                 output, _ = await process.communicate()

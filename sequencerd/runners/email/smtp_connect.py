@@ -157,7 +157,7 @@ class _Client(SMTP):
         except TimeoutError:
             raise SmtpError(f"no connection within {within:g} s") from None
         except UnicodeError:
-            raise SmtpError("the host's name can't be looked up") from None
+            raise SmtpError("the host's name cannot be looked up") from None
         greeting = await self.protocol.read_response(timeout)
         if greeting.code != 220:
             raise SMTPConnectResponseError(*greeting)

@@ -48,7 +48,7 @@ def parse_url(url: str, *, has_token: bool = False) -> SmtpServer:
         if "?" in url and not url.partition("?")[2]:
             raise ValueError("the SMTP URL ends with an empty query: leave out the ?") from None
         raise ValueError(
-            "the SMTP URL can't be read: write smtp://user:password@host:587, with the special "
+            "the SMTP URL cannot be read: write smtp://user:password@host:587, with the special "
             "characters of the password percent-encoded"
         ) from None
     if parts.scheme not in ("smtp", "smtps") or not host or parts.path not in ("", "/"):
@@ -97,7 +97,7 @@ def _context(cafile: str | None, verify: bool) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=cafile)
     except OSError as error:
-        raise ValueError(f"the SMTP URL's cafile {cafile!r} can't be read: {error}") from error
+        raise ValueError(f"the SMTP URL's cafile {cafile!r} cannot be read: {error}") from error
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

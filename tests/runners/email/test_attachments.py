@@ -151,7 +151,7 @@ async def test_images_in_html() -> None:
         assert isinstance(await send(runner, attached[0]), Answer)
         message, without_html = mail.parsed(0), mail.parsed(1)
         wrong = await send(runner, {"base64": "aGk=", "filename": "a b.png", "inline": True})
-        assert "contentId: 'a b.png' can't be one" in failed(wrong).message
+        assert "contentId: 'a b.png' cannot be one" in failed(wrong).message
     assert parts(message) == [
         "multipart/mixed",
         "multipart/alternative",
