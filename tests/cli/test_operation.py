@@ -389,6 +389,25 @@ async def on_terminal(sequencerd: Command) -> AsyncIterator[Any]:
         os.close(terminal.fd)
 
 
+async def test_a_batch_is_repeated_after_a_deadlock(
+    defined: asyncpg.Connection, sequencerd: Command
+) -> None:
+    await defined.execute(
+        "CREATE SEQUENCE changes;"
+        "CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF nextval('changes') = 2 THEN RAISE 'deadlock' USING ERRCODE = '40P01'; END IF;"
+        " RETURN NEW; END $$;"
+        "CREATE TRIGGER conflict BEFORE UPDATE ON sequencer.enrollments"
+        " FOR EACH ROW EXECUTE FUNCTION conflict()"
+    )
+    for name in ("ada", "bob", "eve"):
+        await enroll(defined, "s", name)
+    told = sequencerd("cancel", "--sequence", "s", "--yes", "--reason", "x")
+    assert "3 enrollments" in told
+    ended = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'cancelled'"
+    assert await defined.fetchval(ended) == 3
+
+
 async def test_changes_of_several_enrollments_ask_for_confirmation(
     on_terminal: Any, many: asyncpg.Connection
 ) -> None:

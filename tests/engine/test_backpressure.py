@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
 
 from sequencerd.engine import backpressure
+from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.results import Results
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
 from tests.helpers.waiting import eventually
 
 COUNT = 200
+
+
+def test_results_that_were_not_written_are_written_first() -> None:
+    backlog = Backlog(10)
+    backlog.add(cast("Any", [3, 4]))
+    backlog.put_back(cast("Any", [1, 2]))
+    assert cast("Any", backlog.take(3)) == [1, 2, 3]
 
 
 async def test_no_side_effect_is_claimed_while_many_results_wait(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import asyncpg
 import pytest
+import structlog
 from pydantic import SecretStr
 
 from sequencerd.core import model
@@ -21,7 +22,8 @@ from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Resu
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
 from sequencerd.engine import catalog
-from sequencerd.engine.catalog import MAX_BLOCKING
+from sequencerd.engine.catalog import MAX_BLOCKING, Catalog
+from sequencerd.engine.clock import Clock
 from sequencerd.engine.loop import Engine
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
@@ -466,12 +468,24 @@ async def test_too_many_changed_sequences_are_read_at_once(
 ) -> None:
     monkeypatch.setattr(catalog, "MAX_WANTED", 10)
     await many_sequences(connection, 100)
-    async with running_engine(database) as engine:
-        await connection.execute(EDIT.replace("= $1", "LIKE $1"), "s%", 5)
-        await eventually(
-            lambda: all(amount(engine, name) == 5 for name in engine.catalog.sequences)
-        )
-        assert 100 in reads.revisions
+    names = [f"s{n}" for n in range(1, 12)]
+    async with running_engine(database, sweep=3600) as engine:
+        await connection.execute(EDIT, "s7", 4)
+        await eventually(lambda: amount(engine, "s7") == 4)
+        for count, read in ((10, 10), (11, 100)):
+            reads.revisions.clear()
+            await engine.reload(names[:count])
+            assert max(reads.revisions) == read
+
+
+def test_names_that_may_be_anything_are_searched_once_and_not_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalog, "MAX_UNKNOWN", 2)
+    unread = Catalog(
+        cast("Any", None), {}, lambda _: None, daemon="d", clock=Clock(), log=structlog.get_logger()
+    )
+    assert [unread.should_load(name) for name in "aabbc"] == [True, False, True, False, False]
 
 
 async def test_edits_that_commit_while_definitions_are_read_are_read_as_well(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from sequencerd.storage.statements import QUERIES
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
 from tests.helpers.pooler import pgbouncer
+from tests.helpers.waiting import eventually
 from tests.sql.test_golden_schema import describe
 
 
@@ -45,6 +47,45 @@ async def test_settings_changed_by_functions_of_applications_are_reset(database:
         await connection.execute("SELECT set_config('search_path', '', false)")
     async with connections.borrow(pool) as connection:
         assert await connection.fetchval("SHOW search_path") != '""'
+    await pool.close()
+
+
+async def test_the_longest_wait_for_a_connection_is_known(database: str) -> None:
+    pool = await connections.connect_pool(shard(database), 1)
+
+    async def borrow() -> None:
+        async with connections.borrow(pool):
+            pass
+
+    async with connections.borrow(pool):
+        assert connections.longest_wait(pool) == 0
+        first = asyncio.create_task(borrow())
+        await eventually(lambda: connections.longest_wait(pool) > 0.1)
+        second = asyncio.create_task(borrow())
+        await asyncio.sleep(0)
+        assert connections.longest_wait(pool) > 0.1
+    await asyncio.gather(first, second)
+    assert connections.longest_wait(pool) == 0
+    await pool.close()
+
+
+async def test_a_cancellation_remains_one_if_its_rollback_fails(database: str) -> None:
+    pool = await connections.connect_pool(shard(database), 1)
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        async with connections.borrow(pool):
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise asyncpg.InterfaceError("the connection is lost")
+
+    task = asyncio.create_task(work())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     await pool.close()
 
 

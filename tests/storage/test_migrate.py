@@ -20,6 +20,13 @@ from tests.helpers.engines import until
 MORE = Migration(9001, "9001_more.sql", "CREATE TABLE sequencer.more (id integer)")
 
 
+def test_line_endings_do_not_change_a_migration() -> None:
+    """A checkout on Windows may have others."""
+    text = "CREATE TABLE a ();\nCREATE TABLE b ();\n"
+    known, other = (Migration(1, "a", sql) for sql in (text, text.replace("\n", "\r\n")))
+    assert known.checksum == other.checksum != Migration(1, "a", text + " ").checksum
+
+
 async def test_migrations_are_applied_once(connection: asyncpg.Connection) -> None:
     assert await migrate.migrate(connection) == []
     await migrate.check(connection)
