@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import asyncpg
@@ -18,7 +18,16 @@ from pydantic import SecretStr
 from sequencerd.core import model
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import Action, Answer, InstantStep, InvalidStep, Result, Step, Task
+from sequencerd.core.model import (
+    Action,
+    Answer,
+    InstantStep,
+    InvalidStep,
+    Result,
+    ServedElsewhere,
+    Step,
+    Task,
+)
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
 from sequencerd.engine import catalog
@@ -646,15 +655,25 @@ def large_template(word: str) -> tuple[str, str, str, None]:
 
 
 async def test_others_proceed_while_a_large_template_is_read(
-    database: str, connection: asyncpg.Connection, slow_template: Compiling
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    slow_template: Compiling,
 ) -> None:
     """Also at a step of which a claim finds nothing, as if the clock were behind."""
     await define(connection, "other", ("a", "GoTo", "{}", None))
     async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
         await define(connection, "s", large_template("large"))
         await eventually(slow_template.begun.is_set)
+        found_nothing, request = asyncio.Event(), engine._claims._request_reload
+
+        def request_reload(names: Iterable[str]) -> None:
+            found_nothing.set()
+            request(names)
+
+        monkeypatch.setattr(engine._claims, "_request_reload", request_reload)
         engine._push_now(("other", "a"))
-        await eventually(lambda: engine._cursors.empty_claims(("other", "a")))
+        await found_nothing.wait()
         other = await enroll(connection, "other", "ada")
         ended = "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1"
         await until(connection, ended, other)
@@ -694,45 +713,152 @@ async def test_results_of_others_are_written_while_a_large_template_is_read(
         await until(connection, ALL_ENDED)
 
 
-@pytest.mark.parametrize("another", ["wait", "template"])
-async def test_others_are_read_between_the_large_templates_of_a_sequence(
-    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, another: str
-) -> None:
-    """The others have changed meanwhile. What was compiled is not compiled again."""
-    permits, compiled = threading.Semaphore(0), Counter[str]()
+class Permits(NamedTuple):
+    """Large templates are compiled one after the other, when each is permitted; and how often."""
+
+    semaphore: threading.Semaphore
+    compiled: Counter[str]
+
+
+@pytest.fixture
+def permits(monkeypatch: pytest.MonkeyPatch) -> Permits:
+    """Each reading of definitions compiles only one large template that contains "slow"."""
+    one = Permits(threading.Semaphore(0), Counter())
     ask = sandbox.ask
 
     def slowly(maker: Any, text: str) -> str:
-        if "hostile" in text:
-            compiled[text] += 1
-            assert permits.acquire(timeout=PATIENCE)
+        if "slow" in text:
+            one.compiled[text] += 1
+            assert one.semaphore.acquire(timeout=PATIENCE)
         return ask(maker, text)
 
     monkeypatch.setattr(sandbox, "ask", slowly)
     monkeypatch.setattr(catalog, "MAX_COMPILING", 0.0)
+    return one
+
+
+def slow_steps(word: str, count: int) -> list[tuple[str, str, str, None]]:
+    """Steps with templates that no other test has compiled."""
+    return [(f"{n}", *large_template(f"slow{word}{n}")[1:]) for n in range(count)]
+
+
+@pytest.mark.parametrize("another", ["wait", "template"])
+async def test_others_are_read_between_the_large_templates_of_a_sequence(
+    database: str, connection: asyncpg.Connection, permits: Permits, another: str
+) -> None:
+    """The others have changed meanwhile. What was compiled is not compiled again."""
     count = 6
-    steps = [
-        (name, "Write", json.dumps({"text": f"{{{{data.hostile{another}{name}}}}}" * 200}), None)
-        for name in map(str, range(count))
-    ]
     async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
-        await define(connection, "hostile", *steps)
-        await eventually(lambda: compiled)
+        await define(connection, "hostile", *slow_steps(another, count))
+        await eventually(lambda: permits.compiled)
         if another == "wait":
             await define(connection, "other", ("a", "WaitForDuration", DAYS, None))
         else:
             await define(connection, "other", large_template(another))
         await enroll(connection, "other", "ada")
-        for _ in range(2):  # the one that is compiled, and the next one
-            permits.release()
+        permits.semaphore.release(2)  # the one that is compiled, and the next one
         await eventually(lambda: engine.catalog.step(("other", "a")))
         await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments")
         assert "hostile" not in engine.catalog.sequences
-        permits.release(count)
+        permits.semaphore.release(count)
         await eventually(lambda: "hostile" in engine.catalog.sequences)
         assert not engine.catalog.is_due
-    assert set(compiled.values()) == {1}
-    assert len(compiled) == count
+    assert set(permits.compiled.values()) == {1}
+    assert len(permits.compiled) == count
+
+
+async def test_sequences_with_large_templates_take_turns(
+    database: str, connection: asyncpg.Connection, permits: Permits
+) -> None:
+    async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
+        async with connection.transaction():
+            await define(connection, "a", *slow_steps("a", 6))
+            await define(connection, "b", *slow_steps("b", 2))
+        permits.semaphore.release(5)
+        await eventually(lambda: "b" in engine.catalog.sequences)
+        assert "a" not in engine.catalog.sequences
+        permits.semaphore.release(5)
+        await eventually(lambda: "a" in engine.catalog.sequences)
+
+
+async def test_a_changed_step_is_rescheduled_when_its_sequence_is_read(
+    database: str, connection: asyncpg.Connection, permits: Permits
+) -> None:
+    async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
+        await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+        await enroll(connection, "s", "ada")
+        await until(connection, "SELECT entered_at IS NOT NULL FROM sequencer.enrollments")
+        async with connection.transaction():
+            await connection.execute(EDIT, "s", 9)
+            await connection.executemany(
+                "INSERT INTO sequencer.steps (sequence, name, type, config)"
+                " VALUES ('s', $1, $2, $3)",
+                [step[:3] for step in slow_steps("later", 3)],
+            )
+        for number in range(3):
+            await eventually(lambda number=number: len(permits.compiled) > number)  # type: ignore[misc]
+            assert amount(engine, "s") == 3
+            permits.semaphore.release()
+        await until(
+            connection,
+            "SELECT wake_at - entered_at > interval '8 days' FROM sequencer.enrollments",
+        )
+
+
+async def test_other_runners_are_used_when_all_large_templates_are_compiled(
+    database: str, connection: asyncpg.Connection, permits: Permits
+) -> None:
+    async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
+        await define(connection, "s", *slow_steps("anew", 3))
+        permits.semaphore.release(3)
+        await eventually(lambda: "s" in engine.catalog.sequences)
+        await (await engine.use({"Write": Writer()}, engine._executors.lookups))
+        assert engine.catalog.sequences.keys() == {"s"}
+
+
+async def test_a_type_that_another_daemon_serves_meanwhile_is_compiled_again(
+    database: str, connection: asyncpg.Connection, permits: Permits
+) -> None:
+    async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
+        await define(connection, "s", ("x", "Elsewhere", "{}", None), *slow_steps("shared", 3))
+        await eventually(lambda: permits.compiled)
+        await connection.execute(
+            "INSERT INTO sequencer.daemons (name, alive_until, types)"
+            " VALUES ('other', now() + interval '1 hour', '{Elsewhere}')"
+        )
+        permits.semaphore.release(3)
+        await eventually(lambda: "s" in engine.catalog.sequences)
+        step = engine.catalog.step(("s", "x"))
+        assert step is not None
+        assert isinstance(step.behaviour, ServedElsewhere)
+
+
+SILENTLY = "SET sequencer.notify = off"
+
+
+async def test_a_result_has_a_changed_definition_read_that_was_not_notified(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    work = Held()
+    await define(connection, "s", ("a", "Work", "{}", None))
+    await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Work": Recorder(work)}, sweep=3600):
+        await work.begun.wait()
+        await connection.execute(SILENTLY)
+        await connection.execute("UPDATE sequencer.steps SET config = '{\"new\": 1}'")
+        work.released.set()
+        await until(connection, ALL_ENDED)
+
+
+async def test_a_claim_has_a_definition_read_that_was_not_notified(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600) as engine:
+        await connection.execute(SILENTLY)
+        await define(connection, "s", ("a", "Note", "{}", None))
+        await enroll(connection, "s", "ada")
+        await engine.rebuild()
+        await until(connection, ALL_ENDED)
 
 
 async def test_a_template_that_once_took_too_long_is_read_again_by_the_sweep(
