@@ -163,7 +163,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
          WHERE is_own AND value LIKE '%"@%' AND octet_length(value) <= 1000
     ), numbers (number) AS (
         SELECT substring(sequencer.stored_address('sms', value) FROM E'^(?:[a-z][a-z0-9.+-]*:)?(\\+?[0-9]{5,17})$')
-          FROM texts WHERE is_own AND length(value) <= 60 AND value ~ '[0-9０-９].*[0-9０-９]'
+          FROM texts WHERE is_own AND length(value) <= 60
+           AND value ~ '^[^a-zA-Z]*([a-zA-Z][a-zA-Z0-9.+-]*:)?[^a-zA-Z]*[0-9０-９][^a-zA-Z]*[0-9０-９][^a-zA-Z]*$'
     )
     SELECT CASE WHEN is_own THEN 'email' ELSE 'message' END, form
       FROM emails, unnest(ARRAY[lower(value COLLATE "C"), sequencer.plain_email(value)]) AS form
@@ -195,22 +196,23 @@ $$;
 -- have in common.
 CREATE OR REPLACE FUNCTION sequencer.suppressions_of(subject text) RETURNS SETOF sequencer.suppressions
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH addresses (address) AS MATERIALIZED (SELECT sequencer.addresses_of(suppressions_of.subject))
     SELECT s.* FROM sequencer.suppressions AS s
-     WHERE s.address IN (SELECT sequencer.addresses_of(suppressions_of.subject))
-    UNION
-    SELECT s.* FROM sequencer.suppressions AS s
-     WHERE s.address ~ '[^[:ascii:]]|"@' AND sequencer.plain_email(s.address) IN (
-           SELECT t.term FROM sequencer.terms_of(suppressions_of.subject) AS t WHERE t.kind IN ('email', 'message'))
+     WHERE s.address IN (SELECT address FROM addresses)
+        OR s.address ~ '[^[:ascii:]]|"@'
+           AND sequencer.plain_email(s.address) IN (SELECT address FROM addresses)
 $$;
 
 -- Matches only whole words; a short subject, such as 7, only where messages of sequencerd quote it. Words
 -- share what must not be beside them: with that in each, a thousand take minutes to compile.
 CREATE OR REPLACE FUNCTION sequencer.mentions_of(subject text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    WITH words AS MATERIALIZED (
+    WITH terms AS MATERIALIZED (
+        SELECT * FROM sequencer.terms_of(mentions_of.subject)
+    ), words AS MATERIALIZED (
         SELECT regexp_replace(t.text, E'([][!-/:-@^_`{-~\\\\])', E'\\\\\\1', 'g') AS word
           FROM (SELECT mentions_of.subject AS text
-                UNION SELECT term FROM sequencer.terms_of(mentions_of.subject) WHERE kind = 'email') AS t
+                UNION SELECT term FROM terms WHERE kind = 'email') AS t
     )
     SELECT concat_ws('|',
         (SELECT string_agg(format(E'(?<='')%1$s(?='')|(?<=\\mfrom )%1$s(?= to )|(?<= to )%1$s(?= by )', word), '|')
@@ -219,7 +221,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
            FROM words WHERE length(word) >= 5 HAVING count(*) > 0),
         (SELECT format('(?<![0-9])(?:00)?(?:%s)(?![0-9])', string_agg(
                 array_to_string(regexp_split_to_array(term, ''), '[ ()./-]*'), '|'))
-           FROM sequencer.terms_of(mentions_of.subject) WHERE kind = 'phone' HAVING count(*) > 0))
+           FROM terms WHERE kind = 'phone' HAVING count(*) > 0))
 $$;
 
 -- LIKE takes a tenth of the time of the regular expression, which is compared only with texts that have an
@@ -227,16 +229,17 @@ $$;
 -- ASCII is searched; of a number the digits, whatever is between them.
 CREATE OR REPLACE FUNCTION sequencer.outlines_of(subject text) RETURNS text[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH terms AS MATERIALIZED (SELECT * FROM sequencer.terms_of(outlines_of.subject))
     SELECT array_agg(DISTINCT outline) FROM (
         SELECT '%' || regexp_replace(lower(longest.part COLLATE "C"), E'([%_\\\\])', E'\\\\\\1', 'g') || '%'
           FROM (SELECT outlines_of.subject AS text
-                UNION SELECT term FROM sequencer.terms_of(outlines_of.subject) WHERE kind = 'email') AS t
+                UNION SELECT term FROM terms WHERE kind = 'email') AS t
          CROSS JOIN LATERAL (
                SELECT part FROM regexp_split_to_table(t.text, '[^[:ascii:]]+') AS part
                 ORDER BY length(part) DESC LIMIT 1) AS longest
         UNION ALL
         SELECT '%' || array_to_string(regexp_split_to_array(term, ''), '%') || '%'
-          FROM sequencer.terms_of(outlines_of.subject) WHERE kind = 'phone') AS outlines (outline)
+          FROM terms WHERE kind = 'phone') AS outlines (outline)
 $$;
 
 
