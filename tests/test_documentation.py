@@ -128,6 +128,21 @@ def test_pages_use_standard_terms() -> None:
     assert len(pages) > 30
 
 
+@pytest.mark.parametrize(
+    "page", [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")], ids=lambda page: page.name
+)
+def test_pages_can_be_read(page: Path) -> None:
+    """No paragraph, and no cell of a table, is longer than a reader keeps in mind."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    long = [
+        part[:60]
+        for line in text.splitlines()
+        for part in (line.split(" | ") if line.startswith("|") else [line])
+        if len(part.split()) > (100 if line.startswith("|") else 140)
+    ]
+    assert long == []
+
+
 def test_every_promise_is_shown() -> None:
     page = (REPOSITORY / "docs/reliability.md").read_text()
     promised = set(re.findall(r"`(test_\w+)`", page))
