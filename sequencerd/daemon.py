@@ -32,7 +32,7 @@ from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.runners import Runner, tracing
 from sequencerd.runners.pace import TakePermits
 from sequencerd.runners.protocol import NotNow
-from sequencerd.runners.registry import make_runners
+from sequencerd.runners.registry import make_endpoint, make_runners
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from sequencerd.service.health import Health
 from sequencerd.service.http_server import make_app, serving
@@ -98,7 +98,7 @@ class ReloadableParts:
     """
 
     def __init__(self, settings: Settings, runners: dict[str, Runner], pool: asyncpg.Pool) -> None:
-        """Make them; `pool` is for lookups."""
+        """Make them; `pool` is for lookups. Raises SettingsError."""
         self.settings = settings
         self.runners = runners
         self.redact = make_redaction(settings, MIN_LENGTH_IN_RESULTS)
@@ -123,10 +123,7 @@ class ReloadableParts:
             before, after = sections.get(type_, (None, None))  # installed ones have none
             if before == after and type_ in runners:
                 runners[type_] = runner
-        try:
-            parts = ReloadableParts(new, runners, self._pool)
-        except ValueError as error:
-            raise SettingsError(f"wrong setting: {error}") from error
+        parts = ReloadableParts(new, runners, self._pool)
         if old.lookups == new.lookups:
             parts.lookups = self.lookups
         return parts
@@ -144,6 +141,8 @@ class ReloadableParts:
 def check_settings(settings: Settings) -> None:
     """Check, without a database, what a start or a reload would reject. Raises SettingsError."""
     settings.check_console()
+    for lookup, endpoint in settings.lookups.items():
+        make_endpoint(f"lookups.{lookup}", endpoint)
     for name in settings.shards or (None,):
         of_shard = settings.of_shard(name)
         make_runners(of_shard)
@@ -435,10 +434,7 @@ class _ShardService:
             ) as for_enrolling,
             _pool(shard, settings.database, RATES_CONNECTIONS, least=0) as for_rates,
         ):
-            try:
-                parts = ReloadableParts(settings, runners, for_lookups)
-            except ValueError as error:
-                raise SettingsError(f"wrong setting: {error}") from error
+            parts = ReloadableParts(settings, runners, for_lookups)
             pools = self._pools = Pools(pool, heart, for_lookups, for_enrolling, for_rates)
             daemon = self.daemon = _Daemon(
                 pools,

@@ -406,7 +406,8 @@ def is_loopback(listen: str) -> bool:
 def split_address(text: str) -> tuple[str, int]:
     """Return the host and port in "127.0.0.1:9187", "[::1]:9187" or "9187" (loopback)."""
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdecimal() and int(port) < 65536) or text.startswith(":"):
+    is_port = port.isascii() and port.isdecimal() and int(port) < 65536
+    if not is_port or text.startswith(":") or "/" in host:
         raise ValueError('write a host and a port, such as "127.0.0.1:9187"')
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 

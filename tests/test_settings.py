@@ -16,6 +16,7 @@ import pytest
 from sequencerd import settings as settings_module
 from sequencerd import settings_file
 from sequencerd.core.model import Limits
+from sequencerd.daemon import check_settings
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import Section, Settings
@@ -71,6 +72,16 @@ def test_variables_that_kubernetes_sets_for_services_are_no_settings() -> None:
         )
         with pytest.raises(SettingsError, match="PORT is not a setting"):
             load({f"{service}_PORT": "5432"})
+
+
+def test_a_check_finds_what_a_start_rejects() -> None:
+    for section in ("runners", "lookups"):
+        for endpoint in ({"url": "http://[::1"}, {"url": "http://h", "headers": {"Host": "h"}}):
+            settings = Settings.model_validate({section: {"Score": endpoint}})
+            with pytest.raises(SettingsError, match=f"^wrong setting: {section}.Score: "):
+                check_settings(settings)
+    with pytest.raises(SettingsError, match=r"http\.listen: write a host and a port"):
+        load({"SEQUENCERD_HTTP_LISTEN": "http://127.0.0.1:9187"})
 
 
 def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:

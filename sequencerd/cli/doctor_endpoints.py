@@ -11,7 +11,7 @@ from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.engine import lookups
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
-from sequencerd.runners.http_client import HttpClient, Unreachable
+from sequencerd.runners.http_client import HttpClient, HttpReply, Unreachable, check_url
 from sequencerd.service.diagnosis import Diagnosis
 from sequencerd.settings import HttpRunnerSettings, LookupSettings, OidcSettings, Settings
 
@@ -69,13 +69,10 @@ async def _provider(settings: OidcSettings) -> Diagnosis:
     """Read the metadata of the OpenID Connect provider of the console."""
     about, advice = "OIDC provider", "correct console.oidc.issuer"
     issuer = settings.issuer.rstrip("/")
-    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=True)
     try:
-        reply = await web.call("GET", f"{issuer}/.well-known/openid-configuration", headers={})
+        reply = await _get(f"{issuer}/.well-known/openid-configuration")
     except Unreachable as error:
         return Diagnosis(about, str(error), "error", f"{_first(error)}, or {advice}")
-    finally:
-        await web.close()
     try:
         found = json.loads(reply.body)["issuer"]
     except (ValueError, KeyError, TypeError):
@@ -115,14 +112,26 @@ async def _function(about: str, arn: str, allow_private: bool) -> Diagnosis:
 
 async def _endpoint(about: str, url: str, allow_private: bool) -> Diagnosis:
     """Send a GET, which is safe by RFC 9110: any response shows that the server is up."""
-    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=allow_private)
     try:
-        reply = await web.call("GET", url, headers={})
+        reply = await _get(url, allow_private=allow_private)
     except Unreachable as error:
         return Diagnosis(about, str(error), "error", f"{_first(error)}, or correct its url")
+    return Diagnosis(about, f"reachable; responds to GET with {reply.status}")
+
+
+async def _get(
+    url: str, *, allow_private: bool = True, auth: tuple[str, str] | None = None
+) -> HttpReply:
+    """Send a GET. Raises Unreachable, also for a URL that cannot be called."""
+    try:
+        check_url(url)
+    except ValueError as error:
+        raise Unreachable(str(error), cause="refused") from error
+    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=allow_private)
+    try:
+        return await web.call("GET", url, headers={}, auth=auth)
     finally:
         await web.close()
-    return Diagnosis(about, f"reachable; responds to GET with {reply.status}")
 
 
 def _first(error: Unreachable) -> str:
@@ -139,14 +148,10 @@ async def _twilio(settings: Settings) -> Diagnosis:
     sms = settings.sms
     account, token = sms.account_sid or "", sms.auth_token
     url = f"{sms.base_url.rstrip('/')}/2010-04-01/Accounts/{account}.json"
-    web = HttpClient(timeout=ENDPOINT_TIMEOUT, connections=1, allow_private=True)
     try:
-        auth = (account, token.get_secret_value() if token else "")
-        reply = await web.call("GET", url, headers={}, auth=auth)
+        reply = await _get(url, auth=(account, token.get_secret_value() if token else ""))
     except Unreachable as error:
         return Diagnosis("Twilio", str(error), "error", "see status.twilio.com, or sms.base_url")
-    finally:
-        await web.close()
     if reply.status != 200:
         advice = "correct sms.account_sid and sms.auth_token"
         return Diagnosis("Twilio", f"rejects the login with {reply.status}", "error", advice)

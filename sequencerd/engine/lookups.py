@@ -78,7 +78,7 @@ class Lookups:
         timeout: float = 30.0,
     ) -> None:
         """Make the lookups. `pool` is only for SQL functions, so that slow ones delay nothing else.
-        `timeout` is the number of seconds for each.
+        `timeout` is the number of seconds for each. Raises SettingsError.
         """
         self._pool = pool
         self._timeout = timeout
@@ -120,7 +120,7 @@ class Lookups:
                 raise RuntimeError(f"no answer within {self._timeout:g} seconds") from None
 
     def _by_endpoint(self, name: str, settings: LookupSettings) -> Lookup:
-        endpoint = make_endpoint(settings)
+        endpoint = make_endpoint(f"lookups.{name}", settings)
         self._endpoints.append(endpoint)
         form = settings.form or ("original" if settings.arn else "list")
 

@@ -63,7 +63,7 @@ def make_runners(
         runners |= {name: AddressedRunner(one, suppressions) for name, one in installed.items()}
         for name, endpoint in settings.runners.items():
             runner = BatchRunner(
-                make_endpoint(endpoint),
+                make_endpoint(f"runners.{name}", endpoint),
                 name=name,
                 limits=endpoint.limits,
                 batch_bytes=endpoint.batch_bytes or (MAX_EVENT if endpoint.arn else BATCH_BYTES),
@@ -76,8 +76,15 @@ def make_runners(
     return runners
 
 
-def make_endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
-    """Return the destination for calls of a runner or a lookup. Raises ValueError."""
+def make_endpoint(section: str, settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
+    """Return the destination for calls of a runner or a lookup. Raises SettingsError."""
+    try:
+        return _endpoint(settings)
+    except ValueError as error:
+        raise SettingsError(f"wrong setting: {section}: {error}") from error
+
+
+def _endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
     if settings.arn is not None:
         return LambdaFunction(
             settings.arn,
