@@ -92,7 +92,10 @@ def _read(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _NoFileError(f"settings file {file}: {error.strerror}") from error
     except PermissionError as error:
-        hint = "use sudo, or --config with a file of your own"
+        hint = (
+            "use sudo, or --config with a file of your own; for the service, make it readable by "
+            "all users, and keep secrets in files of their own"
+        )
         raise SettingsError(f"settings file {file}: {error.strerror}; {hint}") from error
     except OSError as error:
         raise SettingsError(f"settings file {file}: {error.strerror}") from error

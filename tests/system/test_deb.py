@@ -77,6 +77,15 @@ def test_an_upgrade_restarts_the_daemon_and_keeps_its_settings(installed: Machin
     installed.enroll("Dora")
 
 
+def test_a_daemon_that_cannot_start_does_not_fail_an_upgrade(installed: Machine) -> None:
+    """As after an upgrade with a newer schema, until `sequencerd migrate`."""
+    installed.sql("INSERT INTO sequencer.migrations VALUES (9001, '9001_more.sql', 'x')")
+    installed(f"{HERE}\napt-get install --reinstall --yes ./dist/sequencerd_*.deb")
+    assert installed("dpkg-query --show --showformat='${db:Status-Abbrev}' sequencerd") == "ii "
+    installed.sql("DELETE FROM sequencer.migrations WHERE version = 9001")
+    installed.until("systemctl is-active sequencerd", lambda state: state.strip() == "active")
+
+
 def test_a_purge_leaves_nothing_but_the_database(installed: Machine) -> None:
     installed("systemctl enable --now sequencerd@1")
     installed("apt-get purge --yes sequencerd")
