@@ -132,7 +132,10 @@ class MailTransport:
         idle: float = IDLE_TIMEOUT,
     ) -> None:
         self._server = parse_url(url, has_token=tokens is not None)
-        self._place = f"{self._server.host}:{self._server.port}"
+        host = self._server.host
+        self._place = (
+            f"[{host}]:{self._server.port}" if ":" in host else f"{host}:{self._server.port}"
+        )
         self._timeout = timeout
         self._final_timeout = final_timeout
         self._tokens = tokens

@@ -419,6 +419,13 @@ async def test_a_server_that_is_not_as_the_settings_say_is_there(
     assert (result.fault, result.cause) == ("server", "refused")
 
 
+async def test_an_address_is_named_in_brackets() -> None:
+    made = EmailRunner("smtp://[::1]:1?starttls=never")
+    result = await made.check()
+    await made.close()
+    assert str(getattr(result, "message", "")).startswith("[::1]:1: ")
+
+
 @pytest.mark.parametrize("extensions", [["PIPELINING"], []])
 async def test_a_refused_sender_is_the_reason_though_the_server_hangs_up(
     extensions: list[str],
