@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, Field, StrictInt, model_validator
 
 from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.zones import first_showing, set_back
 from sequencerd.core.config import Config
 
 BASE_UNITS = {
@@ -24,6 +26,9 @@ BASE_UNITS = {
     "second": (1, "seconds"),
 }
 MAX_YEARS = 1000  # dates end with the year 9999
+_MINUTE = timedelta(minutes=1)
+_DAY = timedelta(days=1)
+_BEGINNING = datetime(2, 1, 1, tzinfo=UTC)
 SOURCE = re.compile(r"(?P<schema>[a-z_][a-z0-9_]*)\.(?P<name>[a-z_][a-z0-9_]*)")
 """The name of a user's view or function, as written in SQL without quotes."""
 
@@ -87,6 +92,26 @@ def _cron(expression: str) -> str:
     return expression
 
 
+def _next_shown(schedule: str, now: datetime, zone: ZoneInfo) -> datetime:
+    """Return the first time after `now` at which the clock shows a time of a schedule, from one
+    candidate to the next: a time may be skipped, and come again if clocks are set back.
+    """
+    # cronsim's own time zones miss runs, and add some, where clocks are set at midnight or by half
+    # an hour
+    instant = now.replace(second=0, microsecond=0) + _MINUTE
+    while True:
+        wall = _without_zone(instant.astimezone(zone))
+        found = next(CronSim(schedule, wall - _MINUTE))
+        if found == wall:
+            return instant
+        showing, again = first_showing(found.replace(tzinfo=zone), instant), set_back(instant, zone)
+        instant = showing if again is None else min(showing, again)
+
+
+def _without_zone(wall: datetime) -> datetime:
+    return wall.replace(tzinfo=None, fold=0)
+
+
 class EnrollConfig(Config):
     """Enrolls the subjects that a query returns, by a schedule."""
 
@@ -117,9 +142,14 @@ class EnrollConfig(Config):
         zone = dates.zone(timezone)
         if self.every is not None:
             return dates.add(now, self.every.amount, self.every.unit, zone)
-        runs = CronSim(self.schedule or "", now.astimezone(zone))
-        # of a time that occurs twice, cronsim returns the first, which may have passed
-        return next(at for run in runs if (at := run.astimezone(UTC)) > now)
+        assert self.schedule is not None
+        minutes, hours, *_ = self.schedule.split()
+        if minutes.startswith("*") or hours.startswith("*"):
+            return _next_shown(self.schedule, now, zone)
+        # a time that is skipped, by a day at most, has its run at the end of the gap
+        walls = CronSim(self.schedule, _without_zone(now.astimezone(zone)) - _DAY)
+        runs = (first_showing(wall.replace(tzinfo=zone), _BEGINNING) for wall in walls)
+        return next(at for at in runs if at > now)
 
     def document(self) -> Mapping[str, Any]:
         """Return it as stored."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from cronsim import CronSim
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +50,69 @@ def at(text: str) -> datetime:
 def test_a_cron_expression_is_local_time(schedule: str, now: str, due: str) -> None:
     assert config(schedule=schedule).next_run(at(now), BERLIN) == at(due)
     assert config(schedule=schedule).first_run(at(now), BERLIN) == at(due)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "timezone", "now", "due"),
+    [
+        # clocks are set at midnight, and by half an hour
+        ("* 1 * * 0", "America/Asuncion", "2023-09-30T23:30-04:00", "2023-10-01T01:00-03:00"),
+        ("*/15 0-23/2 * * *", "Asia/Gaza", "2021-03-26T23:30+02:00", "2021-03-27T02:00+03:00"),
+        ("*/15 0 * * *", "Australia/Lord_Howe", "2028-10-01T12:00+11:00", "2028-10-02T00:00+11:00"),
+        (
+            "*/30 23 * * *",
+            "Australia/Lord_Howe",
+            "2025-10-05T12:00+11:00",
+            "2025-10-05T23:00+11:00",
+        ),
+        ("5 * * * *", "Australia/Lord_Howe", "2025-04-06T01:59+11:00", "2025-04-06T02:05+10:30"),
+        ("45 * * * *", "Australia/Lord_Howe", "2025-04-06T01:59+11:00", "2025-04-06T01:45+10:30"),
+        # a whole day is skipped
+        ("0 9 * * *", "Pacific/Apia", "2011-12-29T10:00-10:00", "2011-12-31T00:00+14:00"),
+        ("0 */9 * * *", "Pacific/Apia", "2011-12-29T19:00-10:00", "2011-12-31T00:00+14:00"),
+    ],
+)
+def test_a_cron_expression_follows_any_clock(
+    schedule: str, timezone: str, now: str, due: str
+) -> None:
+    assert config(schedule=schedule).next_run(at(now), timezone) == at(due)
+
+
+@given(
+    st.sampled_from(
+        ["*/15 0-23/2 * * *", "*/30 23 * * *", "5 * * * *", "* 1 * * *", "*/7 */5 * * *"]
+    ),
+    st.sampled_from(
+        ["Australia/Lord_Howe", "America/Asuncion", "Asia/Gaza", "America/Havana", BERLIN]
+    ),
+    st.integers(0, 25),
+    st.integers(-1500, 200),
+)
+def test_a_star_is_due_whenever_the_clock_shows_its_time(
+    schedule: str, timezone: str, number: int, minutes: int
+) -> None:
+    """By a look at the clock in each minute."""
+    zone = dates.zone(timezone)
+    now = _changes(timezone)[number % len(_changes(timezone))] + timedelta(minutes=minutes)
+    minute = now
+    while True:
+        minute += timedelta(minutes=1)
+        wall = minute.astimezone(zone).replace(tzinfo=None, fold=0)
+        if next(CronSim(schedule, wall - timedelta(minutes=1))) == wall:
+            break
+    assert config(schedule=schedule).next_run(now, timezone) == minute
+
+
+@cache
+def _changes(timezone: str) -> list[datetime]:
+    """When the clocks were set in a dozen years."""
+    zone = dates.zone(timezone)
+    hours = (datetime(2012, 1, 1, tzinfo=UTC) + timedelta(hours=n) for n in range(100_000))
+    return [
+        after
+        for before, after in pairwise(hours)
+        if before.astimezone(zone).utcoffset() != after.astimezone(zone).utcoffset()
+    ]
 
 
 @given(
