@@ -75,7 +75,7 @@ async def _greet(client: _Client, server: SmtpServer) -> None:
         raise MismatchError(
             "the server offers no STARTTLS, and the SMTP URL asks for it (starttls=never: don't)"
         )
-    await client.starttls()
+    await client.starttls(server_hostname=server.tls_name)
     await _hello(client)
 
 
@@ -153,6 +153,7 @@ class _Client(SMTP):
                     self._server.host,
                     self._server.port,
                     ssl=self._server.context if self._server.tls else None,
+                    server_hostname=self._server.tls_name if self._server.tls else None,
                 )
         except TimeoutError:
             raise SmtpError(f"no connection within {within:g} s") from None

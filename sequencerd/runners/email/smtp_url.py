@@ -21,6 +21,11 @@ class SmtpServer:
     starttls: bool | None  # None: if the server offers it
     context: ssl.SSLContext | None = field(repr=False)
 
+    @property
+    def tls_name(self) -> str:
+        """The host as a certificate names it: without the dot of an absolute name."""
+        return self.host.rstrip(".")
+
     def hide(self, text: str) -> str:
         """Return a text with the password masked, whether plain or percent-encoded."""
         if self.password:

@@ -694,6 +694,29 @@ async def test_tls_from_the_start(tls: tuple[ssl.SSLContext, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tls", "starttls"])
+async def test_the_name_of_a_mail_server_may_end_with_a_dot(
+    kind: str, tls: tuple[ssl.SSLContext, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    original = loop.getaddrinfo
+
+    async def found(host: Any, port: int, **options: Any) -> Any:
+        return await original(str(host).removesuffix("."), port, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", found)
+    context, cafile = tls
+    scheme, query = ("smtps", "") if kind == "tls" else ("smtp", "starttls=always&")
+    is_tls = kind == "tls"
+    async with smtp_server(
+        tls=context if is_tls else None, starttls=None if is_tls else context
+    ) as server:
+        made = EmailRunner(f"{scheme}://localhost.:{server.port}?{query}cafile={cafile}")
+        (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
+        await made.close()
+    assert isinstance(result, Answer), result
+
+
+@pytest.mark.parametrize("kind", ["tls", "starttls"])
 async def test_an_untrusted_certificate(kind: str, tls: tuple[ssl.SSLContext, Path]) -> None:
     scheme = "smtps" if kind == "tls" else "smtp"
     query = "" if kind == "tls" else "starttls=always"
