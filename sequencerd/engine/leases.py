@@ -129,7 +129,7 @@ class Leases:
             ids = {one.enrollment.id for one in batch.leased}
             self._doubtful |= ids
             try:
-                held = await self.held(batch.leased)
+                held = await self.held(batch.leased, written_together=True)
             finally:
                 self._doubtful -= ids
             self._start(one for one in batch.leased if one.fence in held)
@@ -176,13 +176,15 @@ class Leases:
             one.executor.reserve(-1)
         self._executors.resume()
 
-    async def held(self, leased: Iterable[Leased]) -> set[Fence]:
-        """Read which leases are valid in the database. Repeat the query until it is answered."""
+    async def held(self, leased: Iterable[Leased], *, written_together: bool = False) -> set[Fence]:
+        """Read which leases are valid in the database, `written_together` by one transaction or
+        not. Repeat the query until it is answered.
+        """
         ids = [one.enrollment.id for one in leased]
         while ids:
             try:
                 async with connections.borrow(self._pool) as connection:
-                    return await locking.fences(connection, ids)
+                    return await locking.fences(connection, ids, written_together=written_together)
             except TRANSIENT_ERRORS:
                 await asyncio.sleep(ERROR_PAUSE)
         return set()

@@ -289,9 +289,17 @@ async def lock(
     return Locked(locked, now, revisions, places, ours)
 
 
-async def fences(connection: asyncpg.Connection, ids: Rows[int]) -> set[Fence]:
-    """Read the fences of enrollments, after every transaction that may still write them."""
-    rows = await connection.fetch(QUERIES["fences"], ids)
+async def fences(
+    connection: asyncpg.Connection, ids: Rows[int], *, written_together: bool
+) -> set[Fence]:
+    """Read the fences of enrollments, after every transaction that may still write them. If one
+    transaction writes all of them, it has ended when one can be locked: the others may be locked by
+    other sessions, which are not waited for.
+    """
+    query = "fences"
+    if written_together and await connection.fetchval(QUERIES["is_any_free"], ids):
+        query = "present_fences"
+    rows = await connection.fetch(QUERIES[query], ids)
     return {(row["id"], row["visit"], row["leases"], row["leased_by"]) for row in rows}
 
 

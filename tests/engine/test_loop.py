@@ -217,6 +217,51 @@ async def test_a_lost_answer_starts_no_side_effect_twice_that_was_returned_and_l
     assert await way(connection, id_) == ["one enrolled", "one next", "one completed"]
 
 
+async def test_side_effects_whose_leases_are_in_doubt_do_not_wait_for_other_sessions(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has waited for a row of the claim holds it afterwards."""
+    recorder = Recorder()
+    writing, may_write = asyncio.Event(), asyncio.Event()
+    await define(connection, "s", ("one", "Note", "{}", None))
+    other = await asyncpg.connect(database)
+    async with (
+        losing_answers(database) as (url, lose),
+        running_engine(url, {"Note": recorder}, lease=3600) as engine,
+    ):
+        write = engine._moves.write
+
+        async def write_later(*arguments: Any) -> None:
+            writing.set()
+            await may_write.wait()
+            await write(*arguments)
+
+        monkeypatch.setattr(engine._moves, "write", write_later)
+        # late, so that they are locked
+        await connection.execute(
+            "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+            " SELECT 's', u, now() - interval '1 hour' FROM unnest('{a,b}'::text[]) AS u"
+        )
+        await writing.wait()
+        async with other.transaction():
+            locking = asyncio.create_task(
+                other.execute("SELECT FROM sequencer.enrollments WHERE subject = 'b' FOR UPDATE")
+            )
+            await until(
+                connection,
+                "SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $1",
+                other.get_server_pid(),
+            )
+            lose.append(True)
+            may_write.set()
+            await locking
+            await eventually(lambda: len(recorder.keys) == 2)
+            assert not lose
+        await until(connection, ALL_ENDED)
+    await other.close()
+    assert set(Counter(recorder.keys).values()) == {1}
+
+
 @pytest.mark.parametrize("config", ["{}", '{"delivery": "at_most_once"}'])
 async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, config: str
@@ -228,10 +273,10 @@ async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     asked, told = asyncio.Event(), asyncio.Event()
     held = Leases.held
 
-    async def slowly(self: Leases, leased: Iterable[Leased]) -> set[Fence]:
+    async def slowly(self: Leases, leased: Iterable[Leased], **options: Any) -> set[Fence]:
         asked.set()
         await told.wait()
-        return await held(self, leased)
+        return await held(self, leased, **options)
 
     monkeypatch.setattr(Leases, "held", slowly)
     await define(connection, "s", ("one", "Note", config, "two"), ("two", "Note", "{}", None))
@@ -288,11 +333,11 @@ async def test_a_lease_that_was_rolled_back_is_not_mistaken_for_a_later_lease(
     asked, told, answered, finish = (asyncio.Event() for _ in range(4))
     held, write = Leases.held, writes.write_unchanged
 
-    async def slowly(self: Leases, leased: Iterable[Leased]) -> set[Fence]:
+    async def slowly(self: Leases, leased: Iterable[Leased], **options: Any) -> set[Fence]:
         asked.set()
         await told.wait()
         try:
-            return await held(self, leased)
+            return await held(self, leased, **options)
         finally:
             answered.set()
 

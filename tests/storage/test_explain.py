@@ -36,6 +36,8 @@ HOT = {
     "count_due": "ARRAY['s'], ARRAY['a'], '{-infinity}', now(), 1000",
     "lock": IDS,
     "fences": IDS,
+    "is_any_free": IDS,
+    "present_fences": IDS,
     "existing": IDS,
     "lock_unchanged": f"{IDS}, '1', 's'",
     "write_and_record": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"

@@ -469,6 +469,16 @@ SELECT e.id, e.visit, e.leases, e.leased_by
  ORDER BY e.id
    FOR UPDATE OF e;
 
+-- name: is_any_free
+-- Check whether one of some enrollments can be locked.
+SELECT true FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]) LIMIT 1 FOR UPDATE SKIP LOCKED;
+
+-- name: present_fences
+-- Read the fences of enrollments, whether or not they are locked.
+SELECT e.id, e.visit, e.leases, e.leased_by
+  FROM sequencer.enrollments AS e
+ WHERE e.id = ANY ($1::bigint[]);
+
 -- name: existing
 -- Find which enrollments still exist: a locked row is not a deleted one.
 SELECT id FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
