@@ -306,4 +306,4 @@ BEGIN
 END $$;
 
 
-REVOKE ALL ON FUNCTION sequencer.stored_address, sequencer.punycode, sequencer.plain_email FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;
