@@ -253,10 +253,11 @@ class _Evaluation:
                 attempt = max(self.at.attempt - attempts, 0)
                 self.at = self.at._replace(attempt=attempt, leased_by=None)
                 return None
-            case LookupAnswer(None, message):
+            case LookupAnswer(None, message, asked):
                 self.at = self.at._replace(leased_by=None)
                 self._record_retry(message)
-                return Wait(self.now + LOOKUP_DELAY * (0.5 + jitter / 2))
+                delay = LOOKUP_DELAY * (0.5 + jitter / 2)
+                return Wait(self.now + max(delay, min(asked or delay, retry.MAX_PAUSE)))
             case LookupAnswer(external):
                 self.at = self.at._replace(leased_by=None, last_error=None)
                 self.external = external

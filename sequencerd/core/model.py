@@ -965,10 +965,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class LookupAnswer:
-    """The result of a lookup. `external` is None if it failed; then `message` says why."""
+    """The result of a lookup. `external` is None if it failed; then `message` says why, and
+    `retry_after` is the least wait that the server asks for.
+    """
 
     external: External | None
     message: str = ""
+    retry_after: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from datetime import timedelta
 from importlib.metadata import entry_points
 from math import isfinite
 from typing import Any
@@ -17,7 +18,7 @@ import asyncpg
 from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
 from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.http import Endpoint, read_id, read_list
-from sequencerd.runners.http_client import TOO_LARGE, AnswerTooLarge, Unreachable, judge
+from sequencerd.runners.http_client import TOO_LARGE, AnswerTooLarge, judge
 from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupSettings
 from sequencerd.storage import connections, sources
@@ -26,6 +27,14 @@ GROUP = "sequencerd.lookups"
 
 QuerySubjects = Callable[[list[str]], Awaitable[Mapping[str, External]]]
 """A function from subjects to their data, which may raise anything."""
+
+
+class _FailedStatusError(Exception):
+    """A status that is none of success, with the least wait that the server asks for."""
+
+    def __init__(self, message: str, retry_after: timedelta | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Lookup:
@@ -45,6 +54,8 @@ class Lookup:
                 found = await self._ask(subjects)
         except TimeoutError:
             return self._failed(f"no answer within {self._time:g} seconds", len(tasks))
+        except _FailedStatusError as error:
+            return self._failed(str(error), len(tasks), error.retry_after)
         except Exception as error:  # an error of the user's function or server, or of the database
             return self._failed(text_of(error) or type(error).__name__, len(tasks))
         answers = {subject: self._answer(found.get(subject, {})) for subject in subjects}
@@ -61,8 +72,11 @@ class Lookup:
             return self._failed(_fault("external", data) or text_of(error), 1)[0]
         return LookupAnswer(given)
 
-    def _failed(self, why: str, count: int) -> list[LookupAnswer]:
-        return [LookupAnswer(None, one_line(f"lookup {self._name!r} failed: {why}"))] * count
+    def _failed(
+        self, why: str, count: int, retry_after: timedelta | None = None
+    ) -> list[LookupAnswer]:
+        message = one_line(f"lookup {self._name!r} failed: {why}")
+        return [LookupAnswer(None, message, retry_after)] * count
 
 
 class Lookups:
@@ -140,8 +154,8 @@ class Lookups:
             if reply.status == TOO_LARGE and not is_one:
                 return await halves(subjects)
             text = f"it answered {reply.status} {reply.excerpt()}".rstrip()
-            if judge(reply, text) is not None:
-                raise Unreachable(text)
+            if (failed := judge(reply, text)) is not None:
+                raise _FailedStatusError(text, failed.retry_after)
             try:
                 answer = read_list(reply)
             except ValueError as error:

@@ -47,6 +47,7 @@ from sequencerd.core.model import (
     data_view,
     effect_key,
 )
+from sequencerd.core.retry import MAX_PAUSE
 from sequencerd.core.step_types import compile_step
 from sequencerd.core.step_types.durations import DurationConfig
 from sequencerd.core.step_types.effects import LimitConfig, TopicLimitConfig, compile_expiry
@@ -657,6 +658,10 @@ def test_external_data_are_requested_where_they_are_read() -> None:
     failed = advance(definitions, asks.enrollment, NOW, LookupAnswer(None, "it is away"))
     assert failed.decision == Wait(NOW + LOOKUP_DELAY)
     assert [(e.action, e.message) for e in failed.events] == [("retry", "it is away")]
+    for asked, waited in ((10, LOOKUP_DELAY), (600, timedelta(minutes=10)), (1e6, MAX_PAUSE)):
+        answer = LookupAnswer(None, "it is busy", timedelta(seconds=asked))
+        busy = advance(definitions, asks.enrollment, NOW, answer)
+        assert busy.decision == Wait(NOW + waited)
 
 
 @pytest.mark.parametrize("message", [None, "score 20"])

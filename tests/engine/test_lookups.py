@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -255,6 +255,19 @@ async def test_a_failure_tells_what_an_endpoint_answers(body: bytes, says: str) 
     (answer,) = await ask_endpoint(body, 7)
     assert answer.external is None
     assert answer.message.startswith(f"lookup 'plans' failed: {says}")
+
+
+async def test_a_server_may_ask_for_a_wait() -> None:
+    async def respond(_: Request) -> Answer:
+        return Answer(429, b"slow down", {"Retry-After": "600"})
+
+    async with http_server(respond) as server:
+        pool: Any = None
+        made = lookups.Lookups(pool, {"plans": LookupSettings(url=server.url)})
+        (answer,) = await made.get("plans").run(None, [task(7)])
+        await made.close()
+    text = "lookup 'plans' failed: it answered 429 slow down"
+    assert answer == LookupAnswer(None, text, timedelta(seconds=600))
 
 
 async def ask_endpoint(body: bytes, *ids: int) -> list[LookupAnswer]:
