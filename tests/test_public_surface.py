@@ -95,7 +95,8 @@ def test_the_wheel_has_the_licenses_and_the_types(packages: Packages) -> None:
             assert (unpacked / name).read_bytes() == path.read_bytes()
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Version"] == sequencerd.__version__
-    assert {"sequencerd/py.typed", "sequencerd/sql/0001_sequencer.sql"} <= set(names)
+    migrations = {f"sequencerd/sql/{path.name}" for path in (REPOSITORY / "sql").iterdir()}
+    assert {"sequencerd/py.typed", *migrations} <= set(names)
     installed = {name.partition(".data/data/share/")[2] for name in names} - {""}
     assert installed - {"man/man1/sequencerd.1"} == {  # which make deb has, see its test
         "bash-completion/completions/sequencerd",
