@@ -313,8 +313,10 @@ def check_one_sequence(target: Path, sequence: str | None) -> None:
 
 def is_file(path: Path) -> bool:
     """Return whether an argument is a file, and not a sequence in the database."""
-    # not Path.is_file, which raises for a name that is too long
-    return path.suffix in (".yaml", ".yml", ".json") or os.path.isfile(path)  # noqa: PTH113
+    if path.suffix in (".yaml", ".yml", ".json"):
+        return True
+    # it may be a pipe; not Path.exists, which raises for a name that is too long
+    return os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
 
 
 def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:

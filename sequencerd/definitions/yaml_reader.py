@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -96,10 +97,27 @@ def compose(text: str) -> yaml.Node | None:
     return loader.get_node() if loader.check_node() else None
 
 
+_pipes: dict[tuple[int, int], bytes] = {}
+"""What was read from pipes, such as /dev/stdin, by device and inode. A command may read a file more
+than once, but a pipe is empty then.
+"""
+
+
+def _read_bytes(path: Path) -> bytes:
+    status = path.stat()
+    key = status.st_dev, status.st_ino
+    if key in _pipes:
+        return _pipes[key]
+    with path.open("rb") as file:
+        content = file.read(MAX_SIZE + 1)
+    if stat.S_ISFIFO(status.st_mode):
+        _pipes[key] = content
+    return content
+
+
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SIZE + 1)
+        content = _read_bytes(path)
     except IsADirectoryError:
         raise DocumentError(f"is a folder: name its files, such as {path}/*.yaml") from None
     except (OSError, ValueError) as error:

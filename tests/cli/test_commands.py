@@ -166,6 +166,20 @@ def test_values_beyond_those_of_the_database_are_refused_by_name(applied: Comman
     applied("export", "s", "--revision", "-1", code=2)
 
 
+@pytest.mark.parametrize("command", ["check", "plan", "graph", "simulate", "preview"])
+def test_a_file_may_be_a_pipe(sequencerd: Command, command: str) -> None:
+    """As with `sequencerd check <(make-it)`."""
+    reader, writer = os.pipe()
+    config = '{"to": "a@b.c", "from": "d@e.f", "subject": "Hi", "text": "Hello"}'
+    steps = f'[{{"name": "hello", "type": "Email", "config": {config}}}]'
+    os.write(writer, f'{{"name": "piped", "steps": {steps}}}'.encode())
+    os.close(writer)
+    step = ["hello"] if command == "preview" else []
+    shown = sequencerd(command, f"/dev/fd/{reader}", *step)
+    os.close(reader)
+    assert "hello" in shown.lower() or "1 valid sequence" in shown
+
+
 def test_a_second_enrollment_is_refused(applied: Command) -> None:
     applied("enroll", "s", "ada")
     applied("enroll", "s", "ada", code=1)
