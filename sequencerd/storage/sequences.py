@@ -39,7 +39,7 @@ async def snapshot(connection: asyncpg.Connection) -> AsyncIterator[asyncpg.Conn
     compiled meanwhile, and locks nothing.
     """
     async with transaction(connection, isolation="repeatable_read", readonly=True):
-        await connection.execute(QUERIES["allow_idling"])
+        await connection.execute(QUERIES["allow_long_transaction"])
         yield connection
 
 

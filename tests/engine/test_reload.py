@@ -39,6 +39,7 @@ from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
 from sequencerd.storage import sequences, wakes
+from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import PATIENCE, eventually
 
@@ -934,3 +935,29 @@ async def test_the_problem_of_a_step_with_very_many_errors_is_limited(
         engine.catalog._unfinished.add("s")
         await engine.reload()
         assert await connection.fetchval(version) == before
+
+
+async def test_no_limit_of_transactions_ends_a_reload_whose_definitions_compile_for_long(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Recorder):
+        def compile(self, config: Mapping[str, Any]) -> object:
+            time.sleep(0.6)  # longer than the limits
+            return config
+
+    idle = "idle_in_transaction_session_timeout', '{}"
+    soon = QUERIES["prepare_session"].replace(idle.format("30s"), idle.format("300ms"))
+    assert soon != QUERIES["prepare_session"]
+    monkeypatch.setitem(cast("dict[str, str]", QUERIES), "prepare_session", soon)
+    limit = "transaction_timeout"  # since PostgreSQL 17
+    if await connection.fetchval("SELECT current_setting($1, true) IS NOT NULL", limit):
+        name = await connection.fetchval("SELECT current_database()")
+        await connection.execute(f"ALTER DATABASE \"{name}\" SET {limit} = '300ms'")
+    await define(connection, "s", ("a", "Note", "{}", None))
+    recorder = Slow()
+    async with running_engine(database, {"Note": Recorder()}) as one:
+        async with asyncio.timeout(PATIENCE):
+            await (await one.use({"Note": recorder}, one._executors.lookups))
+        await enroll(connection, "s", "ada")
+        await until(connection, ALL_ENDED)
+    assert len(recorder.keys) == 1

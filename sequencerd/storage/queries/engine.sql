@@ -30,9 +30,11 @@ SELECT set_config('default_transaction_isolation', 'read committed', false),
 -- Have the server check regularly during a statement that its client is still connected.
 SELECT set_config('client_connection_check_interval', '5s', false);
 
--- name: allow_idling
--- Let this transaction be idle for as long as it likes.
-SELECT set_config('idle_in_transaction_session_timeout', '0', true);
+-- name: allow_long_transaction
+-- Let this transaction take as long as it likes. PostgreSQL 16 has no limit for whole transactions.
+SELECT set_config('idle_in_transaction_session_timeout', '0', true),
+       CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+            THEN set_config('transaction_timeout', '0', true) END;
 
 -- name: server_time
 -- Read the database's clock, to measure the offset of the daemon's.
