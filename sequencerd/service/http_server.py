@@ -145,6 +145,7 @@ class _HttpServer(uvicorn.Server):
                 app,
                 http=_Connection,
                 ws="none",
+                lifespan="off",  # that of `serving`
                 backlog=MAX_CONNECTIONS,  # accepted in one iteration of the loop
                 log_config=None,
                 access_log=False,
@@ -168,7 +169,8 @@ async def serving(
     *,
     setting: str = "http.listen",
 ) -> AsyncIterator[None]:
-    """Serve within the context, if there is an address. Raises SettingsError if it cannot be used.
+    """Serve within the context, if there is an address. Raises SettingsError if it cannot be used,
+    and the application's error if that cannot start.
 
     If another process uses the address, `taken` is called with it and nothing is served, so that a
     second daemon with the same settings works nevertheless.
@@ -187,16 +189,28 @@ async def serving(
             return
         raise SettingsError(f"{setting}: cannot listen on {listen}: {error.strerror}") from error
     server = _HttpServer(app)
+    loop = asyncio.get_running_loop()
+    started = loop.create_future()
 
-    def serve() -> None:
+    async def serve() -> None:
+        # uvicorn would end the process without the error of an application that cannot start
+        async with app.router.lifespan_context(app):
+            loop.call_soon_threadsafe(started.set_result, None)
+            await server.serve([listener])
+
+    def run() -> None:
         with asyncio.Runner(loop_factory=ResolvingLoop) as runner:
-            runner.run(server.serve([listener]))
+            runner.run(serve())
 
     # in a thread other than the main one, uvicorn installs no signal handlers
-    serving = asyncio.create_task(asyncio.to_thread(serve))
+    serving = asyncio.create_task(asyncio.to_thread(run))
     try:
-        yield
+        await asyncio.wait((serving, started), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            yield
     finally:
         server.should_exit = True
-        await serving
-        listener.close()
+        try:
+            await serving
+        finally:
+            listener.close()

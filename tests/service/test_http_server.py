@@ -21,6 +21,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client import parser as text_format
 from prometheus_client.openmetrics import parser as openmetrics
+from starlette.applications import Starlette
 
 from sequencerd.core.model import Answer, Event, Failed, Result
 from sequencerd.daemon import raise_descriptor_limit
@@ -243,6 +244,23 @@ async def test_a_daemon_without_its_address_continues_and_logs_it_once(database:
     assert process.returncode == 0
     (taken_line,) = [line for line in (*lines, rest.decode()) if "address in use" in line]
     assert address in taken_line
+
+
+async def test_an_application_that_cannot_start_is_an_error_of_the_start() -> None:
+    console = Starlette(lifespan=_that_fails)
+    app = make_app(list, list, CollectorRegistry(), console)
+    port, begun = free_port(), False
+    with pytest.raises(ValueError, match="a broken template"):
+        async with serving(app, f"127.0.0.1:{port}"):
+            begun = True
+    assert not begun
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+@asynccontextmanager
+async def _that_fails(app: Starlette) -> AsyncIterator[None]:
+    raise ValueError("a broken template")
+    yield
 
 
 def test_labels_are_bounded() -> None:
