@@ -16,9 +16,21 @@ from sequencerd.console.tables import at
 async def login(request: Request) -> Response:
     """Ask for the password, or redirect to the provider."""
     context = context_of(request)
+    to = query_of(request).get("to")
     if not context.auth.has_sessions or request.state.visitor.user:
-        return RedirectResponse(at("/"), 303)
-    return _ask(request, 200, query_of(request).get("to"), "", None)
+        return RedirectResponse(local(to), 303)
+    return _ask(request, 200, to, "", None)
+
+
+def ask_again(request: Request) -> Response:
+    """Ask for another login, or continue if there was one, after a form of these pages that belongs
+    to another session.
+    """
+    query = Query(request.state.form)
+    if not context_of(request).auth.has_sessions or request.state.visitor.user:
+        return RedirectResponse(local(query.get("to")), 303)
+    wrong = "This page was too old. Log in again."
+    return _ask(request, 403, query.get("to"), query.get("name") or "", wrong)
 
 
 def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | None) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
@@ -280,10 +280,11 @@ ROUTES_OF_PROGRAMS = (pages.table, pages.stream)
 """Routes for programs: without a login they answer 401 instead of a form, and errors as plain text.
 """
 
-SESSION_ENDED = "Your session has ended, so nothing was changed. What you entered is kept here."
+KEPT = "What you entered is kept here."
+SESSION_ENDED = f"Your session has ended, so nothing was changed. {KEPT}"
 FORM_EXPIRED = (
     "The form belongs to another session, or the daemon was restarted, so nothing was changed."
-    " What you entered is kept here; you are {user} now."
+    f" {KEPT} You are {{user}} now."
 )
 NOT_KNOWN = "It is not known whether the change was made: check before you repeat it."
 MAX_ERROR_LENGTH = 300  # characters of an error, which may quote a parameter
@@ -299,12 +300,14 @@ def guarded(page: pages.Page, role: Role | None, log: FilteringBoundLogger) -> p
         if refusal := auth.refusal(request):
             return PlainTextResponse(f"{refusal}\n", 403)
         request.state.visitor = auth.unknown(request)
+        request.state.form = None  # not read yet
         try:
             if (refused := await _refused(request, page, role)) is not None:
                 return refused
             made = await _response(request, page)
         except Exception as error:
-            made = _failed(request, page, error, log)
+            is_kept = role is not None and await _has_own_form(request)
+            made = _failed(request, page, error, log, is_kept=is_kept)
         return _with_session(request, made)
 
     return answer
@@ -323,16 +326,23 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
             return PlainTextResponse("Log in first.\n", 401)
         if _is_own_form(request):
             request.state.form = await pages.form(request, pages.MAX_FORM)
-            return _with_session(request, _unsent(request, 401, SESSION_ENDED))
+            token = request.state.visitor.token
+            kept = _unsent(request, 401, "Not done yet", SESSION_ENDED, token=token, log_in=True)
+            return _with_session(request, kept)
         to = str(request.url.replace(scheme="", netloc=""))
         return _with_session(request, RedirectResponse(at("/login", to=to), 303))
     if request.method == "POST":
         most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
         request.state.form = await pages.form(request, most)
         if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
-            if role is not None and _is_own_form(request):
+            if _is_own_form(request) and page is access.log_out:
+                return None  # of the present session, or of none
+            if _is_own_form(request) and role is None:
+                return _with_session(request, access.ask_again(request))
+            if _is_own_form(request):
                 text = FORM_EXPIRED.format(user=visitor.user)
-                return _with_session(request, _unsent(request, 403, text))
+                kept = _unsent(request, 403, "Not done yet", text, token=visitor.token)
+                return _with_session(request, kept)
             text = "This form has expired or comes from another site. Reload the page."
             return message_page(request, 403, "Not done", text)
     if role in ("operator", "editor") and not context.settings.write:
@@ -354,30 +364,55 @@ def _is_own_form(request: Request) -> bool:
     )
 
 
-def _unsent(request: Request, status: int, text: str) -> Response:
+async def _has_own_form(request: Request) -> bool:
+    """Return whether a request has a form of one of the console's pages, which is read if the error
+    came before.
+    """
+    if not _is_own_form(request):
+        return False
+    if request.state.form is None:
+        with suppress(WrongQueryError):
+            request.state.form = await pages.form(request, pages.MAX_FORM)
+    return bool(request.state.form)
+
+
+def _unsent(
+    request: Request, status: int, title: str, text: str, *, token: str, log_in: bool = False
+) -> Response:
     """Return a page with what was entered in a form, to be sent again."""
+    given = {**request.state.form, "token": token}
     return render(
-        request, "unsent.html", status, title="Not done yet", text=text, given=request.state.form
+        request, "unsent.html", status, title=title, text=text, given=given, log_in=log_in
     )
 
 
 async def _response(request: Request, page: pages.Page) -> Response:
-    if request.method == "POST" and sent_forms.FIELD in (form := request.state.form):
+    if (form := request.state.form) and sent_forms.FIELD in form:
         sent = context_of(request).sent_forms
         return await sent.process(request.state.visitor.nonce, form, page(request))
     return await page(request)
 
 
 def _failed(
-    request: Request, page: pages.Page, error: Exception, log: FilteringBoundLogger
+    request: Request,
+    page: pages.Page,
+    error: Exception,
+    log: FilteringBoundLogger,
+    *,
+    is_kept: bool,
 ) -> Response:
-    """Return the response to a request that has raised an error."""
+    """Return the response to a request that has raised an error. If `is_kept`, what was entered in
+    the request's form can be sent again, unless it is wrong itself.
+    """
 
-    def refused(status: int, title: str, text: str) -> Response:
+    def refused(status: int, title: str, text: str, *, retry: bool = False) -> Response:
         text = text if len(text) <= MAX_ERROR_LENGTH else f"{text[:MAX_ERROR_LENGTH]}…"
         if page in ROUTES_OF_PROGRAMS:
             return PlainTextResponse(f"{text}\n", status)
-        return message_page(request, status, title, text)
+        if is_kept and status >= 500:
+            token = request.state.form.get("token", "")
+            return _unsent(request, status, title, f"{text} {KEPT}", token=token)
+        return message_page(request, status, title, text, retry=retry)
 
     match error:
         case NotFoundError():
@@ -394,15 +429,18 @@ def _failed(
             return refused(503, "Not done", as_sentence(f"{brief(error)}; nothing was changed"))
     if not isinstance(error, TRANSIENT_ERRORS):  # its text may contain data of enrollments
         log.error("a console page failed", path=request.url.path, error=_where(error))
-        return message_page(request, 500, "Internal error", "The daemon's log has the details.")
+        return refused(500, "Internal error", "The daemon's log has the details.")
     if isinstance(error, ValueError):  # of the driver: nothing was sent
         return refused(422, "Not possible", "A value is out of range.")
     log.warning("the console cannot reach the database", error=brief(error))
-    is_read = request.method != "POST"
-    what = "This page retries automatically." if is_read else NOT_KNOWN
     is_slow = isinstance(error, TimeoutError | asyncpg.QueryCanceledError)
     title = "The database does not answer in time" if is_slow else "The database cannot be reached"
-    made = message_page(request, 503, title, what, retry=is_read)
+    if request.method == "POST":
+        made = refused(503, title, NOT_KNOWN)
+    elif page in ROUTES_OF_PROGRAMS:
+        made = refused(503, title, f"{title}.")
+    else:
+        made = refused(503, title, "This page retries automatically.", retry=True)
     made.headers["Retry-After"] = "5"
     return made
 

@@ -25,6 +25,7 @@ from tests.console.conftest import (
     BEGUN,
     FAILED,
     Fixable,
+    Line,
     console,
     counted,
     page_once,
@@ -34,6 +35,7 @@ from tests.console.conftest import (
 from tests.console.test_pages import check
 from tests.helpers.command_line import Command
 from tests.helpers.engines import until, way
+from tests.helpers.waiting import eventually
 from tests.service.test_http_server import answers, daemon, is_ok
 
 PASSWORD = "correct horse"
@@ -111,6 +113,35 @@ async def test_a_session_ends_with_the_logout(
         assert (await client.get("/")).status_code == 200
         assert (await client.post("/logout", data={"token": token(page)})).status_code == 303
         assert (await client.get("/")).status_code == 303
+
+
+async def test_a_page_from_before_the_login_or_after_the_logout(database: str) -> None:
+    """As in another tab: its form belongs to no session, or to another one."""
+    async with console(database, password_hash=HASH) as client:
+        asked = await client.get("/login?to=/console/health")
+        await log_in(client)
+        form = {**fields(asked), "name": "Ada", "password": PASSWORD}
+        again = await client.post("/login", data=form, headers=FROM_A_PAGE)
+        assert again.status_code == 303
+        assert again.headers["location"] == "/console/health"  # is logged in
+        page = await client.get("/search")
+        assert (await client.get("/login?to=/console/health")).headers["location"] == (
+            "/console/health"
+        )
+        for _ in range(2):
+            left = await client.post("/logout", data=fields(asked), headers=FROM_A_PAGE)
+            assert left.headers["location"] == "/console/login"
+            assert (await client.get("/search")).status_code == 303
+        refused = await client.post("/login", data=form, headers=FROM_A_PAGE)
+        assert refused.status_code == 403
+        assert "Log in again" in check(refused)
+        assert PASSWORD not in refused.text
+        form = {**fields(refused), "name": "Ada", "password": PASSWORD}
+        done = await client.post("/login", data=form, headers=FROM_A_PAGE)
+        assert done.status_code == 303
+        forged = await client.post("/logout", data=fields(page))
+        assert forged.status_code == 403
+        assert (await client.get("/search")).status_code == 200
 
 
 async def test_a_copied_cookie_ends_with_the_session_at_all_daemons(
@@ -237,12 +268,44 @@ async def test_what_was_entered_is_kept_when_a_session_ends(
         await log_in(client)  # in another tab
         again = await client.post("/data", data=fields(kept), headers=FROM_A_PAGE)
         assert again.status_code == 403
-        assert "you are Ada Lovelace now" in check(again)
+        assert "You are Ada Lovelace now" in check(again)
         assert await connection.fetchval(name) is None
         forged = await client.post("/data", data=fields(kept))
         assert "Send the form again" not in forged.text
         done = await client.post("/data", data=fields(again), headers=FROM_A_PAGE)
         assert done.status_code == 303, done.text
+        assert await connection.fetchval(name) == "pro"
+
+
+@pytest.mark.parametrize("password", [None, HASH])
+async def test_what_was_entered_is_kept_while_the_database_is_away(
+    database: str, connection: asyncpg.Connection, password: str | None
+) -> None:
+    waiting, _ = await people(connection)
+    name = f"SELECT data ->> 'plan' FROM sequencer.enrollments WHERE id = {waiting}"
+    line = Line(database)
+    async with (
+        line.open() as through,
+        console(database, through=through, password_hash=password, write=True) as client,
+    ):
+        if password:
+            await log_in(client)
+        asked = await client.get(f"/data?id={waiting}")
+        form = {**fields(asked), "text": '{"plan": "pro"}', "action": "apply", "reason": "a typo"}
+        line.cut()
+        kept = await client.post("/data", data=form, headers=FROM_A_PAGE)
+        assert kept.status_code == 503
+        assert "What you entered is kept here" in check(kept)
+        assert "Log in" not in kept.text
+        assert "Send the form again" not in (await client.post("/data", data=form)).text
+        line.is_cut = False
+        assert fields(kept).items() >= form.items()
+
+        async def done() -> bool:
+            answer = await client.post("/data", data=fields(kept), headers=FROM_A_PAGE)
+            return answer.status_code == 303
+
+        await eventually(done)
         assert await connection.fetchval(name) == "pro"
 
 
