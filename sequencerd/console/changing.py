@@ -89,6 +89,7 @@ async def _ask(request: Request, query: Query, remark: str | None, status: int =
         leave=local(query.get("back")),
         remark=remark,
         reason=query.get("reason") or "",
+        to=query.get("to"),
     )
 
 

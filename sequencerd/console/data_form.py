@@ -50,6 +50,7 @@ async def _page(
         text=await _shown(context, row) if text is None else text,
         version=row["version"],
         lines=lines,
+        reason=(request.state.form or {}).get("reason", ""),
         wrong=wrong,
     )
 

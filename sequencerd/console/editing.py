@@ -125,6 +125,7 @@ async def _ask_status(
         action=action,
         effect=bulk.SEQUENCE_STATUSES[action].effect,
         stored=stored,
+        reason=query.get("reason") or "",
         wrong=wrong,
     )
 
@@ -172,8 +173,6 @@ async def _in_thread(context: PageContext, work: Callable[[], Coroutine[Any, Any
             return await asyncio.to_thread(lambda: asyncio.run(work()))
         except asyncpg.InsufficientPrivilegeError as error:
             raise WrongQueryError(_missing_privilege(error)) from error
-        except DatabaseError as error:
-            raise WrongQueryError(str(error)) from error
 
 
 def _missing_privilege(error: asyncpg.InsufficientPrivilegeError) -> str:
@@ -218,13 +217,13 @@ def _page(
     wrong: str | None = None,
     revision: int | None = None,
     moves: Mapping[str, str] | None = None,
-    given: Mapping[str, str] | None = None,
 ) -> Response:
     plans = made.sequences if made is not None else ()
     at_step: Counter[str] = Counter()
     for plan_ in plans:
         at_step.update(plan_.at_step)
     simulator = context_of(request).simulator()
+    form = request.state.form or {}
     nonce = secrets.token_urlsafe(16)
     answer = render(
         request,
@@ -242,7 +241,7 @@ def _page(
         moves=moves or {},
         wrong=wrong,
         revision=revision,
-        given={"reason": "", "brake": "", **(given or {})},
+        given={key: form.get(key, "") for key in ("reason", "brake")},
         rows=min(40, max(12, text.count("\n") + 2)),
         nonce=nonce,
         known_steps=list(known.steps) if (known := simulator.definitions.get(name)) else [],
@@ -254,6 +253,8 @@ def _page(
         "style-src 'self'", f"style-src 'self' 'nonce-{nonce}'"
     )
     answer.headers["Content-Security-Policy"] = policy
+    # Back leads here without the browser's question whether to send the form again
+    answer.headers["Cache-Control"] = "private, no-cache"
     return answer
 
 
@@ -328,7 +329,7 @@ async def change(request: Request) -> Response:
         elif given and brake is None:
             wrong = f"The brake is a number from 1 to {MAX_BRAKE:,}, or empty."
         if wrong or reason is None:
-            return page(422, wrong=wrong, given={"reason": reason or "", "brake": given})
+            return page(422, wrong=wrong)
         cause, expected = why(request, reason), query.must("plan")
         await _in_thread(context, lambda: edited.apply(cause, expected, brake))
     except (PlanError, FileError) as error:

@@ -251,6 +251,7 @@ async def _entry(
         entries=[context.mask({**row, "message": row["reason"]}) for row in entries],
         made_by_others=_made_by_others(entries),
         reason=query.get("reason") or "",
+        is_confirmed=query.get("confirmed") is not None,
         wrong=wrong,
     )
 

@@ -301,11 +301,12 @@ async def test_what_was_entered_is_kept_while_the_database_is_away(
         line.is_cut = False
         assert fields(kept).items() >= form.items()
 
-        async def done() -> bool:
+        async def done() -> httpx.Response | None:
             answer = await client.post("/data", data=fields(kept), headers=FROM_A_PAGE)
-            return answer.status_code == 303
+            return answer if answer.status_code == 303 else None
 
-        await eventually(done)
+        answer = await eventually(done)
+        assert answer.status_code == 303
         assert await connection.fetchval(name) == "pro"
 
 

@@ -84,6 +84,29 @@ async def test_the_editor_completes_checks_and_plans(
             await check_page(page, "the plan")
 
 
+async def test_back_leads_to_the_plan_and_to_what_was_typed_since(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await people(connection)
+    async with (
+        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto("/console/edit?sequence=s")
+        for words in ("# before the plan", "# and after it"):
+            await page.locator(CONTENT).click()
+            await page.keyboard.press("Control+End")
+            await page.keyboard.type(words)
+            if "before" in words:
+                await page.get_by_role("button", name="Check and plan").click()
+                await shows(page, "h2", "Plan")
+        await page.get_by_role("link", name="Failures").click()
+        await shows(page, "h1", "Failures")
+        await page.go_back()  # the browser asks nothing
+        await shows(page, "h2", "Plan")
+        await shows(page, CONTENT, "# before the plan# and after it")
+
+
 async def test_the_editor_completes_keys_and_names(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:

@@ -4,6 +4,7 @@ and without console.write. A refused request changes nothing and reveals nothing
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -165,6 +166,64 @@ async def token_of(client: httpx.AsyncClient, headers: Mapping[str, str]) -> str
 def _tells_nothing(answer: httpx.Response) -> None:
     told = "".join((*map(str, answer.headers.items()), answer.text)).lower()
     assert not any(secret in told for secret in SECRETS), answer.text
+
+
+REFUSED: dict[str, dict[str, str]] = {
+    "/change": {"action": "move", "to": "letter", "number": "0", "reason": "a typo"},
+    "/data": {"text": "{", "reason": "a typo"},
+    "/edit": {"text": "steps: []", "reason": "a typo", "brake": "500"},
+    "/enroll": {"email": "not an address", "data": "{", "step": "letter", "reason": "a typo"},
+    "/suppress": {"topic": "a b", "reason": "a typo"},
+    "/suppression": {"reason": "", "confirmed": "yes"},
+    "/message/test": {"address": "not an address"},
+}
+"""What each form is refused for. The pages of /status and /step have no such error."""
+
+
+async def test_a_refused_form_keeps_what_was_entered(
+    database: str, connection: asyncpg.Connection, forms: dict[str, dict[str, str]]
+) -> None:
+    await connection.execute("UPDATE sequencer.suppressions SET source = 'bounce'")
+    async with console_of_users(database, write=True) as client:
+        headers = as_role("editor")
+        shared = {"token": await token_of(client, headers)}
+        await settled(connection)
+        for path, entered in REFUSED.items():
+            form = {**forms[path], **entered, **shared}
+            if path == "/data":
+                asked = await client.get(f"/data?id={form['id']}", headers=headers)
+                form["version"] = fields_of(asked)["version"]
+            refused = await client.post(path, data=form, headers=headers)
+            assert refused.status_code in (409, 422), path
+            found = fields_of(refused)
+            for name, value in entered.items():
+                if name not in ("action", "number"):
+                    assert found.get(name) == value, f"{path}: {name}"
+        asked = await client.get("/status?sequence=s&action=pause&reason=a+typo", headers=headers)
+        assert fields_of(asked)["reason"] == "a typo"
+        # a plan is made again
+        form = {**forms["/edit"], "action": "plan", "reason": "a typo", "brake": "7", **shared}
+        planned = fields_of(await client.post("/edit", data=form, headers=headers))
+        assert (planned["reason"], planned["brake"]) == ("a typo", "7")
+
+
+def fields_of(page: httpx.Response) -> dict[str, str]:
+    """Return what the fields of the page's forms contain."""
+    found = {}
+    for tag in re.findall("<input[^>]*>", page.text):
+        attributes = dict(re.findall(r'(\w+)="([^"]*)"', tag))
+        if attributes.get("type") != "checkbox" or " checked" in tag:
+            found[attributes["name"]] = html.unescape(attributes.get("value", ""))
+    for name, text in re.findall(
+        r'<textarea[^>]*name="(\w+)"[^>]*>\n?(.*?)</textarea>', page.text, re.DOTALL
+    ):
+        found[name] = html.unescape(text)
+    for name, options in re.findall(
+        r'<select[^>]*name="([\w.]+)"[^>]*>(.*?)</select>', page.text, re.DOTALL
+    ):
+        if chosen := re.search(r"<option[^>]* selected>([^<]*)", options):
+            found[name] = html.unescape(chosen[1])
+    return found
 
 
 async def test_a_forbidden_change_changes_nothing(
