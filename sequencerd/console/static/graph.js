@@ -22,9 +22,14 @@
   const letters = (text) => Array.from(new Intl.Segmenter().segment(text), ({ segment }) => segment);
   // isolate text that is written from right to left from its surroundings
   const apart = (text) => (/[^\0-\x7f]/.test(text) ? `\u2068${text}\u2069` : text);
+  // names that begin alike differ at their ends
+  const cut = (all, most) => {
+    const first = all.slice(0, Math.ceil(most / 2)).join("").trimEnd();
+    return apart(`${first}…${all.slice(all.length - Math.floor(most / 2)).join("").trimStart()}`);
+  };
   const short = (text, most) => {
     const all = letters(text);
-    return apart(all.length > most ? `${all.slice(0, most - 1).join("")}…` : text);
+    return all.length > most ? cut(all, most - 1) : apart(text);
   };
   const high = (node) => HEIGHT + (node.limit ? LINE : 0);
 
@@ -39,7 +44,7 @@
     let most = all.length;
     while (most > 1 && place.getComputedTextLength() > room) {
       most = Math.min(most - 1, Math.floor((most * room) / place.getComputedTextLength()));
-      place.textContent = apart(`${all.slice(0, most).join("").trimEnd()}…`);
+      place.textContent = cut(all, most);
     }
   }
 
