@@ -281,7 +281,7 @@ async def test_what_was_entered_is_kept_when_a_session_ends(
 async def test_what_was_entered_is_kept_while_the_database_is_away(
     database: str, connection: asyncpg.Connection, password: str | None
 ) -> None:
-    waiting, _ = await people(connection)
+    waiting, _ = await waiting_and_failing(connection)
     name = f"SELECT data ->> 'plan' FROM sequencer.enrollments WHERE id = {waiting}"
     line = Line(database)
     async with (
@@ -305,7 +305,7 @@ async def test_what_was_entered_is_kept_while_the_database_is_away(
             answer = await client.post("/data", data=fields(kept), headers=FROM_A_PAGE)
             return answer if answer.status_code == 303 else None
 
-        answer = await eventually(done)
+        answer: httpx.Response = await eventually(done)
         assert answer.status_code == 303
         assert await connection.fetchval(name) == "pro"
 

@@ -87,9 +87,9 @@ async def test_the_editor_completes_checks_and_plans(
 async def test_back_leads_to_the_plan_and_to_what_was_typed_since(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
-    await people(connection)
+    await waiting_and_failing(connection)
     async with (
-        console(database, {"Note": Mended()}, write=True, is_served=True) as client,
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
         window(browser, client) as page,
     ):
         await page.goto("/console/edit?sequence=s")

@@ -183,3 +183,106 @@ async def test_a_long_text_is_edited_by_keyboard(
         await page.goto("/console/edit?sequence=s")
         await page.locator(".cm-scroller").wait_for()
         await check_accessible(page)
+
+
+async def test_a_phone_shows_what_was_found_before_the_filters(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await waiting_and_failing(connection)
+    async with (
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
+        window(browser, client, viewport={"width": 360, "height": 780}) as page,
+    ):
+        await until(connection, FAILED)
+        await page.goto("/console/failures")
+        await page.get_by_role("link", name="refused").click()
+        await shows(page, ".filtered", "cause refused")
+        first = await page.locator("#found tbody tr").first.bounding_box()
+        assert first is not None
+        assert first["y"] < 780
+        assert not await page.get_by_label("Failure code").is_visible()
+        await page.goto(
+            "/console/search?sequence=s&status=failed&where=data.email = bob@example.com"
+        )
+        words = "Filters: sequence s; status failed; data data.email = bob@example.com"
+        assert await text_of(page, ".filtered") == words
+        await page.goto("/console/search?age=nonsense")  # which is to be corrected
+        assert await page.get_by_label("At the step for more than").is_visible()
+
+
+async def test_steps_whose_names_begin_alike_differ_in_the_graph(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    names = [f"winter-campaign-of-all-customers-mail-{n}" for n in range(2)]
+    await define(
+        connection,
+        "s",
+        (names[0], "WaitForDuration", DAY, names[1]),
+        (names[1], "WaitForDuration", DAY, None),
+    )
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        await page.goto("/console/sequence?sequence=s")
+        await page.locator("#graph .node").first.wait_for()
+        for name, shown in zip(names, await page.evaluate(PARTS), strict=True):
+            first, last = shown.strip("\u2068\u2069").split("…")
+            assert name.startswith(first)
+            assert name.endswith(last)
+            assert last.endswith(f"mail-{name[-1]}")
+
+
+async def test_problems_come_before_many_sequences(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    for n in range(30):
+        await define(connection, f"s{n}", ("wait", "WaitForDuration", DAY, None))
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour');"
+        "INSERT INTO sequencer.problems (kind, about, daemon, message, since)"
+        " VALUES ('runner', 'Email', 'd', 'the server refuses the login', now())"
+    )
+    async with (
+        console(database, is_served=True) as client,
+        window(browser, client, viewport={"width": 360, "height": 780}) as page,
+    ):
+        await page.goto("/console/")
+        await shows(page, ".problems", "the server refuses the login")
+        box = await page.locator(".problems").bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] < 780
+
+
+async def test_no_panel_covers_what_has_the_focus(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    """On a narrow screen, or at 400%, the panel of a step is in front of the page."""
+    await waiting_and_failing(connection)
+    async with console(database, {"Note": Fixable()}, write=True, is_served=True) as client:
+        await until(connection, FAILED)
+        for width, height in ((360, 640), (320, 256)):
+            options = {"viewport": {"width": width, "height": height}}
+            async with window(browser, client, **options) as page:
+                await page.goto("/console/sequence?sequence=s&step=note")
+                await page.locator("#graph .node").first.wait_for()
+                await shows(page, "h2", "Steps")
+                covered, seen = [], 0
+                while seen < 100:
+                    await page.keyboard.press("Tab")
+                    name, is_covered = await page.evaluate(COVERED)
+                    if not name:
+                        break
+                    seen += 1
+                    covered += [name] if is_covered else []
+                assert seen > 20
+                assert covered == [], width
+
+
+COVERED = """() => {
+    const focused = document.activeElement;
+    const panel = document.getElementById("step");
+    if (focused === document.body) return ["", false];
+    const [box, above] = [focused, panel].map((one) => one.getBoundingClientRect());
+    const isCovered = !panel.contains(focused) && box.top >= above.top - 1;
+    return [focused.outerHTML.slice(0, 100), isCovered];
+}"""
+"""Whether all of what has the focus is behind the panel."""

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
+from sequencerd.runners.email.runner import EmailRunner
 from tests.console.conftest import BEGUN, DAY, Fixable, console, waiting_and_failing
 from tests.console.test_browser import check_accessible, shows, window
 from tests.helpers.engines import define, enroll, until
+from tests.helpers.servers import HOST
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
@@ -97,6 +99,57 @@ async def test_forms_by_keyboard(
         await press(page, "Apply this plan")
         await page.wait_for_url("**/sequence?sequence=s")
         await shows(page, "main", "by keyboard")
+
+
+async def test_a_message_that_has_the_focus_is_marked(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    """It is in a frame, so that the keyboard can scroll it."""
+    await define(
+        connection,
+        "s",
+        (
+            "letter",
+            "Email",
+            '{"from": "us@example.com", "to": "a@example.com", "subject": "x", "html": "<p>x</p>"}',
+            None,
+        ),
+    )
+    runners = {"Email": EmailRunner(f"smtp://{HOST}:9")}
+    async with (
+        console(database, runners, own=lambda: runners, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto("/console/message?sequence=s&step=letter")
+        frame = page.locator("iframe")
+        outline = "(one) => getComputedStyle(one).outlineStyle"
+        assert await frame.evaluate(outline) == "none"
+        await page.locator("h1").click()
+        while not await page.evaluate("document.activeElement.matches('iframe')"):
+            await page.keyboard.press("Tab")
+        await page.locator("iframe.focused").wait_for()
+        assert await frame.evaluate(outline) == "solid"
+        await page.keyboard.press("Tab")
+        await page.locator("iframe:not(.focused)").wait_for()
+
+
+async def test_what_colours_say_is_also_said_where_the_system_chooses_them(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await waiting_and_failing(connection)
+    line = "(one) => getComputedStyle(one).textDecorationLine"
+    async with (
+        console(database, write=True, is_served=True) as client,
+        window(browser, client, forced_colors="active") as page,
+    ):
+        await page.goto("/console/search")
+        lines = [await one.evaluate(line) for one in await page.locator("header nav a").all()]
+        assert lines == ["none", "none", "underline", "none", "none", "none", "none"]
+        await page.goto(f"/console/data?id={waiting}")
+        await fill(page, text='{"email": "zoe@example.com"}')
+        await press(page, "Check")
+        assert await page.locator("del").first.evaluate(line) == "line-through"
+        assert await page.locator("ins").first.evaluate(line) == "underline"
 
 
 async def test_lateness_is_read_by_keyboard(

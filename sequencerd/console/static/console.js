@@ -35,6 +35,17 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
+// Styles do not know that a message in a frame has the focus, to be scrolled by keyboard.
+function markFrames() {
+  for (const frame of document.querySelectorAll("iframe")) {
+    frame.classList.toggle("focused", frame === document.activeElement);
+  }
+}
+
+window.addEventListener("blur", markFrames);
+window.addEventListener("focus", markFrames);
+document.addEventListener("focusin", markFrames);
+
 // Clicking a row opens its link. Its text is in front of the link, so that it can be selected.
 document.addEventListener("click", (event) => {
   const link = event.target.closest("tbody tr")?.querySelector("td > a");
