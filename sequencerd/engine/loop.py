@@ -127,7 +127,7 @@ class Engine:
             since=self._cursors.since,
         )
         self._backlog = Backlog(settings.batch)
-        self._executors = Executors(
+        self.executors = Executors(
             runners,
             lookups,
             finished=self._backlog.add,
@@ -141,7 +141,7 @@ class Engine:
         )
         self._moves = Moves(
             definitions,
-            self._executors,
+            self.executors,
             clock=clock,
             lease_time=lease_time,
             daemon=name,
@@ -150,7 +150,7 @@ class Engine:
         )
         self._leases = Leases(
             pool,
-            self._executors,
+            self.executors,
             self._report_wake,
             self._report_invalid,
             clock=clock,
@@ -162,7 +162,7 @@ class Engine:
         self._read_ahead = ReadAhead(
             pool,
             self.catalog,
-            self._executors,
+            self.executors,
             self._moves,
             self._leases,
             backlog=self._backlog,
@@ -176,7 +176,7 @@ class Engine:
         self._claims = Claims(
             pool,
             self.catalog,
-            self._executors,
+            self.executors,
             self._moves,
             self._leases,
             backlog=self._backlog,
@@ -195,7 +195,7 @@ class Engine:
         )
         self._results = Results(
             definitions,
-            self._executors,
+            self.executors,
             self._moves,
             self._leases,
             backlog=self._backlog,
@@ -209,7 +209,7 @@ class Engine:
         self._expiries = Expiries(
             pool,
             self.catalog,
-            self._executors,
+            self.executors,
             self._claims,
             stopping=self._stopping,
             daemon=name,
@@ -278,12 +278,12 @@ class Engine:
 
         async def use() -> None:
             await self.catalog.use(
-                runners, lambda: replaced.update(self._executors.use(runners, lookups))
+                runners, lambda: replaced.update(self.executors.use(runners, lookups))
             )
             await self.rebuild()
 
         await self._background.until_done(use)
-        return self._executors.drained(replaced)
+        return self.executors.drained(replaced)
 
     def receive(self, message: Notification) -> None:
         """Handle a notification."""
@@ -375,7 +375,7 @@ class Engine:
         others wake later.
         """
         self._cursors.report(step_key, at, self._clock.now(), is_later=is_later)
-        if not self._executors.is_waited_for(step_key):
+        if not self.executors.is_waited_for(step_key):
             self._push(step_key, at)
 
     def _push_now(self, step_key: StepKey) -> None:
@@ -388,7 +388,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.stop_timeout
         await self._background.ended(end)
-        await self._executors.stop(end)
+        await self.executors.stop(end)
         with suppress(TimeoutError):  # if the database is unavailable, the leases expire
             async with asyncio.timeout_at(max(end, loop.time()) + ERROR_PAUSE):
                 try:
@@ -442,9 +442,9 @@ class Engine:
             async with connections.borrow(self._pool) as connection:
                 counts = await count_due(connection, due, now)
         await self._claims.claim_orphans(due, now)
-        self._executors.resume()
+        self.executors.resume()
         self._expiries.forget()
-        await self._outages.count(list(self._executors.by_key.values()))
+        await self._outages.count(list(self.executors.by_key.values()))
         # enrollments that wait for a runner that is down are counted there
         late = {step_key: at for step_key, at in due.items() if not self._is_held(step_key)}
         oldest = min(late.values(), default=None)
@@ -460,7 +460,7 @@ class Engine:
     def _is_held(self, step_key: StepKey) -> bool:
         """Return whether the runner of a step is down."""
         step = self.catalog.step(step_key)
-        executor = self._executors.by_key.get(step.type) if step else None
+        executor = self.executors.by_key.get(step.type) if step else None
         return executor is not None and executor.outage is not None
 
     async def rebuild(self, *, whole: bool = True) -> list[tuple[StepKey, datetime]]:

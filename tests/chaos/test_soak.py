@@ -92,7 +92,7 @@ async def test_nothing_grows(world: World, caplog: pytest.LogCaptureFixture) -> 
         faults = [partial_fault(world, rng, one) for one in FAULTS]
 
         async def replace_runners() -> None:
-            await (await engine.use(runners(), engine._executors.lookups))
+            await (await engine.use(runners(), engine.executors.lookups))
 
         faults.append(replace_runners)
         app = asyncio.create_task(world.enroll(SECONDS, RATE))

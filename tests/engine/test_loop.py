@@ -1095,13 +1095,13 @@ async def test_a_stop_waits_for_the_answer_to_a_lease(
             "a" if is_expired else "b",
         )
         await asyncio.wait_for(committed.wait(), PATIENCE)
-        stop = engine._executors.stop
+        stop = engine.executors.stop
 
         async def stop_and_answer(seconds: float) -> None:
             await stop(seconds)
             answered.set()
 
-        monkeypatch.setattr(engine._executors, "stop", stop_and_answer)
+        monkeypatch.setattr(engine.executors, "stop", stop_and_answer)
     row = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE subject = 'bob'")
     assert (row["step"], row["leased_by"], row["attempt"]) == ("b", None, 0)
     assert not work.keys

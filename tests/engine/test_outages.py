@@ -142,7 +142,7 @@ async def test_a_mail_server_that_is_down_fails_no_enrollment(
         assert problem["about"] == "Email"
         assert f"{HOST}:{port}" in problem["message"]
         await until(connection, "SELECT waiting > 50 FROM sequencer.problems")
-        executor = engine._executors.by_key["Email"]
+        executor = engine.executors.by_key["Email"]
         assert executor.outage == problem["message"]
         async with smtp_server(port=port) as box:
             await until(connection, ALL_ENDED)

@@ -442,9 +442,9 @@ async def test_slots_of_refused_leases_go_to_the_steps_that_found_none(
                 "INSERT INTO sequencer.enrollments (sequence, subject)"
                 " VALUES ('bad', 'a'), ('bad', 'b'), ('bad', 'c')"
             )
-            await eventually(lambda: engine._executors.by_key["Note"].free_slots == 0)
+            await eventually(lambda: engine.executors.by_key["Note"].free_slots == 0)
             await enroll(other, "good", "a")
-            await eventually(lambda: ("good", "note") in engine._executors.waiting())
+            await eventually(lambda: ("good", "note") in engine.executors.waiting())
             await other.close()
         await until(connection, DONE, 1)
         await until(connection, QUARANTINED, 3)

@@ -189,7 +189,7 @@ async def test_what_was_read_occupies_slots_only_while_it_is_executed(
 ) -> None:
     recorder = Recorder(batch_size=1, concurrency=1)
     async with waking(database, connection, recorder, 2) as one:
-        executor = one._executors.by_key["Note"]
+        executor = one.executors.by_key["Note"]
         assert executor.free_slots == 2
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
@@ -215,7 +215,7 @@ async def test_side_effects_start_with_the_runners_of_that_time(
 ) -> None:
     old, new = Recorder(), Recorder()
     async with waking(database, connection, old, 5) as one:
-        await (await one.use({"Note": new}, one._executors.lookups))
+        await (await one.use({"Note": new}, one.executors.lookups))
         let_an_hour_pass(one)
         await until(connection, ALL_ENDED)
     assert not old.visits
@@ -314,7 +314,7 @@ async def test_no_more_is_leased_than_there_are_slots(
     holding, free = asyncio.Event(), []
 
     async def note(task: Task) -> Answer:
-        free.append(one._executors.by_key["Note"].free_slots)
+        free.append(one.executors.by_key["Note"].free_slots)
         if task.view["subject"] == "now":
             await holding.wait()
         return Answer()
@@ -388,7 +388,7 @@ async def test_what_was_read_keeps_no_other_from_a_free_slot(
     steps = (("a", "Conditional", IS_ODD, "odd"), ("odd", "Note", "{}", None))
     recorder = Recorder(batch_size=1, concurrency=1)
     async with waking(database, connection, recorder, 10, steps=steps) as one:
-        assert not one._executors.waiting()
+        assert not one.executors.waiting()
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject, step) VALUES ('s', 'now', 'odd')"
         )
@@ -421,7 +421,7 @@ async def test_a_busy_runner_holds_back_none_that_do_not_need_it(
             "INSERT INTO sequencer.enrollments (sequence, subject, step)"
             " VALUES ('s', 'now', 'odd'), ('s', 'too', 'odd')"
         )
-        await eventually(lambda: one._executors.by_key["Note"].free_slots == 0)
+        await eventually(lambda: one.executors.by_key["Note"].free_slots == 0)
         let_an_hour_pass(one)
         try:
             await until(

@@ -85,11 +85,11 @@ async def test_side_effects_in_flight_end_with_their_runner(
         await until(
             connection, "SELECT count(*) = 4 FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
         )
-        kept = engine._executors.by_key["Other"]
+        kept = engine.executors.by_key["Other"]
         drained = asyncio.ensure_future(
-            await engine.use({"Work": new, "Other": same}, engine._executors.lookups)
+            await engine.use({"Work": new, "Other": same}, engine.executors.lookups)
         )
-        assert engine._executors.by_key["Other"] is kept
+        assert engine.executors.by_key["Other"] is kept
         # those that found no free slot continue with the new one, while the old one still works
         await until(
             connection, "SELECT count(*) = 6 FROM sequencer.enrollments WHERE status = 'completed'"
@@ -120,7 +120,7 @@ async def test_a_stop_during_a_reload_releases_unfinished_leases(
         leased = "SELECT count(*) FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
         await until(connection, f"SELECT ({leased}) = 1")
         drained = asyncio.ensure_future(
-            await engine.use({"Work": Strict()}, engine._executors.lookups)
+            await engine.use({"Work": Strict()}, engine.executors.lookups)
         )
     await drained
     assert await connection.fetchval(leased) == 0
@@ -132,14 +132,14 @@ async def test_a_removed_type_is_a_problem_until_it_returns(
 ) -> None:
     async with running_engine(database, {"Work": Strict()}) as engine:
         await define(connection, "s", ("w", "Work", "{}", None))
-        await (await engine.use({}, engine._executors.lookups))
+        await (await engine.use({}, engine.executors.lookups))
         id_ = await enroll(connection, "s", "u")
         await until(
             connection,
             "SELECT failure = 'invalid_step' FROM sequencer.enrollments WHERE id = $1",
             id_,
         )
-        await (await engine.use({"Work": Strict()}, engine._executors.lookups))
+        await (await engine.use({"Work": Strict()}, engine.executors.lookups))
         await until(
             connection, "SELECT status = 'completed' FROM sequencer.enrollments WHERE id = $1", id_
         )
@@ -813,7 +813,7 @@ async def test_other_runners_are_used_when_all_large_templates_are_compiled(
         await define(connection, "s", *slow_steps("anew", 3))
         permits.semaphore.release(3)
         await eventually(lambda: "s" in engine.catalog.sequences)
-        await (await engine.use({"Write": Writer()}, engine._executors.lookups))
+        await (await engine.use({"Write": Writer()}, engine.executors.lookups))
         assert engine.catalog.sequences.keys() == {"s"}
 
 
@@ -957,7 +957,7 @@ async def test_no_limit_of_transactions_ends_a_reload_whose_definitions_compile_
     recorder = Slow()
     async with running_engine(database, {"Note": Recorder()}) as one:
         async with asyncio.timeout(PATIENCE):
-            await (await one.use({"Note": recorder}, one._executors.lookups))
+            await (await one.use({"Note": recorder}, one.executors.lookups))
         await enroll(connection, "s", "ada")
         await until(connection, ALL_ENDED)
     assert len(recorder.keys) == 1

@@ -48,11 +48,10 @@ class Cluster:
 
     def crash(self) -> None:
         """Kill it and all of its processes, and start it again."""
-        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
-        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        for process in (postmaster, *map(int, children)):
+        processes = self._processes()
+        for process in processes:
             kill(process, signal.SIGKILL)
-        for process in (postmaster, *map(int, children)):
+        for process in processes:
             while Path(f"/proc/{process}/stat").exists():
                 time.sleep(0.01)
         self.start()
@@ -60,14 +59,17 @@ class Cluster:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Meanwhile it takes connections, and answers nothing."""
-        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
-        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        processes = [postmaster, *map(int, children)]
+        processes = self._processes()
         _send(signal.SIGSTOP, processes)
         try:
             yield
         finally:
             _send(signal.SIGCONT, processes)
+
+    def _processes(self) -> list[int]:
+        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+        return [postmaster, *map(int, children)]
 
 
 def _send(number: signal.Signals, processes: Iterable[int]) -> None:
