@@ -513,6 +513,36 @@ def test_a_limit_is_reserved_or_waits_or_skips() -> None:
             assert (again.decision, again.events) == (Wait(later), ())
         elif then == "skip":  # the next one is reserved in a transaction of its own
             assert full.decision == Wait(NOW)
+        # the limit may have gone since it was found to be full
+        assert advance(definitions, at("mail"), NOW, full=LimitReached(1, until)).decision == (
+            Wait(NOW)
+        )
+
+
+def test_what_affects_others_is_written_before_a_limit_is_reserved() -> None:
+    limit = LimitConfig.model_validate({"at_most": 1, "per": {"days": 7}}).compile(None)
+    mail = step("mail", "Email", effect=replace(EFFECT, limit=limit))
+    other = sequence(replace(mail, name="begin"), name="other")
+    for type_, config in (
+        ("Enroll", {"sequence": "else"}),
+        ("Cancel", {"sequence": "else"}),
+        ("GoTo", {"sequence": "other", "step": "begin"}),
+    ):
+        definitions = {**sequence(step("go", type_, config, "mail"), mail), **other}
+        advanced = advance(definitions, at("go"), NOW)
+        assert advanced.decision == Wait(NOW), type_
+        assert advanced.enrollment.step in ("mail", "begin")
+
+
+def test_a_failure_of_the_server_is_recorded_once() -> None:
+    definitions = sequence(step("mail", "Email"))
+    leased = at("mail", attempt=1, leased_by="me")
+    first = advance(definitions, leased, NOW, Failed("down", fault="server"))
+    assert [event.action for event in first.events] == ["retry"]
+    again = first.enrollment._replace(attempt=1, leased_by="me")
+    for message, recorded in (("down", []), ("no login", ["retry"])):
+        advanced = advance(definitions, again, NOW, Failed(message, fault="server"))
+        assert [event.action for event in advanced.events] == recorded
 
 
 @pytest.mark.parametrize(
@@ -689,6 +719,13 @@ def test_a_wait_for_external_data_is_evaluated_every_recheck() -> None:
     pulled = advance(definitions, at("pause"), NOW, LookupAnswer({"paid": True}))
     assert pulled.enrollment.goals_met == ("goal",)
     assert pulled.decision == Wait(NOW + timedelta(days=1))  # nothing more to be asked for
+
+
+def test_a_side_effect_that_waits_is_not_evaluated_for_external_data() -> None:
+    definitions = looking_up(step("mail", "Email", {"text": "{{external.name}}"}))
+    later = NOW + timedelta(hours=5)
+    assert advance(definitions, at("mail", retry_at=later), NOW).decision == Wait(later)
+    assert isinstance(advance(definitions, at("mail"), NOW).decision, QueryLookup)
 
 
 def test_a_lookup_does_not_hide_an_interrupted_side_effect() -> None:

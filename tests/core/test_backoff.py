@@ -184,3 +184,9 @@ def test_a_total_outage_costs_no_enrollment_its_last_attempt(
 
 def test_the_first_gate_is_open() -> None:
     assert Gate() == OPEN_GATE
+
+
+def test_a_suspicion_does_not_open_a_closed_gate() -> None:
+    closed = OPEN_GATE.failed("down", 0.0, 1.0, 60.0, 0.0)
+    assert closed.suspected(2.0) is closed
+    assert OPEN_GATE.suspected(2.0).allowed(2.0, 10) == 1

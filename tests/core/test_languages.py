@@ -19,6 +19,7 @@ from sequencerd.core.languages import LanguageText, choose, fallback, read_local
         ("en de zh-Hant", "zh-Hant-TW", "zh-Hant"),
         ("en zh-Hant", "zh", "en"),  # a lookup, no search for the nearest
         ("en de", "de-x-formal", "de"),
+        ("en de de-x", "de-x-formal", "de"),
         ("en de", "fr", "en"),
         ("de en default", "fr", "default"),
         ("en de default", "en-GB", "en"),

@@ -76,6 +76,14 @@ def test_a_window_closes(window: Window, now: str, closes: str) -> None:
     assert closing(window, at(now), BERLIN, EASTER) == at(closes)
 
 
+def test_the_first_day_of_the_calendar_has_no_night_before() -> None:
+    first = datetime(1, 1, 1, 0, 30)  # noqa: DTZ001 - what a clock shows
+    every_night = Window(start=time(22), end=time(6))
+    assert not every_night.shows(first, ())
+    assert every_night.shows(first.replace(hour=23), ())
+    assert every_night.shows(first.replace(day=2), ())
+
+
 def test_a_window_that_never_opens_is_reported() -> None:
     days = frozenset(date(2026, 1, 1) + timedelta(days=n) for n in range(2000))
     with pytest.raises(EvaluationError, match="four years") as error:
