@@ -139,6 +139,20 @@ def test_a_simulated_limit_counts_sent_messages(tmp_path: Path) -> None:
     assert simulation.ended_at - simulation.entries[0].at == timedelta(days=7)
 
 
+def test_a_simulated_limit_counts_no_failed_messages(tmp_path: Path) -> None:
+    limit = "limit: {topic: news, at_most: 1, per: {days: 7}}"
+    config = f"{{{limit}, onError: altNext, retry: {{attempts: 1}}}}"
+    sequences = loaded(
+        tmp_path,
+        f"  - {{name: one, type: Call, config: {config}, next: null, altNext: two}}\n"
+        f"  - {{name: two, type: Call, config: {config}, next: null, altNext: null}}\n",
+        Call="fail",
+    )
+    sent = [(one.step, one.at) for one in sequences.simulate(start=START).sent]
+    assert [step for step, _ in sent] == ["one", "two"]
+    assert sent[1][1] - sent[0][1] < timedelta(days=1)
+
+
 def test_a_paused_sequence_is_simulated_as_it_will_run(applied: Command) -> None:
     applied("pause", "s")
     assert "second  completed" in applied("simulate", "s", "--start", START)
