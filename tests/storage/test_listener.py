@@ -215,6 +215,32 @@ async def test_a_request_is_repeated_after_a_database_error(
         await times(evaluated, 1)
 
 
+async def test_a_request_for_a_step_that_is_locked_is_repeated(
+    database: str,
+    connection: asyncpg.Connection,
+    evaluated: Counter[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request, marked = evaluations.request_evaluation, asyncio.Queue[list[tuple[str, str]]]()
+
+    async def request_evaluation(*arguments: Any) -> list[tuple[str, str]]:
+        found = await request(*arguments)
+        marked.put_nowait(found)
+        return found
+
+    monkeypatch.setattr(evaluations, "request_evaluation", request_evaluation)
+    monkeypatch.setattr(reschedule, "REQUEST_PAUSE", 0.05)
+    await wait_in(connection, "s", 1)
+    other = await asyncpg.connect(database)
+    async with running_engine(database):
+        async with other.transaction():
+            await other.execute("SELECT FROM sequencer.steps WHERE name = 'pause' FOR UPDATE")
+            await connection.execute("NOTIFY sequencer")
+            assert await marked.get() == []
+        await times(evaluated, 1)
+    await other.close()
+
+
 async def test_another_daemon_serves_the_remaining_requests(
     database: str, connection: asyncpg.Connection, evaluated: Counter[int]
 ) -> None:
