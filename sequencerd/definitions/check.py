@@ -113,6 +113,9 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         for exit_ in step.exits:
             if exit_.condition is not None:
                 yield from _check_condition(step, exit_, sequence)
+        for key in written_keys(step.type, step.config):
+            if "." in key:
+                yield Remark(step.name, ("config", "data"), _dotted(key))
         if not isinstance(step.behaviour, SideEffect):
             continue
         if "onExpired" in step.config and step.behaviour.expires is None:
@@ -120,6 +123,14 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         is_custom = not is_message(step.type)
         if is_custom and "external" in step.config and sequence.lookup is None:
             yield Remark(step.name, ("config", "external"), _NO_LOOKUP)
+
+
+def _dotted(key: str) -> str:
+    first, _, rest = key.partition(".")
+    return (
+        f"writes one key named {key!r}, which the path 'data.{key}' does not read: write an "
+        f"object, {{{first}: {{{rest}: ...}}}}, which replaces 'data.{first}'"
+    )
 
 
 def _check_languages(step: Step) -> Iterator[Remark]:
