@@ -297,7 +297,7 @@ async def test_names_as_long_as_can_be_fit_every_width(
     await connection.execute(
         "INSERT INTO sequencer.suppressions (channel, address, source, reason)"
         " VALUES ('push', repeat('x', 900), 'application', repeat('y', 900)),"
-        " ('a-channel-of-which-the-name-is-long', repeat('x', 18) || '@example.com', 'bounce', '')"
+        " ('a-channel-of-which-the-name-is-long', repeat('m', 18) || '@example.com', 'bounce', '')"
     )
     here = urlencode({"sequence": LONG})
     async with (
@@ -313,6 +313,7 @@ async def test_names_as_long_as_can_be_fit_every_width(
             "/console/search",
             "/console/change?action=retry&status=failed",
             "/console/suppressions",
+            "/console/suppressions?channel=a-channel-of-which-the-name-is-long",
             f"/console/suppression?channel=push&address={'x' * 900}&topic=*",
             f"/console/status?{here}&action=archive",
         ):
