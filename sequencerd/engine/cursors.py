@@ -167,9 +167,9 @@ class Cursors:
         cursor.finish(claim)
 
     def forget_unused(self, now: datetime) -> None:
-        """Remove the cursors of steps without recent checks. The next claim begins at the start."""
+        """Remove the cursors of steps without recent claims. The next claim begins at the start."""
         self._by_step = {
             step_key: cursor
             for step_key, cursor in self._by_step.items()
-            if now - cursor.checked_at < KEPT_FOR
+            if cursor.claims or now - cursor.checked_at < KEPT_FOR
         }

@@ -298,3 +298,13 @@ def test_the_cursors_of_unused_steps_are_forgotten() -> None:
     assert len(cursors) == len(cursors.known) == 1000
     cursors.forget_unused(START + KEPT_FOR)
     assert len(cursors) == 0
+
+
+def test_a_cursor_is_not_forgotten_during_its_first_claim() -> None:
+    """What the claim finds would be lost, as when the next one begins."""
+    cursors = Cursors()
+    with cursors.claim(HERE, frozenset(), START) as claim:
+        cursors.forget_unused(START)
+        claim.found, claim.left = 5, LeftAtStep(START, None, None, NEVER)
+        claim.not_before = START + SECOND
+    assert cursors.not_before(HERE) == START + SECOND
