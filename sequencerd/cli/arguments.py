@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,8 +74,9 @@ class _Parser(argparse.ArgumentParser):
         """Print help; argparse would ignore that it cannot be written."""
         if file is sys.stdout:
             write(message)
-        else:
-            super()._print_message(message, file)
+        else:  # before 3.11.4, argparse raises that standard error cannot be written
+            with suppress(OSError):
+                super()._print_message(message, file)
 
 
 class _Version(argparse.Action):
