@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from sequencerd.cli.commands import connect, explain, on_shards, reading, report
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, say_raw, warn
+from sequencerd.core.exact_json import check_depth
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
@@ -75,7 +76,7 @@ async def forget_command(
     texts = []
     if len(shards) > 1:
         exported = await ask_all(explain(arguments), shards, read, otherwise=NEEDS_ALL)
-        texts = _known_texts(exported.values())
+        texts = _known_texts(exported)
 
     async def forget(*, commit: bool) -> ShardAnswers[Forgotten]:
         return await ask(
@@ -98,9 +99,23 @@ async def forget_command(
     return _report_missing(answers)
 
 
-def _known_texts(documents: Collection[str]) -> list[TextRow]:
-    """Return what a shard does not know: the texts in the others."""
-    return [text for document in documents for text in _texts(document)]
+def _known_texts(documents: Mapping[Shard, str]) -> list[TextRow]:
+    """Return what a shard does not know: the texts in the others. Raises UsageError."""
+    found: list[TextRow] = []
+    for shard, document in documents.items():
+        try:
+            check_depth(document)
+            found += _texts(document)
+        except ValueError as error:
+            raise _unreadable(shard, error) from error
+    return found
+
+
+def _unreadable(shard: Shard, error: Exception) -> UsageError:
+    return UsageError(
+        f"the data in shard {shard.name} cannot be read ({error}): name each shard by itself, with"
+        " --shard"
+    )
 
 
 def _texts(document: str) -> Iterator[TextRow]:
@@ -187,18 +202,16 @@ async def export_subject_command(
         return lambda shard: _export(shard, arguments.subject, texts)
 
     answers = await ask(explain(arguments), shards, reading_with([]))
-    if len(shards) > 1 and (texts := _known_texts(answers.found.values())):
+    if len(shards) > 1 and (texts := _known_texts(answers.found)):
         answers = await ask(explain(arguments), shards, reading_with(texts))
     exported: dict[str, Any] = {}
     for shard, document in answers.found.items():
         try:
+            check_depth(document)
             parts = json.loads(document)
         except (ValueError, RecursionError) as error:  # PostgreSQL takes more brackets and digits
             if len(shards) > 1:
-                raise UsageError(
-                    f"the data in shard {shard.name} cannot be read ({error}): export each shard "
-                    "by itself, with --shard"
-                ) from error
+                raise _unreadable(shard, error) from error
             say_raw(f"{_in_ascii(document)}\n")
             return report_missing(answers)
         for key, value in parts.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus
 
+from sequencerd.core.exact_json import check_depth
 from sequencerd.errors import UsageError
 from sequencerd.runners.unsubscribe import PATH as UNSUBSCRIBE
 
@@ -34,7 +35,6 @@ _NAMED = re.compile(r"""(?<=\bsubject )('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 UNREADABLE = "data that cannot be read"
 """The only key of data in place of those that Python cannot parse, with the reason."""
 
-MANY_BRACKETS = 100  # from which on data may be nested too deep
 
 _TEXTS = ("subject", "last_error", "message")
 
@@ -170,9 +170,8 @@ def read_data(text: str) -> Any:
     thousands of brackets or of digits: they keep no page from showing the other enrollments.
     """
     try:
+        check_depth(text)
         data = json.loads(text)
-        if text.count("[") + text.count("{") > MANY_BRACKETS:
-            copy.deepcopy(data)  # fails for less depth than what pages do
     except (ValueError, RecursionError) as error:
         return {UNREADABLE: str(error)}
     return data

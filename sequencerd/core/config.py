@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
+from sequencerd.core.exact_json import check_depth
 from sequencerd.core.model import DefinitionError, Fault, KeyPath
 
 MAX_KNOWN = 20  # names in a hint
@@ -39,6 +40,7 @@ def parse_json(text: str) -> Any:
     does not, such as thousands of brackets or of digits.
     """
     try:
+        check_depth(text)
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DefinitionError(f"cannot be read: {error}") from error

@@ -11,12 +11,27 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+MAX_DEPTH = 200  # brackets within each other; Python's own limit depends on its version and caller
+_NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{}\]]', re.DOTALL)
 _MARKED = re.compile(r'"\\u0000(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)\\u0000"')
 
 
 def loads(text: str | bytes) -> Any:
     """Parse JSON. Raises ValueError and RecursionError."""
+    if isinstance(text, str):
+        check_depth(text)
     return json.loads(text, parse_float=_number)
+
+
+def check_depth(text: str) -> None:
+    """Raise ValueError for JSON that is nested so deeply that what reads it would fail."""
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return
+    depth = 0
+    for found in _NESTING.finditer(text):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def dumps(value: object, *, ensure_ascii: bool = True) -> str:

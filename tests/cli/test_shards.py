@@ -233,6 +233,22 @@ async def test_forget_finds_in_each_shard_the_addresses_that_another_knows(
         assert (len(rows), known) == (3, ["bob@example.com"])
 
 
+async def test_data_nested_too_deeply_are_exported_and_forgotten_shard_by_shard(
+    filled: Command, shards: dict[str, asyncpg.Connection]
+) -> None:
+    deep = '{"a": ' * 5000 + "1" + "}" * 5000
+    filled("enroll", "s", "deep", "--shard", "a", "--data", '{"a": 1}')
+    await shards["a"].execute(
+        "UPDATE sequencer.enrollments SET data = $1::text::jsonb WHERE subject = 'deep'", deep
+    )
+    for command in ("export-subject", "forget"):
+        filled(command, "deep", *(["--yes"] if command == "forget" else []), code=1)
+        assert "the data in shard a cannot be read (it is nested more than 200" in filled.errors
+        assert "name each shard by itself, with --shard" in filled.errors
+    assert "}" * 5000 in filled("export-subject", "deep", "--shard", "a")
+    assert "forgot deep: enrollments: 1" in filled("forget", "deep", "--yes", "--shard", "a")
+
+
 # --- one shard that is away
 
 READING = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from decimal import Decimal
 
@@ -53,3 +54,25 @@ def test_an_exponent_that_no_number_can_have_is_an_error() -> None:
 
 def test_a_text_with_nul_characters_stays_a_text() -> None:
     assert json.loads(exact_json.dumps("\0x\0")) == "\0x\0"
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5000])
+def test_brackets_in_texts_are_not_levels(extra: int) -> None:
+    """Some more than may be within each other, and some beside."""
+    brackets = "[{" * exact_json.MAX_DEPTH
+    text = json.dumps([brackets, '\\"' + brackets, [[]] * exact_json.MAX_DEPTH])
+    exact_json.check_depth(text)
+    levels = exact_json.MAX_DEPTH - 3 + extra
+    deep = "[" * levels + text + "]" * levels
+    if extra:
+        with pytest.raises(ValueError, match="nested more than 200 levels deep"):
+            exact_json.loads(deep)
+    else:
+        exact_json.loads(deep)
+
+
+def test_the_deepest_json_can_be_read_by_functions_that_call_themselves() -> None:
+    """Those of Python have a limit, whatever the version."""
+    deep = exact_json.loads('{"a":' * exact_json.MAX_DEPTH + "1" + "}" * exact_json.MAX_DEPTH)
+    assert copy.deepcopy(deep) == deep
+    assert exact_json.loads(exact_json.dumps(deep)) == deep
