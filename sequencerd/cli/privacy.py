@@ -15,7 +15,7 @@ from sequencerd.cli.commands import connect, explain, on_shards, reading, report
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, say_raw, warn
-from sequencerd.core.exact_json import check_depth
+from sequencerd.core import exact_json
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
@@ -104,7 +104,7 @@ def _known_texts(documents: Mapping[Shard, str]) -> list[TextRow]:
     found: list[TextRow] = []
     for shard, document in documents.items():
         try:
-            check_depth(document)
+            exact_json.check_depth(document)
             found += _texts(document)
         except ValueError as error:
             raise _unreadable(shard, error) from error
@@ -207,8 +207,7 @@ async def export_subject_command(
     exported: dict[str, Any] = {}
     for shard, document in answers.found.items():
         try:
-            check_depth(document)
-            parts = json.loads(document)
+            parts = exact_json.loads(document, exact=False)
         except (ValueError, RecursionError) as error:  # PostgreSQL takes more brackets and digits
             if len(shards) > 1:
                 raise _unreadable(shard, error) from error

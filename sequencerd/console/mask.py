@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-from sequencerd.core.exact_json import check_depth
+from sequencerd.core import exact_json
 from sequencerd.errors import UsageError
 from sequencerd.runners.unsubscribe import PATH as UNSUBSCRIBE
 
@@ -170,8 +170,7 @@ def read_data(text: str) -> Any:
     thousands of brackets or of digits: they keep no page from showing the other enrollments.
     """
     try:
-        check_depth(text)
-        data = json.loads(text)
+        data = exact_json.loads(text, exact=False)
     except (ValueError, RecursionError) as error:
         return {UNREADABLE: str(error)}
     return data

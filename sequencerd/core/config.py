@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
-from sequencerd.core.exact_json import check_depth
+from sequencerd.core import exact_json
 from sequencerd.core.model import DefinitionError, Fault, KeyPath
 
 MAX_KNOWN = 20  # names in a hint
@@ -40,8 +39,7 @@ def parse_json(text: str) -> Any:
     does not, such as thousands of brackets or of digits.
     """
     try:
-        check_depth(text)
-        return json.loads(text)
+        return exact_json.loads(text, exact=False)
     except (ValueError, RecursionError) as error:
         raise DefinitionError(f"cannot be read: {error}") from error
 

@@ -16,11 +16,12 @@ _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{}\]]', re.DOTALL)
 _MARKED = re.compile(r'"\\u0000(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)\\u0000"')
 
 
-def loads(text: str | bytes) -> Any:
-    """Parse JSON. Raises ValueError and RecursionError."""
-    if isinstance(text, str):
-        check_depth(text)
-    return json.loads(text, parse_float=_number)
+def loads(text: str, *, exact: bool = True) -> Any:
+    """Parse JSON. Unless it is to be `exact`, all numbers with a fraction are floats. Raises
+    ValueError and RecursionError.
+    """
+    check_depth(text)
+    return json.loads(text, parse_float=_number if exact else None)
 
 
 def check_depth(text: str) -> None:

@@ -371,8 +371,7 @@ class StoredConfig:
     def parse(self) -> dict[str, Any]:
         """Return the config; if it cannot be read, which is a problem of its step, nothing."""
         try:
-            exact_json.check_depth(self.text)
-            config: dict[str, Any] = json.loads(self.text)
+            config: dict[str, Any] = exact_json.loads(self.text, exact=False)
         except (ValueError, RecursionError):
             return {}
         return config
@@ -845,8 +844,12 @@ def parse_data(text: str, *, exact: bool = False) -> dict[str, Any]:
     EvaluationError for values that PostgreSQL accepts and Python does not.
     """
     try:
-        exact_json.check_depth(text)
-        data: dict[str, Any] = exact_json.loads(text) if exact else _decode(text)[0]
+        data: dict[str, Any]
+        if exact:
+            data = exact_json.loads(text)
+        else:
+            exact_json.check_depth(text)
+            data = _decode(text)[0]
     except (ValueError, RecursionError) as error:
         raise EvaluationError("bad_data", f"data cannot be read: {error}") from error
     return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -19,7 +18,7 @@ def read_object(text: str, name: str, *, exact: bool = False) -> dict[str, Any]:
     keeps all digits of numbers. Raises UsageError.
     """
     try:
-        value = exact_json.loads(text) if exact else json.loads(text)
+        value = exact_json.loads(text, exact=exact)
         # not NaN and infinity
         written = exact_json.dumps(exact_json.loads(text), ensure_ascii=False)
         written.encode()  # not half of a pair of surrogates
