@@ -282,19 +282,27 @@ class Script:
 async def scripted(**options: Any) -> AsyncIterator[Script]:
     """An SMTP server that follows a script."""
     script = Script(**options)
+    async with serving(script.serve) as script.port:
+        yield script
+
+
+@asynccontextmanager
+async def serving(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[int]:
+    """Serve connections on a port of its own; those that are open end with the context."""
     connections: set[asyncio.Task[None]] = set()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         connections.add(task)
-        with suppress(asyncio.CancelledError):  # the test is over
-            await script.serve(reader, writer)
+        with suppress(asyncio.CancelledError, ConnectionError):  # the test is over
+            await serve(reader, writer)
 
-    server = await asyncio.start_server(serve, HOST, 0)
-    script.port = server.sockets[0].getsockname()[1]
+    server = await asyncio.start_server(connected, HOST, 0)
     try:
-        yield script
+        yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
         for connection in connections:

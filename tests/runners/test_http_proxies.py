@@ -7,7 +7,7 @@ import json
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from sequencerd.core.model import Answer, Result
 from tests.helpers import servers
 from tests.helpers.runners import failed, http_runner
-from tests.helpers.servers import HOST, Request, certificate, http_server, task
+from tests.helpers.servers import HOST, Request, certificate, http_server, serving, task
 
 HIDDEN = "user:hidden@"
 
@@ -66,25 +66,8 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def proxy(server: int, status: str = "200 OK") -> AsyncIterator[Proxy]:
     """A proxy on a port of its own."""
     made = Proxy(server, status)
-    connections: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        current = asyncio.current_task()
-        assert current is not None
-        connections.add(current)
-        with suppress(asyncio.CancelledError, ConnectionError):  # the test is over
-            await made.serve(reader, writer)
-
-    listener = await asyncio.start_server(serve, HOST, 0)
-    made.port = listener.sockets[0].getsockname()[1]
-    try:
+    async with serving(made.serve) as made.port:
         yield made
-    finally:
-        listener.close()
-        for connection in connections:
-            connection.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
-        await listener.wait_closed()
 
 
 @pytest.fixture
