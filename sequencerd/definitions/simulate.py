@@ -286,7 +286,9 @@ class _SimulatedEnrollment:
         """Merge data like `data || ...` in SQL."""
         self.at = self.at._replace(data=_merged(self.at.data, change))
         message = f"changed by {exact_json.dumps(dict(change), ensure_ascii=False)}"
-        self._add(now, self.at, "data", message)
+        # steps that follow each other at one time are recorded microseconds apart
+        at = max([now, *(entry.at for entry in self.entries[-1:])])
+        self._add(at, self.at, "data", message)
 
     @property
     def zone(self) -> ZoneInfo:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from sequencerd.cli import main
@@ -207,6 +207,7 @@ def test_a_year_of_daily_steps_takes_no_time(tmp_path: Path) -> None:
     jumps=st.lists(st.integers(0, 5), min_size=6, max_size=6),
     changes=st.dictionaries(st.integers(0, 800), st.booleans(), max_size=4),
 )
+@example(amounts=[0, 1], jumps=[1, 0, 0, 0, 0, 0], changes={0: False})  # a change with two steps
 def test_a_simulation_always_ends_and_time_never_goes_back(
     tmp_path_factory: pytest.TempPathFactory,
     amounts: list[int],
