@@ -22,6 +22,7 @@ from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
 from urllib.request import getproxies, proxy_bypass
@@ -45,6 +46,7 @@ MAX_WAIT = timedelta(days=366)
 MAX_SECONDS = 1e9  # of a wait; more are a time
 MAX_CALLS = 500  # over an HTTP/2 connection
 IDLE_TIMEOUT = 4.0  # seconds; Node closes HTTP/2 after 5, which httpx does not notice
+ADDRESS_TIMEOUT = 2.0  # seconds to connect to an address if the host has another one
 MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
 _PUBLIC = frozenset(
@@ -129,8 +131,9 @@ class HttpClient:
     """An HTTP client that keeps and reuses its connections.
 
     A name that resolves to a private address is refused unless `allow_private`; a URL with
-    localhost or an IP address is taken to be intentional. If the environment names a proxy for a
-    URL, the proxy resolves the name again, and need not do so in the same way.
+    localhost or an IP address is taken to be intentional, unless `is_foreign`: others then choose
+    the URLs. If the environment names a proxy for a URL, the proxy resolves the name again, and
+    need not do so in the same way.
 
     With `http2`, calls share a connection if the server offers HTTP/2. When a server retires a
     connection, httpx loses the answers in progress, because h2 reads nothing after GOAWAY
@@ -142,12 +145,20 @@ class HttpClient:
     """
 
     def __init__(
-        self, *, timeout: float, connections: int, allow_private: bool, http2: bool = False
+        self,
+        *,
+        timeout: float,
+        connections: int,
+        allow_private: bool,
+        is_foreign: bool = False,
+        http2: bool = False,
     ) -> None:
         self._timeout = timeout
         self._http2 = http2
         self._connections = connections
         self._allow_private = allow_private
+        self._is_foreign = is_foreign
+        self._preferred: dict[str, str] = {}  # the address to try first, by host
         self._proxies = getproxies()
         self._clients: Counter[httpx.AsyncClient] = Counter()  # with the calls in progress on them
         self._newest: dict[httpx.URL | None, httpx.AsyncClient] = {}  # by proxy
@@ -227,15 +238,16 @@ class HttpClient:
             if (proxy := self._proxy(named)) is not None:
                 place += f" through the proxy {_place(proxy)}"
             async with asyncio.timeout(self._timeout):
-                *others, last = await self._targets(named, is_proxied=proxy is not None)
-                for target in others:
+                targets = await self._targets(named, is_proxied=proxy is not None)
+                briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
+                for target, following in pairwise(targets):
                     try:
-                        answer = await self._send(target, proxy, request, max_answer)
+                        answer = await self._send(target, proxy, briefly, max_answer)
                         break
-                    except httpx.ConnectError:
-                        continue  # the address of the host has changed
+                    except (httpx.ConnectError, httpx.ConnectTimeout):
+                        self._preferred[named.host] = following.host
                 else:
-                    answer = await self._send(last, proxy, request, max_answer)
+                    answer = await self._send(targets[-1], proxy, request, max_answer)
                 return answer.reply(secrets)
         except TimeoutError:
             message = f"no answer from {place} within {self._timeout:g} s"
@@ -296,7 +308,7 @@ class HttpClient:
 
     async def _targets(self, url: httpx.URL, *, is_proxied: bool) -> list[httpx.URL]:
         """Return the URL, or URLs with its host's addresses once these are known to be public."""
-        if self._allow_private or _names_itself(url.host):
+        if self._allow_private or (_names_itself(url.host) and not self._is_foreign):
             return [url]
         host = url.raw_host.decode("ascii")
         loop = asyncio.get_running_loop()
@@ -309,11 +321,16 @@ class HttpClient:
         addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
         for address in addresses:
             if not is_public(ip_address(address)):
+                advice = (
+                    "name this host in the settings, without a wildcard,"
+                    if self._is_foreign
+                    else "set allow_private"
+                )
                 raise Unreachable(
-                    f"{url.host} has the private address {address}: "
-                    "set allow_private if that is intended",
+                    f"{url.host} has the private address {address}: {advice} if that is intended",
                     cause="refused",
                 )
+        addresses.sort(key=lambda address: address != self._preferred.get(url.host))
         return [url] if is_proxied else [url.copy_with(host=address) for address in addresses]
 
     async def close(self) -> None:

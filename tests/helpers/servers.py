@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import os
 import resource
+import socket
 import ssl
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -70,6 +71,18 @@ def no_descriptors() -> Iterator[None]:
         for number in taken:
             os.close(number)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def not_accepting(host: str, port: int) -> Iterator[None]:
+    """Meanwhile connections to this address get no answer: the queue of its listener is full."""
+    with socket.socket() as dead, socket.socket() as first, socket.socket() as second:
+        dead.bind((host, port))
+        dead.listen(0)
+        for one in (first, second):
+            one.setblocking(False)
+            one.connect_ex((host, port))
+        yield
 
 
 # --- SMTP

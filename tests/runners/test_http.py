@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 import math
+import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ import httpx
 import pytest
 
 from sequencerd.core.model import Action, Answer, DefinitionError, Result, View
+from sequencerd.runners import http_client
 from sequencerd.runners.http import BatchRunner
 from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, is_public
 from tests.helpers import servers
@@ -32,6 +34,7 @@ from tests.helpers.servers import (
     Request,
     http_server,
     no_descriptors,
+    not_accepting,
     task,
 )
 
@@ -437,6 +440,38 @@ async def test_a_public_name_is_called_at_the_address_that_was_checked() -> None
     targets = await web._targets(url, is_proxied=False)
     await web.close()
     assert targets == [httpx.URL("https://8.8.8.8:8443/x")]
+
+
+@pytest.mark.parametrize("dead_is_first", [True, False])
+async def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, dead_is_first: bool
+) -> None:
+    """A client that checks the addresses of a name connects to each of them itself."""
+    connected: list[str] = []
+    addresses = ["127.0.0.2", HOST] if dead_is_first else [HOST, "127.0.0.2"]
+    loop = asyncio.get_running_loop()
+    find_really, connect_really = loop.getaddrinfo, loop.sock_connect
+
+    async def find(_: Any, *args: Any, **options: Any) -> Any:
+        return [one for name in addresses for one in await find_really(name, *args, **options)]
+
+    async def connect(made: socket.socket, address: Any) -> None:
+        connected.append(address[0])
+        await connect_really(made, address)
+
+    monkeypatch.setattr(loop, "getaddrinfo", find)
+    monkeypatch.setattr(loop, "sock_connect", connect)
+    monkeypatch.setattr(http_client, "is_public", lambda _: True)
+    monkeypatch.setattr(http_client, "ADDRESS_TIMEOUT", 0.1)
+    async with http_server(all_next) as server:
+        with not_accepting("127.0.0.2", server.port):
+            made = http_runner(f"http://two.example:{server.port}", timeout=60)
+            for _ in range(3):
+                assert await made.run(made.compile({}), [task()]) == [Answer()]
+            await made.close()
+    assert len(server.requests) == 3
+    used = addresses if dead_is_first else addresses[:1]
+    assert connected == used  # the address that answered is used again, as is its connection
 
 
 async def test_data_that_json_cannot_hold_concerns_its_enrollment_only() -> None:

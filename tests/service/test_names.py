@@ -19,7 +19,7 @@ from sequencerd.service import dns
 from sequencerd.storage.connections import connect
 from tests.helpers.databases import shard
 from tests.helpers.runners import http_runner
-from tests.helpers.servers import HOST, http_server, smtp_server, task
+from tests.helpers.servers import HOST, http_server, not_accepting, smtp_server, task
 from tests.runners.test_http import all_next
 
 MAIL = Mail("shop@example.com", ("ada@example.com",), (), b"Subject: Hi\r\n\r\nHi\r\n")
@@ -206,12 +206,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(
 
     async def work() -> None:
         async with smtp_server() as mailbox:
-            with socket.socket() as dead, socket.socket() as first, socket.socket() as second:
-                dead.bind(("127.0.0.2", mailbox.port))
-                dead.listen(0)
-                for one in (first, second):  # its queue is full then, and it answers nobody
-                    one.setblocking(False)
-                    one.connect_ex(("127.0.0.2", mailbox.port))
+            with not_accepting("127.0.0.2", mailbox.port):
                 transport = MailTransport(
                     f"smtp://two.example:{mailbox.port}?starttls=never", connections=1, timeout=60
                 )

@@ -173,12 +173,16 @@ class Attachments:
     """
 
     def __init__(self, allowed: Iterable[str]) -> None:
-        self._sources = [parse_source(pattern) for pattern in allowed]
+        sources = [parse_source(pattern) for pattern in allowed]
+        self._sources = sorted(sources, key=lambda source: not source.is_exact)
         self._slots = asyncio.Semaphore(MAX_FETCHES)
         # only a host that is named in full may be in a private network
         self._clients: dict[bool, HttpClient] = {
             is_exact: HttpClient(
-                timeout=CALL_TIMEOUT, connections=MAX_FETCHES, allow_private=is_exact
+                timeout=CALL_TIMEOUT,
+                connections=MAX_FETCHES,
+                allow_private=is_exact,
+                is_foreign=True,
             )
             for is_exact in (True, False)
         }

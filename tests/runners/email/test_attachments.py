@@ -358,13 +358,29 @@ def test_all_other_urls_are_refused(url: str) -> None:
     assert "password" not in str(refused.value)
 
 
-async def test_a_host_that_only_matches_a_wildcard_must_be_public() -> None:
-    async with smtp_server() as mail:
-        made = EmailRunner(f"smtp://{HOST}:{mail.port}", attachments_from=["http://local*:8000"])
-        result = failed(await send(made, {"url": "http://localhost.localdomain:8000/x"}))
+PRIVATE = ["localhost", HOST, "[::ffff:127.0.0.1]", "127.0.1"]
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+@pytest.mark.parametrize("is_redirected", [False, True])
+async def test_a_host_that_only_matches_a_wildcard_must_be_public(
+    host: str, is_redirected: bool
+) -> None:
+    async def respond(_: Request) -> servers.Answer:
+        return servers.Answer(302 if is_redirected else 200, PDF, {"Location": private})
+
+    async with sending(respond) as (mail, files, _):
+        private = f"http://{host}:{files.port}/x"
+        named = f"http://127.1:{files.port}"
+        allowed = [f"http://*:{files.port}", named]
+        made = EmailRunner(f"smtp://{HOST}:{mail.port}", attachments_from=allowed)
+        result = failed(await send(made, {"url": named if is_redirected else private}))
         await made.close()
+        assert len(files.requests) == is_redirected
     assert not mail.connections
-    assert "attachments.0" in result.message
+    assert result.message.startswith("attachments.0: ")
+    assert "has the private address" in result.message
+    assert "name this host in the settings" in result.message
 
 
 @pytest.mark.parametrize(
