@@ -81,8 +81,12 @@ ALONE = (
     ("data", "transitions_per_s"),
     ("w1", "transitions_per_s"),
     ("http", "transitions_per_s"),
+    ("timer", "p50_ms"),
     ("timer", "p99_ms"),
+    ("raw notify", "p50_ms"),
     ("raw notify", "p99_ms"),
+    ("raw commit", "p50_ms"),
+    ("raw commit", "p99_ms"),
 )
 """Workloads that have no counterpart in the other queues."""
 
@@ -289,7 +293,8 @@ def alone(medians: Mapping[tuple[str, str, str], float]) -> Iterator[str]:
         if (value := medians.get(("sequencerd", work, figure))) is None:
             continue
         is_rate = figure.endswith("_per_s")
-        cell = f"{value:,.0f} a second" if is_rate else f"{value:.3g} ms at most, 99%"
+        which = "median" if figure == "p50_ms" else "99%"
+        cell = f"{value:,.0f} a second" if is_rate else f"{value:.3g} ms, {which}"
         part = f"{value / limit:.0%}" if limit and is_rate and work != "limit" else ""
         yield f"| `{work}` | {cell} | {part} |"
 

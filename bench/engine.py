@@ -360,7 +360,8 @@ async def timer(dsn: str, samples: int) -> None:
 async def wake(dsn: str, samples: int) -> None:
     async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
         loop = asyncio.get_running_loop()
-        latencies, raw = [], []
+        latencies, raw, commits = [], [], []
+        await connection.execute("CREATE TABLE raw (n integer)")
         listening = await asyncpg.connect(url)
         heard = loop.create_future()
         await listening.add_listener("raw", lambda *_: heard.set_result(time.perf_counter()))
@@ -379,10 +380,14 @@ async def wake(dsn: str, samples: int) -> None:
                 committed = time.perf_counter()
                 raw.append(await heard - committed)
                 await asyncio.sleep(0.02)
+                begun_at = time.perf_counter()
+                await connection.execute("INSERT INTO raw VALUES (1)")
+                commits.append(time.perf_counter() - begun_at)
         listeners.clear()
         await listening.close()
         say("wake", samples=samples, **percentiles(latencies, 1000))
         say("raw notify", samples=samples, **percentiles(raw, 1000))
+        say("raw commit", samples=samples, **percentiles(commits, 1000))
 
 
 async def goal(dsn: str, samples: int) -> None:
