@@ -212,7 +212,9 @@ def test_without_a_date_a_comparison_is_false(missing: dict[str, None]) -> None:
     assert holds({"not": condition}, missing)
 
 
-@pytest.mark.parametrize("wrong", ["soon", 1767225600, "1767225600", ["2026-01-01"], True, ""])
+@pytest.mark.parametrize(
+    "wrong", ["soon", 1767225600, "1767225600", " 1767225 ", ["2026-01-01"], True, ""]
+)
 def test_an_invalid_date_fails_the_enrollment(wrong: object) -> None:
     condition = {
         "momentCommand": "isBetween",

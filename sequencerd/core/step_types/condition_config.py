@@ -22,7 +22,7 @@ from sequencerd.core.javascript.conditions import (
     known_command,
 )
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fault, KeyPath
-from sequencerd.core.step_types.template_config import no_date, shown
+from sequencerd.core.step_types.template_config import no_date, parse_date, shown
 
 MAX_DEPTH = 50
 
@@ -212,7 +212,7 @@ def _check_keys(config: ConditionConfig, faults: Faults, *, waits: bool) -> None
             faults.found.append(Fault((*path, "type"), "now can be compared by momentCommand only"))
         elif operand.type == "now" and waits:
             faults.found.append(Fault((*path, "type"), _NOT_WOKEN))
-        elif operand.type == "raw" and is_moment and not _is_date(operand.value):
+        elif operand.type == "raw" and is_moment and _instant(operand.value) is None:
             faults.found.append(Fault((*path, "value"), no_date(operand.value)))
 
 
@@ -222,12 +222,8 @@ _NOT_WOKEN = (
 )
 
 
-def _is_date(value: object) -> bool:
-    return (
-        isinstance(value, str)
-        and not dates.is_bare_number(value)
-        and dates.parse(value.strip(), dates.zone("UTC")) is not None
-    )
+def _instant(value: object, timezone: str = "UTC") -> datetime | None:
+    return parse_date(value.strip(), timezone) if isinstance(value, str) else None
 
 
 def _compile_moment(config: ConditionConfig) -> Holds:
@@ -255,8 +251,7 @@ def _compile_instant(
     if operand.type == "now":
         return lambda context: context.now
     if operand.type == "raw":
-        text = str(operand.value).strip()
-        return lambda context: dates.parse(text, dates.zone(context.timezone))
+        return lambda context: _instant(operand.value, context.timezone)
     predicate = compile_predicate("isNil", operand, None)
 
     def read(context: Context) -> datetime | None:
@@ -264,11 +259,11 @@ def _compile_instant(
         value = None if found is None else json.loads(found)
         if value is None:
             return None
-        if not _is_date(value):
+        if (instant := _instant(value, context.timezone)) is None:
             where = ".".join(map(str, path))
             message = f"momentCommand {config.moment_command}: {where}: {no_date(value)}"
             raise EvaluationError("bad_data", message)
-        return dates.parse(value.strip(), dates.zone(context.timezone))
+        return instant
 
     return read
 

@@ -91,14 +91,14 @@ def compile_date(
     """
     faults = Faults()
     with faults.at(key):
-        if "{{" not in source and _parse_date(source, unix, "UTC") is None:
+        if "{{" not in source and parse_date(source, "UTC", unix) is None:
             raise DefinitionError(_no_date(source, unix))
         render = compile_text((key,), source)
     faults.check()
 
     def date(context: Context) -> datetime:
         text = render(context).strip()
-        found = _parse_date(text, unix, context.timezone)
+        found = parse_date(text, context.timezone, unix)
         if found is None:
             kind = EvaluationError if text else MissingDateError
             raise kind("bad_data", f"{key} {_no_date(text, unix)}")
@@ -107,7 +107,10 @@ def compile_date(
     return date
 
 
-def _parse_date(text: str, unix: Literal["X", "x"] | None, timezone: str) -> datetime | None:
+def parse_date(text: str, timezone: str, unix: Literal["X", "x"] | None = None) -> datetime | None:
+    """Parse a date, without an offset in the zone. Return None if it is none, such as a number
+    without `unix`.
+    """
     if unix is not None:
         return dates.parse_unix(text, _UNIX[unix])
     return None if dates.is_bare_number(text) else dates.parse(text, dates.zone(timezone))
