@@ -36,6 +36,8 @@ CONTENT_SECURITY_POLICY = (
 )
 """The Content-Security-Policy of pages."""
 
+WITH_FRAMES = {"Content-Security-Policy": f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"}
+"""The header of a page that shows messages in frames."""
 
 missing: ContextVar[dict[str, str]] = ContextVar("missing")
 """The shards that did not answer this request, with the reasons."""
@@ -116,7 +118,6 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
         shard=None if context.parts else context.shard.name,
         missing={**context.summary.missing, **missing.get()},
         address=str(request.url.replace(scheme="", netloc="")),
-        back=str(request.url.replace(scheme="", netloc="")),
         may_write=_may(context, visitor, "operator"),
         may_edit=_may(context, visitor, "editor"),
         may_log_out=context.auth.has_sessions,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from sequencerd.console.context import (
-    CONTENT_SECURITY_POLICY,
+    WITH_FRAMES,
     PageContext,
     SentTest,
     context_of,
@@ -24,9 +23,10 @@ from sequencerd.console.context import (
     query_of,
     render,
 )
+from sequencerd.console.mask import read_data
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import at
-from sequencerd.core.model import Enrollment, SideEffect, parse_data
+from sequencerd.core.model import Enrollment, SideEffect
 from sequencerd.definitions import step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
@@ -95,7 +95,7 @@ async def _page(request: Request, query: Query, wrong: str | None, status: int =
         lookup=sequence.lookup,
         to=query.get("address") or (sent.address if sent else user if "@" in user else ""),
     )
-    answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
+    answer.headers.update(WITH_FRAMES)
     return answer
 
 
@@ -175,8 +175,7 @@ async def _message(
         if row is None:
             raise NotFoundError(f"Enrollment {number} does not exist.")
         enrollment = Enrollment(*list(row)[:-1])
-        data = json.loads(json.dumps(parse_data(enrollment.data)))
-        known = {"known": data, "known_subject": enrollment.subject}
+        known = {"known": read_data(enrollment.data), "known_subject": enrollment.subject}
     runners = context.simulator().runners
     made = step_message.make_message(sequence, query.must("step"), runners, enrollment, external)
 

@@ -27,7 +27,7 @@ from sequencerd.console import (
 from sequencerd.console.causes import FailureCause, causes
 from sequencerd.console.changing import select
 from sequencerd.console.context import (
-    CONTENT_SECURITY_POLICY,
+    WITH_FRAMES,
     PageContext,
     context_of,
     definition_of,
@@ -207,7 +207,7 @@ async def sequence(request: Request) -> Response:
         enrollments=enrollments,
         revisions=revisions,
     )
-    answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
+    answer.headers.update(WITH_FRAMES)
     return answer
 
 

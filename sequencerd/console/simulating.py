@@ -14,13 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd.console.context import (
-    CONTENT_SECURITY_POLICY,
+    WITH_FRAMES,
     PageContext,
     context_of,
     query_of,
     render,
 )
 from sequencerd.console.mail import framed
+from sequencerd.console.mask import read_data
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.calendar import dates
@@ -139,7 +140,7 @@ async def simulate(request: Request) -> Response:
         simulated=simulated,
         frames=at("/simulate/frame", **query.given),
     )
-    answer.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; frame-src 'self'"
+    answer.headers.update(WITH_FRAMES)
     answer.headers["HX-Replace-Url"] = at("/simulate", **query.given)  # without empty fields
     return answer
 
@@ -249,7 +250,6 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
     simulator = Simulator(present.definitions, present.runners, asked.outcomes, MAX_ENTRIES_SHOWN)
     known: Mapping[str, Any] = {}
     subject = None
-    work: Callable[[], Simulation]
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
         async with connections.reading(context.pool) as connection:
@@ -257,30 +257,28 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
         if started is None:
             raise NotFoundError(f"Enrollment {id_} does not exist.")
         enrollment, enrolled = started
-        known, subject = json.loads(enrollment.data), enrollment.subject
-
-        def work() -> Simulation:
-            return simulator.follow(
-                enrollment,
-                asked.start,
-                asked.until,
-                asked.changes,
-                asked.external,
-                enrolled=enrolled,
-            )
+        known, subject = read_data(enrollment.data), enrollment.subject
+        work = partial(
+            simulator.follow,
+            enrollment,
+            asked.start,
+            asked.until,
+            asked.changes,
+            asked.external,
+            enrolled=enrolled,
+        )
     else:
-
-        def work() -> Simulation:
-            return simulator.simulate(
-                query.must("sequence"),
-                start=asked.start,
-                until=asked.until,
-                data=asked.data,
-                subject=query.get("subject") or "subject",
-                timezone=asked.timezone,
-                changes=asked.changes,
-                external=asked.external,
-            )
+        work = partial(
+            simulator.simulate,
+            query.must("sequence"),
+            start=asked.start,
+            until=asked.until,
+            data=asked.data,
+            subject=query.get("subject") or "subject",
+            timezone=asked.timezone,
+            changes=asked.changes,
+            external=asked.external,
+        )
 
     async with context.simulating:  # one at a time, because it uses a core
         simulation = await asyncio.to_thread(work)

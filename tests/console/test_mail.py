@@ -198,3 +198,15 @@ async def test_a_test_needs_write(database: str, letter: int) -> None:
         form = {**_given(), "enrollment": str(letter), "address": "me@example.com"}
         refused = await client.post("/message/test", data={**form, "token": "x"})
         assert refused.status_code == 403
+
+
+async def test_data_that_cannot_be_read_is_reported(
+    connection: asyncpg.Connection, database: str, letter: int
+) -> None:
+    """As it would fail the enrollment."""
+    deep = await enroll(connection, "s", "bob", '{"a": ' + "[" * 5000 + "]" * 5000 + "}")
+    async with console(database, _runners(), own=_runners) as client:
+        for page in (f"{PATH}&enrollment={deep}", f"/simulate?enrollment={deep}"):
+            found = await client.get(page)
+            assert "data cannot be read" in check(found).lower()
+            assert found.status_code in (200, 422)
