@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date, timedelta
+from datetime import date
 from difflib import get_close_matches
 from functools import lru_cache
 from sys import intern
@@ -465,8 +465,6 @@ class Definition:
     sequence: Sequence
     reentry: str | Mapping[str, Any]  # as written in the document
     status: str | None
-    lookup: str | None
-    recheck: timedelta
     where: str = field(compare=False)
     description: str | None = None
     window: Mapping[str, Any] | None = None

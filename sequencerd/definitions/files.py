@@ -440,8 +440,6 @@ def _checked(
         if isinstance(parsed.reentry, ReentryAfter)
         else parsed.reentry,
         parsed.status if "status" in parsed.model_fields_set else None,
-        parsed.lookup,
-        parsed.recheck,
         where,
         parsed.description,
         _window_at(source.document.value),

@@ -346,7 +346,7 @@ async def _missing(
         [edge.target for edge in found],
     )
     missing = dict.fromkeys(_missing_target(found[number - 1]) for (number,) in rows)
-    lookup = SOURCE.fullmatch(definition.lookup or "")
+    lookup = SOURCE.fullmatch(definition.sequence.lookup or "")
     if lookup and not await connection.fetchval(QUERIES["is_lookup"], *lookup.groups()):
         name = lookup[0]
         missing[f"lookup {name!r} does not exist: create the function {name}(text[])"] = None
@@ -450,8 +450,8 @@ async def _document(
         "timezone": sequence.timezone,
         "status": status,
         "reentry": definition.reentry,
-        "lookup": definition.lookup,
-        "recheck": definition.recheck.total_seconds(),
+        "lookup": sequence.lookup,
+        "recheck": sequence.recheck.total_seconds(),
         "window": definition.window,
         "topic": sequence.topic,
         "locale": sequence.shared.locale,
@@ -695,7 +695,7 @@ async def _write(connection: asyncpg.Connection, one: SequencePlan, definition: 
         one.after["status"],
         "after" if isinstance(reentry, dict) else reentry,
         one.after["lookup"],
-        definition.recheck,
+        definition.sequence.recheck,
         one.after["description"],
         "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
         None if one.after["window"] is None else json.dumps(one.after["window"]),
