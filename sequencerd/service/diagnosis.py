@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import asyncpg
 
 from sequencerd.core.describe import counted, duration, text
+from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import SequencerdError
 from sequencerd.settings import DatabaseSettings
 from sequencerd.storage import connections, migrate, migrations, server
@@ -97,16 +98,15 @@ def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCh
     async def listening(connection: asyncpg.Connection) -> Diagnosis:
         return await _listening(connection, shard) if settings.listen else NOT_LISTENING
 
-    async def pooler(connection: asyncpg.Connection) -> Diagnosis:
-        return await _pooler(connection, shard, settings)
-
-    async def numbered(connection: asyncpg.Connection) -> Diagnosis:
-        return await _shard(connection, shard)
-
     names = list(CHECKS)
     place = names.index("clock")
-    of_settings: dict[str, DiagnosisCheck] = {} if shard.number is None else {"shard": numbered}
-    of_settings |= {"pooler": pooler, "notifications": listening}
+    of_settings: dict[str, DiagnosisCheck] = {}
+    if (number := shard.number) is not None:
+        of_settings["shard"] = lambda connection: _checked(
+            connection, "shard", f"{number}, as in the settings", number
+        )
+    of_settings["pooler"] = lambda connection: _pooler(connection, shard, settings)
+    of_settings["notifications"] = listening
     first = {name: CHECKS[name] for name in names[:place]}
     return first | of_settings | {name: CHECKS[name] for name in names[place:]}
 
@@ -160,21 +160,19 @@ async def _citus(connection: asyncpg.Connection, seen: str) -> Diagnosis:
 
 
 async def _schema(connection: asyncpg.Connection) -> Diagnosis:
-    try:
-        await migrate.check(connection)
-    except SequencerdError as error:
-        what, _, advice = str(error).partition("; ")
-        return Diagnosis("schema", what, "error", advice)
-    return Diagnosis("schema", f"{migrations.available()[-1].name} is applied")
+    return await _checked(connection, "schema", f"{migrations.available()[-1].name} is applied")
 
 
-async def _shard(connection: asyncpg.Connection, shard: Shard) -> Diagnosis:
+async def _checked(
+    connection: asyncpg.Connection, about: str, seen: str, number: ShardNumber | None = None
+) -> Diagnosis:
+    """Check the schema, and the number of the shard if there is one."""
     try:
-        await migrate.check(connection, shard.number)
+        await migrate.check(connection, number)
     except SequencerdError as error:
         what, _, advice = str(error).partition("; ")
-        return Diagnosis("shard", what, "error", advice)
-    return Diagnosis("shard", f"{shard.number}, as in the settings")
+        return Diagnosis(about, what, "error", advice)
+    return Diagnosis(about, seen)
 
 
 async def _triggers(connection: asyncpg.Connection) -> Diagnosis:
