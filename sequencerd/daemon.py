@@ -192,8 +192,8 @@ class _Process:
         read: Callable[[], Settings],
         stop: asyncio.Event,
     ) -> None:
+        self.log = log
         self._settings = settings
-        self._log = log
         self._stop = stop
         self._shards = [
             _ShardService(
@@ -203,11 +203,6 @@ class _Process:
         ]
         self._one = self._shards[0] if shards[0].name is None else None
         self._refusal: SettingsError | None = None
-
-    @property
-    def log(self) -> FilteringBoundLogger:
-        """Return the log for the lines about a shard."""
-        return self._log
 
     def reload(self) -> None:
         """Read the settings again, for all shards."""
@@ -256,7 +251,7 @@ class _Process:
         """Serve HTTP within the context."""
         settings, current = self._settings, self._shards[0]
         public = PublicPages(
-            [served.shard for served in self._shards], lambda: current.settings, self._log
+            [served.shard for served in self._shards], lambda: current.settings, self.log
         )
         registry = ShardMetrics(
             lambda: {
@@ -271,9 +266,9 @@ class _Process:
         if settings.console is not None and settings.console.enabled:
             shards = [served.for_console(settings.console) for served in self._shards]
             console = (
-                make_console_of_shards(shards, self._log)
+                make_console_of_shards(shards, self.log)
                 if self._one is None
-                else make_console(shards[0], self._log)
+                else make_console(shards[0], self.log)
             )
         app = make_app(
             self._why_not_alive,
@@ -282,7 +277,7 @@ class _Process:
             console,
             () if settings.http.public_listen else public.routes,
         )
-        report = partial(_report_taken_address, self._log)
+        report = partial(_report_taken_address, self.log)
         async with (
             serving(app, settings.listen, report),
             serving(

@@ -288,7 +288,7 @@ class _SimulatedEnrollment:
         message = f"changed by {exact_json.dumps(dict(change), ensure_ascii=False)}"
         # steps that follow each other at one time are recorded microseconds apart
         at = max([now, *(entry.at for entry in self.entries[-1:])])
-        self._add(at, self.at, "data", message)
+        self.entries.append(self._entry(at, self.at, "data", message))
 
     @property
     def zone(self) -> ZoneInfo:
@@ -313,9 +313,9 @@ class _SimulatedEnrollment:
             task = Task(here.key, view(here, timezone, here.entered_at or now, external))
             details = self.preview(step, task)
         except (EvaluationError, ValueError) as error:
-            self._add(now, here, "execute", "cannot be sent")
+            self.entries.append(self._entry(now, here, "execute", "cannot be sent"))
             return Failed(str(error), permanent=True)
-        self._add(now, here, "execute", None, details)
+        self.entries.append(self._entry(now, here, "execute", None, details))
         return self.outcomes.get(step.type, _NEXT)
 
     def _entries(
@@ -351,16 +351,6 @@ class _SimulatedEnrollment:
     def _step(self, place: Event | Enrollment) -> Step | None:
         sequence = self.definitions.get(place.sequence)
         return sequence.steps.get(place.step) if sequence else None
-
-    def _add(
-        self,
-        now: datetime,
-        here: Enrollment,
-        action: str,
-        message: str | None,
-        details: Mapping[str, str] | None = None,
-    ) -> None:
-        self.entries.append(self._entry(now, here, action, message, details))
 
     def _entry(
         self,

@@ -46,7 +46,7 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _make_visible
             if isinstance(render, structlog.dev.ConsoleRenderer)
-            else _format_exception,
+            else structlog.processors.format_exc_info,
             _finish(render, make_redaction(settings)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -73,9 +73,6 @@ def _write_traceback(file: TextIO, error: ExcInfo) -> None:
     structlog.dev.plain_traceback(written, error)
     lines = written.getvalue().strip("\n").split("\n")
     file.writelines(f"\n    {visible(line)}" for line in lines)
-
-
-_format_exception = structlog.processors.format_exc_info
 
 
 def _finish(render: Processor, redact: Callable[[str], str]) -> Processor:
