@@ -135,8 +135,7 @@ def _merge_rows(shards: Mapping[str, Sequence[SummaryRow]], key: Sequence[str]) 
 def _merge_row(rows: Mapping[str, SummaryRow]) -> SummaryRow:
     made = dict(next(iter(rows.values())))
     for name in made.keys() & {"active", "soon", "overdue"}:
-        known = [row[name] for row in rows.values() if row[name] is not None]
-        made[name] = sum(known) if known else None
+        made[name] = views.sum_known(row[name] for row in rows.values())
     for name in made.keys() & {"status", "problem"}:
         made[name] = common_or_each({shard: row[name] for shard, row in rows.items()})
     return made

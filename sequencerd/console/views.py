@@ -70,7 +70,7 @@ def _sums(counts: Counts, name: str) -> dict[str, Any]:
         elif sequence == name and action == "goal":
             goals += days.total()
     return {
-        "active": _sum_known(step["active"] for step in steps),
+        "active": sum_known(step["active"] for step in steps),
         "is_capped": any(map(_is_capped, steps)),
         "soon": sum(step["soon"] for step in steps),
         "overdue": sum(step["overdue"] for step in steps),
@@ -81,7 +81,8 @@ def _sums(counts: Counts, name: str) -> dict[str, Any]:
     }
 
 
-def _sum_known(numbers: Iterable[int | None]) -> int | None:
+def sum_known(numbers: Iterable[int | None]) -> int | None:
+    """Return the sum of the numbers that are known; None if none is."""
     known = [number for number in numbers if number is not None]
     return sum(known) if known else None
 

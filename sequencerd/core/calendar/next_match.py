@@ -105,11 +105,10 @@ def next_match(
     an unknown attribute.
     """
     field = _field(attribute)
-    wanted = {_in_range(value, field) for value in values} - {None}
-    if not wanted:
+    if not (wanted := _possible(values, field)):
         return None
     try:
-        return _search(after, field, sorted(value for value in wanted if value is not None), tz)
+        return _search(after, field, wanted, tz)
     except (OverflowError, ValueError):
         return None  # datetime's calendar ends before the next match
 
@@ -123,8 +122,7 @@ def next_start(
     single period. Returns None and raises errors like next_match.
     """
     field = _field(attribute)
-    wanted = {_in_range(value, field) for value in values} - {None}
-    if not wanted:
+    if not (wanted := _possible(values, field)):
         return None
     try:
         present = field.read(after.astimezone(tz))
@@ -192,6 +190,12 @@ def _in_range(value: object, field: _DateField) -> int | None:
     if not field.lowest <= value <= field.highest or value != int(value):
         return None
     return int(value)
+
+
+def _possible(values: Iterable[object], field: _DateField) -> list[int]:
+    """Return the values that can occur, in order."""
+    found = (_in_range(value, field) for value in values)
+    return sorted({value for value in found if value is not None})
 
 
 def _of_clock(unit: timedelta, count: int) -> Callable[[datetime, Sequence[int]], datetime]:
