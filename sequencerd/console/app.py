@@ -326,8 +326,9 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
             return PlainTextResponse("Log in first.\n", 401)
         if _is_own_form(request):
             request.state.form = await pages.form(request, pages.MAX_FORM)
-            token = request.state.visitor.token
-            kept = _unsent(request, 401, "Not done yet", SESSION_ENDED, token=token, log_in=True)
+            kept = _unsent(
+                request, 401, "Not done yet", SESSION_ENDED, token=visitor.token, log_in=True
+            )
             return _with_session(request, kept)
         to = str(request.url.replace(scheme="", netloc=""))
         return _with_session(request, RedirectResponse(at("/login", to=to), 303))
@@ -335,16 +336,16 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
         most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
         request.state.form = await pages.form(request, most)
         if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
-            if _is_own_form(request) and page is access.log_out:
+            if not _is_own_form(request):
+                text = "This form has expired or comes from another site. Reload the page."
+                return message_page(request, 403, "Not done", text)
+            if page is access.log_out:
                 return None  # of the present session, or of none
-            if _is_own_form(request) and role is None:
+            if role is None:
                 return _with_session(request, access.ask_again(request))
-            if _is_own_form(request):
-                text = FORM_EXPIRED.format(user=visitor.user)
-                kept = _unsent(request, 403, "Not done yet", text, token=visitor.token)
-                return _with_session(request, kept)
-            text = "This form has expired or comes from another site. Reload the page."
-            return message_page(request, 403, "Not done", text)
+            text = FORM_EXPIRED.format(user=visitor.user)
+            kept = _unsent(request, 403, "Not done yet", text, token=visitor.token)
+            return _with_session(request, kept)
     if role in ("operator", "editor") and not context.settings.write:
         text = "Changes are disabled. Set console.write = true to allow them."
         return message_page(request, 403, "Read only", text)

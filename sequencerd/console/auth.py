@@ -29,7 +29,7 @@ MAX_WRONG_PASSWORDS = 5  # wrong passwords from an address in a minute
 WRONG_PASSWORDS_PERIOD = 60.0  # seconds
 MAX_ADDRESSES = 10_000
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 ROLES: tuple[Role, ...] = get_args(Role)
 """The roles; each includes those before it."""
@@ -95,7 +95,7 @@ class Auth:
     def refusal(self, request: Request) -> str | None:
         """Return why a request is refused regardless of its user, or None."""
         # DNS rebinding: a foreign name for this address would let other pages read this one
-        if self.is_open and request.url.hostname not in (*LOOPBACK_NAMES, "::1"):
+        if self.is_open and request.url.hostname not in LOOPBACK_NAMES:
             return "Without a password the console answers only at 127.0.0.1 and localhost."
         if self._proxies and not self.has_sessions and self._from_proxy(request) is None:
             return "The proxy in front of the console must name the user."
