@@ -390,8 +390,13 @@ def write(
     )
     bounces_to = (program.bounce_address or sender.address).replace("{token}", mark)
     utf8 = not all(map(str.isascii, (bounces_to, *to, *others, *headers)))
+    ascii_content = None
+    foreign = {address for address in (*to, *others) if not address.isascii()}
+    if foreign and not foreign.issuperset(to):
+        rest = write(program, task, at, foreign.union(without), files)
+        ascii_content = None if rest.utf8 else rest.content
     written = {one.written: one.address for one in recipients if one.written}
-    return Mail(bounces_to, to, others, content, utf8, written)
+    return Mail(bounces_to, to, others, content, utf8, ascii_content, written)
 
 
 def message_mark(task: Task) -> str:

@@ -63,6 +63,10 @@ class Mail:
     others: tuple[str, ...]  # cc and bcc
     content: bytes
     utf8: bool = False
+    ascii_content: bytes | None = None
+    """What the recipients with ASCII addresses get from a server without SMTPUTF8; None if that is
+    nothing.
+    """
     written: Mapping[str, str] = field(default_factory=dict)
     """Recipients by what was written, if that has invisible characters."""
 
@@ -235,7 +239,13 @@ class MailTransport:
                 dialogue = attempt.dialogue
                 if mail.utf8 and "smtputf8" not in dialogue.extensions:
                     text = f"{self._place} accepts only ASCII addresses (no SMTPUTF8)"
-                    return Failed(text, permanent=True)
+                    refused = Failed(text, permanent=True)
+                    others = [one for one in attempt.rest if one.isascii()]
+                    if mail.ascii_content is None or not others:
+                        return refused
+                    attempt.refused |= {one: refused for one in attempt.rest if not one.isascii()}
+                    attempt.rest = others
+                    mail = replace(mail, content=mail.ascii_content, utf8=False)
                 limit, size = dialogue.max_size, len(mail.content)
                 if limit is not None and size > limit:
                     text = f"{self._place} accepts messages of at most {limit} bytes, not {size}"

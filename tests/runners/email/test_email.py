@@ -202,6 +202,34 @@ async def test_a_local_part_beyond_ascii_needs_a_server_for_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "sent_to"),
+    [
+        ({"cc": "jörg@x.org"}, ["ada@x.org"]),
+        ({"bcc": "jörg@x.org", "cc": "eve@x.org"}, ["ada@x.org", "eve@x.org"]),
+        ({"to": ["jörg@x.org", "ada@x.org"]}, ["ada@x.org"]),
+        ({"to": "jörg@x.org", "cc": "ada@x.org"}, None),
+        ({"cc": "jörg@x.org", "from": "für@example.com"}, None),
+        ({"cc": "jörg@x.org", "replyTo": "für@example.com"}, None),
+    ],
+)
+async def test_the_others_get_the_message_from_a_server_for_ascii_addresses(
+    config: dict[str, Any], sent_to: list[str] | None
+) -> None:
+    async with smtp_server(utf8=False) as server, runner(server) as made:
+        (result,) = await made.run(made.compile({**BASIC, **config}), [task(email="ada@x.org")])
+        if sent_to is None:
+            assert failed(result).permanent
+            assert not server.messages
+            return
+        assert isinstance(result, Answer)
+        assert f"sent to {', '.join(sent_to)}: " in (result.message or "")
+        assert "; refused: jörg@x.org (" in (result.message or "")
+        assert server.messages[0].rcpt_tos == sent_to
+        assert server.messages[0].content.isascii()
+        assert server.parsed()["To"] == "ada@x.org"
+
+
+@pytest.mark.parametrize(
     ("data", "names"),
     [
         ({"email": ""}, "to: no address"),
