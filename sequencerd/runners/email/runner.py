@@ -410,9 +410,11 @@ def _more_headers(program: EmailProgram, view: Mapping[str, Any]) -> list[str]:
     }
     template = program.list_unsubscribe
     if template is not None and not any(n.lower() == "list-unsubscribe" for n in values):
-        url = quote(_header_value("listUnsubscribe", template, view), safe=_URL)
-        values["List-Unsubscribe"] = f"<{url}>" if url else ""
-        if url.lower().startswith("https:"):
+        value = _header_value("listUnsubscribe", template, view)
+        if value and not value.startswith("<"):  # otherwise it is written as in the header
+            value = f"<{quote(value, safe=_URL)}>"
+        values["List-Unsubscribe"] = value
+        if "<https:" in value.lower():
             values = {n: v for n, v in values.items() if n.lower() != "list-unsubscribe-post"}
             values["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
     return [_header(name, value) for name, value in values.items() if value]

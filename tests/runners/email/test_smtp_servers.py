@@ -549,6 +549,10 @@ def headers(content: bytes, name: str) -> list[str]:
         ({"listUnsubscribe": "https://x.org/u?a=?b?="}, "<https://x.org/u?a=?b?=>"),
         ({"listUnsubscribe": "https://x.org/ü"}, "<https://x.org/%C3%BC>"),
         (
+            {"listUnsubscribe": "<mailto:a@x.org?subject=ü>, <https://x.org/{{subject}}>"},
+            "<mailto:a@x.org?subject=%C3%BC>, <https://x.org/user-7>",
+        ),
+        (
             {"headers": {"list-unsubscribe": "<https://x.org/é?=?a?=>, <mailto:out@x.org>"}},
             "<https://x.org/%C3%A9?=?a?=>, <mailto:out@x.org>",
         ),
@@ -569,6 +573,8 @@ async def test_list_unsubscribe_is_never_encoded_and_comes_once(
     content = server.messages[0][1]
     names = ("List-Unsubscribe", "list-unsubscribe")
     assert [value for name in names for value in headers(content, name)] == [expected]
+    one_click = [] if "headers" in config else ["List-Unsubscribe=One-Click"]
+    assert headers(content, "List-Unsubscribe-Post") == one_click
     assert all(len(line) <= 998 for line in content.split(b"\r\n"))
     assert b"=?utf-8" not in content
 
