@@ -31,6 +31,22 @@ def test_the_text_of_html() -> None:
 
 
 @pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ('<a href="https://x.org"><img src=a alt="Buy now"></a>', "[Buy now](https://x.org)"),
+        ('<a href="https://x.org"><img src=a alt="https://x.org"></a>', "https://x.org"),
+        (
+            '<a href="https://x.org"> <img src=a></a><a href="https://y.org"></a>',
+            "<https://x.org><https://y.org>",
+        ),
+        ('<img src=a alt="Logo"> Hi<img src=pixel alt="">', "[Logo] Hi"),
+    ],
+)
+def test_images_are_represented_by_their_alternative_texts(html: str, text: str) -> None:
+    assert plain_text(html) == text
+
+
+@pytest.mark.parametrize(
     "html", ["", "  ", "<img src=x>", "<!-- x -->", "x" * (MAX_HTML_LENGTH + 1)]
 )
 def test_no_text_where_there_is_none(html: str) -> None:
