@@ -17,6 +17,13 @@ DECLARE
     separators CONSTANT text := E'[\\s\\u00a0\\u00ad\\u058a\\u05be\\u061c\\u1680\\u1806\\u180e\\u2000-\\u2015'
         '\\u2028-\\u202f\\u2043\\u2044\\u205f-\\u206f\\u2212\\u2215\\u2e17\\u2e1a\\u2e3a\\u2e3b\\u3000\\u301c'
         '\\u3030\\u30a0\\u30fc\\ufe31\\ufe32\\ufe58\\ufe63\\ufeff\\uff0d().\\/-]';
+    -- of Arabic, Persian, Hindi, Bengali, Burmese and Japanese
+    digits CONSTANT text := E'\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669'
+        '\u06f0\u06f1\u06f2\u06f3\u06f4\u06f5\u06f6\u06f7\u06f8\u06f9'
+        '\u0966\u0967\u0968\u0969\u096a\u096b\u096c\u096d\u096e\u096f'
+        '\u09e6\u09e7\u09e8\u09e9\u09ea\u09eb\u09ec\u09ed\u09ee\u09ef'
+        '\u1040\u1041\u1042\u1043\u1044\u1045\u1046\u1047\u1048\u1049'
+        '\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19';
     plain text COLLATE "C" := btrim(address COLLATE "C", E' \t\r\n\u00a0\u3000');
     number text COLLATE "C";
     prefix text COLLATE "C";
@@ -30,7 +37,7 @@ BEGIN
         RETURN plain;
     END IF;
     plain := lower(plain);
-    number := translate(plain, '０１２３４５６７８９＋（）．／', '0123456789+()./');
+    number := translate(plain, digits || '＋（）．／', repeat('0123456789', 6) || '+()./');
     number := regexp_replace(number, '^' || separators || '+', '');
     prefix := coalesce(substring(number FROM '^[a-z][a-z0-9.+-]*:'), '');
     number := regexp_replace(substr(number, length(prefix) + 1), '^' || separators || '+', '');

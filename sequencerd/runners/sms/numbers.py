@@ -12,7 +12,12 @@ import re
 from sequencerd.runners.fields import RenderError, one_line
 
 _NUMBER = re.compile(r"\+[1-9][0-9]{1,14}")
-_WIDE = str.maketrans("０１２３４５６７８９＋（）．／", "0123456789+()./")
+_ZEROS = "\u0660\u06f0\u0966\u09e6\u1040\uff10"
+"""The zeros that Arabic, Persian, Hindi, Bengali, Burmese and Japanese keyboards write."""
+
+_PLAIN = str.maketrans("＋（）．／", "+()./") | {
+    ord(zero) + digit: str(digit) for zero in _ZEROS for digit in range(10)
+}
 
 SEPARATORS = (
     r"\s\u00a0\u00ad\u058a\u05be\u061c\u1680\u1806\u180e\u2000-\u2015\u2028-\u202f\u2043\u2044"
@@ -39,7 +44,7 @@ def normalise(text: str) -> str:
     The zero in +49 (0)151 is for domestic calls, and not part of the number. `tel:` is removed;
     whatsapp:+49 151 ... keeps its channel.
     """
-    plain = text.strip().lower().translate(_WIDE)
+    plain = text.strip().lower().translate(_PLAIN)
     channel = ""
     if matched := _CHANNEL.fullmatch(_AHEAD.sub("", plain)):
         channel, plain = f"{matched[1]}:".removeprefix("tel:"), matched[2]

@@ -186,7 +186,7 @@ async def test_an_answer_without_json_is_judged_by_the_status(
         ({"phone": "+0151"}, "to: "),
         ({"phone": "+1234567890123456"}, "to: "),
         ({"phone": "+49x"}, "to: "),
-        ({"phone": "+\u0664\u0669151123"}, "to: "),
+        ({"phone": "+\u0be7\u0be8151123"}, "to: "),
     ],
 )
 async def test_invalid_numbers_fail_permanently(data: dict[str, Any], says: str) -> None:
