@@ -81,6 +81,81 @@ def test_an_abbreviation_that_several_zones_have_is_no_offset(zone: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2018-159", "2018-06-08T00:00:00Z"),
+        ("2018-365", "2018-12-31T00:00:00Z"),
+        ("2018-366", None),
+        ("2020-366", "2020-12-31T00:00:00Z"),
+        ("2018-000", None),
+        ("2018-001", "2018-01-01T00:00:00Z"),
+        ("2018-W23", "2018-06-04T00:00:00Z"),
+        ("2018-W23-5", "2018-06-08T00:00:00Z"),
+        ("2018-06", "2018-06-01T00:00:00Z"),
+        ("2018", "2018-01-01T00:00:00Z"),
+        ("2018-06T10", None),  # an hour needs a whole date
+        ("+002018-06-08", "2018-06-08T00:00:00Z"),
+        ("+002018-159", None),
+        ("2018-06-08T17", "2018-06-08T17:00:00Z"),
+        ("2018-06-08T24:00", "2018-06-09T00:00:00Z"),
+        ("2018-06-08T24:00:00.001", None),
+        ("2018-06-08T24:01", None),
+        ("2018-06-08T17:49:31.1239Z", "2018-06-08T17:49:31.123Z"),
+        ("2018-06-08T17:49+02", "2018-06-08T15:49:00Z"),
+        ("2018-06-08T17:49-0230", "2018-06-08T20:19:00Z"),
+        ("2018-06-08T17:49+02:60", None),
+        ("2018-06-08T17:49+14:00", "2018-06-08T03:49:00Z"),
+        ("2018-06-08T17:49+14:01", None),
+        ("2018-06-08T17:49-12:00", "2018-06-09T05:49:00Z"),
+        ("2018-06-08T17:49-12:01", None),
+        ("/Date(1528480171000)/", "2018-06-08T17:49:31Z"),
+    ],
+)
+def test_dates_in_iso_8601(text: str, found: str | None) -> None:
+    assert dates.parse(text, dates.zone("UTC")) == (found and at(found))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Fri, 08 Jun 2018 17:49:31 +0200", "2018-06-08T15:49:31Z"),
+        ("Fri 8 Jun 2018 17:49 -0330", "2018-06-08T21:19:00Z"),
+        ("Thu, 08 Jun 2018 17:49:31 +0200", None),  # it was a Friday
+        ("8 Jun 2018 17:49 UT", "2018-06-08T17:49:00Z"),
+        ("8 Jun 2018 17:49 Z", "2018-06-08T17:49:00Z"),
+        ("8 Jun 2018 17:49 EST", "2018-06-08T22:49:00Z"),
+        ("8 Jun 2018 17:49 EDT", "2018-06-08T21:49:00Z"),
+        ("8 Jun 2018 17:49 PDT", "2018-06-09T00:49:00Z"),
+        ("8 Dec 2018 17:49 GMT", "2018-12-08T17:49:00Z"),
+        ("8 Jun 49 17:49 GMT", "2049-06-08T17:49:00Z"),
+        ("8 Jun 50 17:49 GMT", "1950-06-08T17:49:00Z"),
+        ("8 Jun 118 17:49 GMT", "2018-06-08T17:49:00Z"),
+        ("8 Jun 999 17:49 GMT", "2899-06-08T17:49:00Z"),
+        ("(noon) 8 Jun\n2018  12:00 GMT (about)", "2018-06-08T12:00:00Z"),
+        ("31 Jun 2018 17:49 GMT", None),
+        ("8 Jun 2018 25:49 GMT", None),
+    ],
+)
+def test_dates_of_e_mails(text: str, found: str | None) -> None:
+    """As RFC 2822 writes them, 4.3 included."""
+    assert dates.parse(text, BERLIN) == (found and at(found))
+
+
+def test_a_text_is_read_as_by_moment_or_not_at_all() -> None:
+    """What moment passes on to JavaScript's Date is no date, nor is a year that Python lacks."""
+    cases = [json.loads(line) for line in CASES.read_text("utf-8").split("\n") if line]
+    parsed = [case for case in cases if case["op"] == "parse"]
+    assert len(parsed) > 100
+    for case in parsed:
+        found = dates.parse(case["input"], dates.zone(case["zone"]))
+        if found is not None:
+            assert dates.format_iso(found) == case["result"], case
+        elif case["result"] is not None:
+            is_guess = case["category"] == "parse/js-date-fallback"
+            assert is_guess or case["result"].startswith(("+", "-", "0000")), case
+
+
+@pytest.mark.parametrize(
     ("text", "unit", "found"),
     [
         ("1764583200", timedelta(seconds=1), "2025-12-01T10:00:00Z"),
