@@ -18,11 +18,7 @@ from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_lines, say_raw
 from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions, warn_of_paths
 from sequencerd.core.languages import DEFAULT_LOCALE
-from sequencerd.core.model import (
-    Enrollment,
-    Sequence,
-    parse_data,
-)
+from sequencerd.core.model import Enrollment, Sequence, parse_data
 from sequencerd.definitions import files, step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import check_lookup, choose
@@ -92,16 +88,17 @@ async def _send(
 def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
     """Read the definition and the enrollment, from a file, the database, or both."""
     path = Path(arguments.target)
+    reads_file = is_file(path)
     if arguments.enrollment is not None:
         for option in ("data", "subject", "timezone"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"--{option} does not go with --enrollment")
-    if not is_file(path):
+    if not reads_file:
         check_one_sequence(path, arguments.sequence)
-    runners = make_runners(settings, files.types(path) if is_file(path) else ())
+    runners = make_runners(settings, files.types(path) if reads_file else ())
     definitions: dict[str, Sequence] = {}
     found: list[asyncpg.Record] = []
-    if is_file(path):
+    if reads_file:
         definitions = {one.sequence.name: one.sequence for one in files.read_file(path, runners)}
 
     async def read_one(shard: Shard) -> tuple[dict[str, Sequence], list[asyncpg.Record]]:
@@ -119,7 +116,7 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
         answers = await ask(explain(arguments), shards, read_one)
         definitions.update(merged_definitions(one[0] for one in answers.found.values()))
         found.extend(row for one in answers.found.values() for row in one[1])
-        if not is_file(path) and arguments.target not in definitions:
+        if not reads_file and arguments.target not in definitions:
             report_missing(answers)
         return 0
 
@@ -127,7 +124,7 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
         on_shards(read)(arguments, settings)
     if arguments.enrollment is not None and not found:
         raise UsageError(f"enrollment {arguments.enrollment} does not exist")
-    name = arguments.sequence if is_file(path) else arguments.target
+    name = arguments.sequence if reads_file else arguments.target
     sequence = definitions[choose(definitions, name)]
     enrollment = Enrollment(*found[0][:-1]) if found else _enrollment(arguments)
     external = {}
