@@ -2,14 +2,16 @@
 
 A daemon's leases are valid while it is alive, so nothing may delay the heartbeat: it has a
 connection of its own, and locks no enrollment. A daemon that cannot write it for the duration of a
-lease has lost its leases; the fence then rejects its results. It considers no other daemon dead
-meanwhile, and gives the others as much time when it can write again: what has interrupted its own
-heartbeat may have interrupted theirs.
+lease has lost its leases: it starts none of their side effects, and the fence rejects the results
+of those that it has started. It considers no other daemon dead meanwhile, and gives the others as
+much time when it can write again: what has interrupted its own heartbeat may have interrupted
+theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -47,6 +49,15 @@ class Heartbeat:
         self._log = log
         self._started_at: datetime | None = None
         self._had_problems = False
+        # of the event loop: since when the daemon has been alive, and until when at least
+        self._since, self._until = math.inf, -math.inf
+
+    def has_lapsed(self, until: float, now: float) -> bool:
+        """Return whether a lease has lapsed, so that other daemons may have taken it over: `until`,
+        the time in its row, has passed, and the daemon has not been alive from then on without a
+        gap. Both are times of the event loop.
+        """
+        return now >= until and not (self._since <= until and now < self._until)
 
     async def keep(self) -> None:
         """Write heartbeats until cancelled: three per lease, and soon after the problems have
@@ -68,12 +79,17 @@ class Heartbeat:
 
     async def beat(self) -> None:
         """Write one heartbeat with the problems, and remove dead daemons."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         async with asyncio.timeout(max(self._lease / 3, RETRY_PAUSE)):
             async with connections.borrow(self._pool) as connection:
                 lease = timedelta(seconds=self._lease)
                 self._started_at = await daemons.beat(
                     connection, self._name, self._started_at, lease, self._types()
                 )
+                if (now := loop.time()) >= self._until:
+                    self._since = now
+                self._until = begun + self._lease
                 rows = self._problems.rows()
                 if rows or self._had_problems:
                     await daemons.write_problems(connection, self._name, rows)

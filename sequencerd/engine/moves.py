@@ -53,7 +53,8 @@ BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it p
 
 class Moves:
     """Advances enrollments. `definitions` belong to the catalog and change; `request_reload`
-    requests to read those of sequences that have changed; `executors` have the slots.
+    requests to read those of sequences that have changed; `executors` have the slots; `has_lapsed`
+    is the heartbeat's.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Moves:
         lease_time: timedelta,
         daemon: str,
         request_reload: Callable[[Iterable[str]], None],
+        has_lapsed: Callable[[float, float], bool],
         log: FilteringBoundLogger,
     ) -> None:
         self._definitions = definitions
@@ -73,6 +75,7 @@ class Moves:
         self._lease_time = lease_time
         self._daemon = daemon
         self._request_reload = request_reload
+        self._has_lapsed = has_lapsed
         self._log = log
         self.invalid: dict[StepKey, model.Step | None] = {}
         """The steps at which enrollments have failed as invalid, as they were defined then."""
@@ -229,10 +232,10 @@ class Moves:
                 try:
                     if is_open and executor is not None:
                         leased = at.leased_to(self._daemon, batch.lease_number)
-                        started = self._start(leased, executor, decision)
+                        wake_at = now + self._lease_time
+                        started = self._start(leased, executor, decision, wake_at)
                         _lease(batch, leased, started)
                         at, start = leased, started
-                        wake_at = now + self._lease_time
                     else:  # there may be a slot for the next enrollment
                         is_shared, wake_at = False, held_until or _due_since(before, at, now)
                 except EvaluationError as error:
@@ -270,17 +273,22 @@ class Moves:
             ids.append(enrollment.id)
         return True
 
-    def _start(self, leased: Enrollment, executor: Executor, execute: Execute) -> Start:
-        """Return how the side effect of an enrollment that is leased is started."""
+    def _start(
+        self, leased: Enrollment, executor: Executor, execute: Execute, until: datetime
+    ) -> Start:
+        """Return how the side effect of an enrollment that is leased until a time is started."""
         step, effect, timezone, external, revision, expires_at, closes_at, topic, places = execute
         assert leased.entered_at is not None
         view = model.state_view(leased, timezone, leased.entered_at, external)
+        time = asyncio.get_running_loop().time()
         expires = None
         if expires_at or closes_at:
             end = min(filter(None, (expires_at, closes_at)))
-            seconds = self._clock.seconds_until(end) + TIMER_TOLERANCE
-            expires = asyncio.get_running_loop().time() + seconds
-        return Start(executor, step, effect.program, view, expires, topic, revision, places)
+            expires = time + self._clock.seconds_until(end) + TIMER_TOLERANCE
+        has_lapsed = partial(self._has_lapsed, time + self._clock.seconds_until(until))
+        return Start(
+            executor, step, effect.program, view, expires, topic, revision, places, has_lapsed
+        )
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
         """Write a batch, after deciding its effects on other sequences and enrollments."""
@@ -349,8 +357,8 @@ def _reserved(advanced: Advanced) -> Reserved:
 
 def _lease(batch: Batch, leased: Enrollment, start: Start) -> None:
     """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-    executor, step, program, state_view, expires, topic, revision, places = start
-    task = Task(leased.key, model.view_in_state(leased, state_view), expires, topic)
+    executor, step, program, state_view, expires, topic, revision, places, has_lapsed = start
+    task = Task(leased.key, model.view_in_state(leased, state_view), expires, topic, has_lapsed)
     batch.lease(Leased(leased, step, executor, program, task, revision, places))
 
 

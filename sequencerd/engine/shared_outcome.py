@@ -8,7 +8,7 @@ same answers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Start(NamedTuple):
     topic: str | None
     revision: int
     reservations: tuple[Reservation, ...]
+    has_lapsed: Callable[[float], bool]
 
 
 class SharedOutcome(NamedTuple):

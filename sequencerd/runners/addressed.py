@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.javascript.templates import Template
-from sequencerd.core.model import Failed, Result, Suppressed, Task
+from sequencerd.core.model import Failed, NotStarted, Result, Suppressed, Task
 from sequencerd.runners.fields import RenderError, compile_field, render
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.suppression_check import Suppressions, describe
@@ -88,7 +88,9 @@ class AddressedRunner:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         asked = (address, str(task.view["subject"]))
         found = await suppressions.find_suppressed(recipient.channel, asked, task.topic)
-        return Suppressed(f"not sent to {describe(found)}") if found else None
+        if found:
+            return Suppressed(f"not sent to {describe(found)}")
+        return NotStarted() if task.is_late(asyncio.get_running_loop().time()) else None
 
     async def close(self) -> None:
         """Release the runner's connections."""

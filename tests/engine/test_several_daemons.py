@@ -11,7 +11,16 @@ import pytest
 
 from sequencerd.core.model import DefinitionError
 from sequencerd.storage.statements import QUERIES
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+from tests.helpers.engines import (
+    ALL_ENDED,
+    Held,
+    Recorder,
+    define,
+    enroll,
+    running_engine,
+    until,
+    way,
+)
 
 PROBLEM = "SELECT problem FROM sequencer.steps WHERE name = 'call'"
 HAS_PROBLEM = f"SELECT ({PROBLEM}) LIKE 'no runner serves the type ''Call''%'"
@@ -209,3 +218,83 @@ async def test_rows_that_a_frozen_daemon_has_locked_go_to_another(
         finally:
             thawed.set()
     assert (len(one.keys), len(other.keys)) == (0, 1)
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+async def test_a_daemon_that_was_cut_off_starts_nothing_that_others_have_taken_over(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, is_back: bool
+) -> None:
+    """Neither before nor after its next heartbeat."""
+    await define(connection, "s", ("call", "Call", "{}", None))
+    held, other = Held(), Recorder()
+    one = Recorder(held, batch_size=1, concurrency=1)
+    is_cut_off, is_over = True, asyncio.Event()
+    async with running_engine(database, {"Call": one}, lease=1.0) as cold:
+        beat, extend = cold._heartbeat.beat, cold._leases.extend
+
+        async def hang() -> None:
+            await is_over.wait()
+            await beat()
+
+        async def extend_later(*arguments: Any) -> None:
+            if not is_cut_off:
+                await extend(*arguments)
+
+        ids = [await enroll(connection, "s", f"u{number}") for number in range(2)]
+        await until(connection, "SELECT count(leased_by) = 2 FROM sequencer.enrollments")
+        await held.begun.wait()
+        monkeypatch.setattr(cold._heartbeat, "beat", hang)
+        monkeypatch.setattr(cold._leases, "extend", extend_later)
+        async with running_engine(database, {"Call": other}, lease=1.0):
+            await until(connection, ALL_ENDED)
+        is_cut_off = False
+        if is_back:
+            is_over.set()
+            alive = "SELECT count(*) = 1 FROM sequencer.daemons WHERE alive_until > now()"
+            await until(connection, alive)
+        held.released.set()
+        stale = "SELECT count(*) = 2 FROM sequencer.events WHERE action = 'stale_result'"
+        await until(connection, stale)
+        is_over.set()
+    assert len(other.keys) == 2
+    assert one.keys == [key for key in other.keys if key.startswith(f"{ids[0]}:")]
+
+
+async def test_side_effects_start_while_heartbeats_are_refused(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """For longer than a lease: no other daemon takes over a lease that was just written."""
+    await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
+    recorder = Recorder()
+    locking = await asyncpg.connect(database)
+    async with running_engine(database, {"Note": recorder}, lease=1.0):
+        await until(connection, "SELECT count(*) = 1 FROM sequencer.daemons")
+        async with locking.transaction():
+            await locking.execute("LOCK TABLE sequencer.daemons IN SHARE MODE")
+            await until(connection, "SELECT alive_until < now() FROM sequencer.daemons")
+            await enroll(connection, "s", "ada")
+            await until(connection, ALL_ENDED)
+    await locking.close()
+    assert len(recorder.keys) == 2
+    events = await connection.fetch("SELECT action FROM sequencer.events ORDER BY visit, at")
+    assert [row["action"] for row in events] == ["enrolled", "next", "next", "completed"]
+
+
+async def test_a_clock_that_is_set_back_takes_over_no_lease_of_a_living_daemon(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's: a daemon that has not measured it since is ahead of it."""
+    await define(connection, "s", ("call", "Call", "{}", None))
+    held, other = Held(), Recorder()
+    async with running_engine(database, {"Call": Recorder(held)}):
+        await enroll(connection, "s", "ada")
+        await held.begun.wait()
+        async with running_engine(database, {"Call": other}) as ahead:
+            await until(connection, "SELECT count(*) = 2 FROM sequencer.daemons")
+            monkeypatch.setattr(ahead._clock, "_offset", ahead._clock._offset + 3600)
+            await ahead._claims.claim_all(("s", "call"))
+            held.released.set()
+            await until(connection, ALL_ENDED)
+    assert not other.keys
+    found = "SELECT count(*) FROM sequencer.events WHERE action = 'lease_expired'"
+    assert await connection.fetchval(found) == 0

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import asyncpg
 import pytest
 
+from sequencerd.core.model import NotStarted
+from sequencerd.runners import Runner
+from sequencerd.runners.addressed import AddressedRunner
+from sequencerd.runners.email.runner import EmailRunner
+from sequencerd.runners.sms.runner import TwilioRunner
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions, forms
 from sequencerd.storage.suppressions import read_suppressed
+from tests.helpers.engines import Recorder
+from tests.helpers.servers import task
+
+NOWHERE = "127.0.0.1:1"
 
 
 async def entry(connection: asyncpg.Connection, address: str) -> str:
@@ -75,3 +87,41 @@ async def test_an_address_that_no_entry_can_have_disturbs_no_other(
 def test_another_address_is_not_suppressed() -> None:
     assert "ada@strasse.example" not in forms("email", "ada@straße.example")
     assert "müller@x.org" not in forms("email", "muller@x.org")
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (
+            lambda suppressions: EmailRunner(f"smtp://{NOWHERE}", suppressions=suppressions),
+            {"from": "a@x.org", "to": "b@x.org", "subject": "Hi", "text": "Hi"},
+        ),
+        (
+            lambda suppressions: TwilioRunner(
+                "AC1", "t", base_url=f"http://{NOWHERE}", suppressions=suppressions
+            ),
+            {"from": "+11231231234", "to": "+4915112345678", "message": "Hi"},
+        ),
+        (
+            lambda suppressions: AddressedRunner(Recorder(), suppressions),
+            {"channel": "push", "address": "token"},
+        ),
+    ],
+    ids=["email", "sms", "addressed"],
+)
+async def test_nothing_is_sent_if_the_lease_lapses_while_the_list_is_read(
+    make: Callable[[Suppressions], Runner], config: Mapping[str, Any]
+) -> None:
+    """The database may answer only after an interruption."""
+    has_lapsed = False
+
+    async def ask(_: list[SuppressionKey]) -> set[SuppressionKey]:
+        nonlocal has_lapsed
+        has_lapsed = True
+        return set()
+
+    runner = make(Suppressions(ask))
+    late = task()._replace(has_lapsed=lambda _: has_lapsed)
+    assert await runner.run(runner.compile(config), [late]) == [NotStarted()]
+    assert has_lapsed
+    await runner.close()

@@ -265,13 +265,14 @@ class EmailRunner:
                 if skipped := _skipped(mail, task, without, outside):
                     return skipped
                 files = await self._attachments.get(program.attachments, task.view)
-            is_in_time = await self._pace.turn(task.expires)
-            if not is_in_time or task.is_late(asyncio.get_running_loop().time()):
+            if not await self._pace.turn(task.expires):
                 return NotStarted()
             without = await self._suppressed(mail, task)
             left_out = without.keys() | outside
             if skipped := _skipped(mail, task, without, outside):
                 return skipped
+            if task.is_late(asyncio.get_running_loop().time()):
+                return NotStarted()
             if left_out or files:
                 mail = write(program, task, now, left_out, files)
         except AttachmentError as error:

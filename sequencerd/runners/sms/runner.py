@@ -207,13 +207,14 @@ class _SmsRunner:
                 values = self.preview(program, task)
             if outside := self._only_to.outside([values["to"]]):
                 return Suppressed(f"not sent to {self._only_to.describe(outside)}")
-            is_in_time = await self._pace.turn(task.expires)
-            if not is_in_time or task.is_late(asyncio.get_running_loop().time()):
+            if not await self._pace.turn(task.expires):
                 return NotStarted()
             if self._suppressions is not None:
                 asked = (values["to"], str(task.view["subject"]))
                 if without := await self._suppressions.find_suppressed("sms", asked, task.topic):
                     return Suppressed(f"not sent to {describe(without)}")
+            if task.is_late(asyncio.get_running_loop().time()):
+                return NotStarted()
             return await self._post(values, task)
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")

@@ -220,9 +220,11 @@ SELECT p.sequence, p.step, d.due, d.overdue
 
 -- part: is_free
 -- No living daemon has leased the enrollment, as of $3, and neither has the daemon $4, which knows what it
--- executes. A daemon that cannot write its own heartbeat considers no other dead.
+-- executes. The server's clock, by which heartbeats are written, may have been set back since $3. A daemon
+-- that cannot write its own heartbeat considers no other dead.
 (e.leased_by IS NULL OR e.leased_by <> $4 AND NOT EXISTS (
-        SELECT FROM sequencer.daemons AS d WHERE d.name = e.leased_by AND d.alive_until > $3)
+        SELECT FROM sequencer.daemons AS d
+         WHERE d.name = e.leased_by AND d.alive_until > least($3, now()))
     AND EXISTS (SELECT FROM sequencer.daemons AS d WHERE d.name = $4 AND d.alive_until > now()))
 
 -- part: is_current
