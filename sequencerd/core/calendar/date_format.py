@@ -95,7 +95,8 @@ _PLAIN = frozenset("BCFIJKORTUVbcfijnpqrtuv")
 def compile_format(text: str, locale: str = "") -> Callable[[datetime], str]:
     """Compile a moment format such as `D MMMM YYYY [at] HH:mm` to a function that formats a date.
 
-    `locale` is a language such as "de" or "pt-BR"; English where none is given.
+    `locale` is a language such as "de" or "pt-BR"; English where none is given, and for a language
+    that is not known, as texts have a default.
     Raises DefinitionError for a letter or run of letters that moment would expand to
     something that is not offered here; text goes into [brackets].
     Rule: momentjs.com/docs, Display, Format.
@@ -117,7 +118,7 @@ def compile_format(text: str, locale: str = "") -> Callable[[datetime], str]:
             )
         else:
             pieces.append(literal or token or other)
-    names = _names(check_locale(locale))
+    names = _names(_find_locale(locale) or "en")
 
     def write(at: datetime) -> str:
         return "".join(piece if isinstance(piece, str) else piece(at, names) for piece in pieces)
@@ -125,19 +126,19 @@ def compile_format(text: str, locale: str = "") -> Callable[[datetime], str]:
     return write
 
 
-def check_locale(locale: str) -> str:
-    """Return the name of a known locale: "de" for "de", "de-AT" and "de_DE"; "en" by default.
+def check_locale(locale: str) -> None:
+    """Raise DefinitionError for a constant that is not a known locale."""
+    if locale and _find_locale(locale) is None:
+        raise DefinitionError(
+            f"{locale[:60]!r} is not a known locale: write one of {', '.join(sorted(_locales()))}"
+        )
 
-    Raises DefinitionError for any other.
-    """
-    name = (locale or "en").lower().replace("_", "-")
+
+def _find_locale(locale: str) -> str | None:
+    """Return the name of a known locale: "de" for "de", "de-AT" and "de_DE"."""
+    name = locale.strip().lower().replace("_", "-")
     known = _locales()
-    for candidate in (name, name.partition("-")[0]):
-        if candidate in known:
-            return candidate
-    raise DefinitionError(
-        f"{locale[:60]!r} is not a known locale: write one of {', '.join(sorted(known))}"
-    )
+    return next((one for one in (name, name.partition("-")[0]) if one in known), None)
 
 
 @cache

@@ -153,8 +153,7 @@
       if (decimals !== undefined && !(Number.isInteger(decimals) && decimals >= 0 && decimals <= 20)) {
         fail(options, "decimals must be a whole number from 0 to 20");
       }
-      const form = locales[localeName(locale)];
-      if (!form) fail(options, `${_.truncate(stringify(locale))} is not a locale that is known`);
+      const form = formOf(locale);
       const size = Math.abs(number);
       const digits = decimals === undefined ? String(size) : _.round(size, decimals).toFixed(decimals);
       if (digits.includes("e")) return String(number);
@@ -168,10 +167,11 @@
     capitalize: (value, options) => _.upperFirst(printed(value, options)),
   };
 
-  // "de" for "de-AT" and "de_DE"; English where none is given.
-  function localeName(locale) {
-    const name = text(locale || "en").toLowerCase().replaceAll("_", "-");
-    return Object.hasOwn(locales, name) ? name : name.split("-")[0];
+  // "de" for "de-AT" and "de_DE"; English for a language that is not known, as texts have a default.
+  function formOf(locale) {
+    const name = text(locale).trim().toLowerCase().replaceAll("_", "-");
+    const known = [name, name.split("-")[0]].find((one) => Object.hasOwn(locales, one));
+    return locales[known ?? "en"];
   }
 
   // Each with the least and the greatest number of arguments, and its options; without these, any.
