@@ -432,7 +432,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno:
         # asyncio repeats the address
         return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
-    return one_line(str(cause)) or type(cause).__name__
+    # errors of anyio without a text say that the connection has ended, as during the TLS handshake
+    return one_line(str(cause)) or "the server has closed the connection"
 
 
 @dataclass(slots=True)

@@ -35,6 +35,7 @@ from tests.helpers.servers import (
     http_server,
     no_descriptors,
     not_accepting,
+    serving,
     task,
 )
 
@@ -390,6 +391,19 @@ async def test_an_invalid_retry_after_is_ignored(value: str) -> None:
 async def test_a_connection_that_breaks(raw: bytes) -> None:
     (result,) = await run(servers.Answer(raw=raw))
     assert (failed(result).permanent, failed(result).fault) == (False, "unclear")
+
+
+async def test_a_server_that_ends_the_tls_handshake_is_named() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with serving(refuse) as port:
+        made = http_runner(f"https://{HOST}:{port}")
+        (result,) = await made.run(made.compile({}), [task()])
+        await made.close()
+    said = f"Crm: {HOST}:{port}: the server has closed the connection"
+    assert (failed(result).message, failed(result).fault) == (said, "server")
 
 
 async def test_an_endless_answer_is_cut_off() -> None:
