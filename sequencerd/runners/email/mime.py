@@ -169,7 +169,7 @@ def unfold(text: str) -> str:
 
 def header(name: str, text: str) -> str:
     """Return a folded header with free text; other than ASCII becomes encoded words (RFC 2047)."""
-    if not text.isascii() or "=?" in text or max(map(len, text.split(" "))) > MAX_WORD:
+    if not text.isascii() or "=?" in text or _longest(text) > MAX_WORD:
         return f"{name}: {_encoded_words(text, len(name) + 2)}"
     return _folded(name, text)
 
@@ -180,9 +180,14 @@ def structured_header(name: str, text: str) -> str:
     """
     if not text.isascii():
         raise RenderError(f"{name}: {one_line(text, 50)!r} is not ASCII")
-    if max(map(len, text.split(" "))) > MAX_TOKEN:
+    if _longest(text) > MAX_TOKEN:
         raise RenderError(f"{name}: a word of more than {MAX_TOKEN} characters fits into no line")
     return _folded(name, text)
+
+
+def _longest(text: str) -> int:
+    """Return the length of the longest word, or of the longest gap, which cannot be folded."""
+    return max(map(len, re.findall("[^ ]+| +", text)), default=0)
 
 
 def _folded(name: str, text: str) -> str:

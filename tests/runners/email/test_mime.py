@@ -122,3 +122,11 @@ def test_hostile_lists_are_refused() -> None:
     for hostile in ('"' * 9_999, "<" * 9_999, ',"' * 4_999, '\\"' * 4_999, "a" * 9_999):
         with pytest.raises(RenderError):
             mime.parse_mailboxes("to", hostile)
+
+
+@pytest.mark.parametrize("gap", [2, 900, 2000])
+def test_gaps_between_words_arrive_in_lines_that_are_not_too_long(gap: int) -> None:
+    subject = "word " * 30 + " " * gap + "end"
+    written = mime.header("Subject", subject)
+    assert max(map(len, written.split("\r\n"))) <= 998
+    assert message_from_bytes(written.encode(), policy=policy.default)["Subject"] == subject
