@@ -329,6 +329,9 @@ async def over_time(request: Request) -> Response:
     except WrongQueryError as error:
         return _form(request, query, 422, wrong=as_sentence(str(error)))
     shown = by_time(activity, chosen, query)
+    totals = None
+    if query.get("step") is None:
+        totals = by_step(activity, definitions, query).part(query.number("first", 0))
     return _form(
         request,
         query,
@@ -339,7 +342,7 @@ async def over_time(request: Request) -> Response:
         ],
         delays=[(row["at"], row[LONGEST_DELAY] or 0) for row in shown.rows],
         by_time=shown,
-        totals=by_step(activity, definitions, query) if query.get("step") is None else None,
+        totals=totals,
         counted_until=activity.counted_until,
         is_capped=activity.is_capped,
     )

@@ -72,7 +72,6 @@ from sequencerd.definitions import drawing
 MAX_FORM = 100_000  # bytes, before the login
 MAX_FORM_OF_USERS = 4_000_000  # a megabyte of YAML can take three in a form
 MAX_DRAWN = 500  # steps of a graph: a browser takes a second or two for its layout
-MAX_STEPS = 500  # in the table of a page
 PROGRAMS_WAIT = 10.0  # seconds, for the first counts
 
 OF_ENROLLMENTS = {"events": "id", "simulation": "enrollment"}
@@ -114,16 +113,17 @@ def _problems(counts: Counts | None, mask: MaskRow) -> list[MaskedRow]:
 
 async def overview(request: Request) -> Response:
     """Show all sequences."""
-    context = context_of(request)
+    context, query = context_of(request), query_of(request)
     counts = await context.summary.get()
-    table = views.overview(counts, query_of(request)) if counts else None
+    every = views.overview(counts, query) if counts else None
     return _render_counts(
         request,
         "overview.html",
         "Overview",
         counts,
         since=_since(counts),
-        overview=table,
+        every=every and every.rows,
+        overview=every and every.part(query.number("first", 0)),
         coming=views.coming(counts, Query({})) if counts else None,
         problems=_problems(counts, context.mask),
     )
@@ -131,14 +131,15 @@ async def overview(request: Request) -> Response:
 
 async def failures(request: Request) -> Response:
     """Show failed enrollments by step and failure."""
-    context = context_of(request)
+    context, query = context_of(request), query_of(request)
     counts = await context.summary.get()
+    every = views.failures(counts, query, context.mask) if counts else None
     return _render_counts(
         request,
         "failures.html",
         "Failures",
         counts,
-        failures=views.failures(counts, query_of(request), context.mask) if counts else None,
+        failures=every and every.part(query.number("first", 0)),
         most=MAX_CAUSES,
         is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MAX_CAUSES,
     )
@@ -202,21 +203,13 @@ async def sequence(request: Request) -> Response:
         ranges=list(panel.RANGES),
         range=chosen_range,
         home=at("/sequence", sequence=name, range=query.get("range")),
-        steps=steps and _part_of_steps(steps, query),
+        steps=steps and steps.part(query.number("first", 0)),
         step=step,
         enrollments=enrollments,
         revisions=revisions,
     )
     answer.headers.update(WITH_FRAMES)
     return answer
-
-
-def _part_of_steps(steps: Table, query: Query) -> Table:
-    """Return as many steps as a page shows."""
-    first = query.number("first", 0)
-    rows = steps.rows[first : first + MAX_STEPS]
-    more = {**query.given, "first": str(first + MAX_STEPS)}
-    return replace(steps, rows=rows, more=more if first + MAX_STEPS < len(steps.rows) else None)
 
 
 async def _places(context: PageContext, query: Query) -> Table:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from sequencerd.core.describe import plain, text
 
 ROOT_PATH = "/console"
+MAX_SHOWN = 500  # rows in a page, of a table that is made of counts
 
 place: ContextVar[str] = ContextVar("place", default="")
 """The path of one shard's pages, below ROOT_PATH."""
@@ -64,6 +65,12 @@ class Table:
             row[column.key] and (column.like is None or row[column.key] != row[column.like])
             for row in self.rows
         )
+
+    def part(self, first: int) -> Table:
+        """Return as many rows as a page shows, after so many others."""
+        end = first + MAX_SHOWN
+        more = {**self.query, "first": str(end)} if end < len(self.rows) else None
+        return replace(self, rows=self.rows[first:end], more=more)
 
     def sorted_by(self, column: Column) -> str:
         """Return the query that sorts by a column, or reverses the order if the table is sorted by

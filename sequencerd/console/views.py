@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -14,7 +14,7 @@ from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
 from sequencerd.console.mask import MaskedRow, MaskRow, read_data
 from sequencerd.console.query import LAST_CHARACTER, MAX_ROWS, NotFoundError, Query, WrongQueryError
-from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts
+from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts, SummaryRow
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
 from sequencerd.core.model import NEVER
@@ -37,12 +37,33 @@ NOT_ALL_SEARCHED = (
 
 def overview(counts: Counts, query: Query) -> Table:
     """Return a row for each sequence."""
+    steps: defaultdict[str, list[SummaryRow]] = defaultdict(list)
+    for step in counts.steps:
+        steps[step["sequence"]].append(step)
+    failed: Counter[str] = Counter()
+    for row in counts.failed:
+        failed[row["sequence"]] += row["failed"]
+    completed: defaultdict[str, Counter[date]] = defaultdict(Counter)
+    goals: Counter[str] = Counter()
+    for (name, _, action), times in counts.flow.items():
+        if action == "completed":
+            completed[name].update(times)
+        elif action == "goal":
+            goals[name] += times.total()
+    days = [(day, day.isoformat()) for day in counts.days]
     rows = [
         {
-            "sequence": sequence["name"],
-            "url": at("/sequence", sequence=sequence["name"]),
+            "sequence": (name := sequence["name"]),
+            "url": at("/sequence", sequence=name),
             "status": sequence["status"],
-            **_sums(counts, sequence["name"]),
+            "active": sum_known(step["active"] for step in steps[name]),
+            "is_capped": any(map(_is_capped, steps[name])),
+            "soon": sum(step["soon"] for step in steps[name]),
+            "overdue": sum(step["overdue"] for step in steps[name]),
+            "failed": failed[name],
+            "goals": goals[name],
+            "completed": {text: completed[name][day] for day, text in days},
+            "problems": sum(step["problem"] is not None for step in steps[name]),
         }
         for sequence in counts.sequences
     ]
@@ -58,27 +79,6 @@ def overview(counts: Counts, query: Query) -> Table:
         Column("problems", "Problems", "number", optional=True),
     )
     return Table("overview", columns, rows, query.given)
-
-
-def _sums(counts: Counts, name: str) -> dict[str, Any]:
-    steps = [step for step in counts.steps if step["sequence"] == name]
-    completed: Counter[date] = Counter()
-    goals = 0
-    for (sequence, _, action), days in counts.flow.items():
-        if sequence == name and action == "completed":
-            completed += days
-        elif sequence == name and action == "goal":
-            goals += days.total()
-    return {
-        "active": sum_known(step["active"] for step in steps),
-        "is_capped": any(map(_is_capped, steps)),
-        "soon": sum(step["soon"] for step in steps),
-        "overdue": sum(step["overdue"] for step in steps),
-        "failed": sum(row["failed"] for row in counts.failed if row["sequence"] == name),
-        "goals": goals,
-        "completed": {day.isoformat(): completed[day] for day in counts.days},
-        "problems": sum(step["problem"] is not None for step in steps),
-    }
 
 
 def sum_known(numbers: Iterable[int | None]) -> int | None:
