@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ import asyncpg
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sequencerd.console import views
 from sequencerd.console.context import PageContext, context_of, query_of, render
 from sequencerd.console.merging import in_all
 from sequencerd.console.panel import RANGES, range_of
@@ -39,6 +41,7 @@ async def funnel(request: Request) -> Response:
         title=f"Funnel of {name}",
         name=name,
         found=table,
+        arms=table and arms(table),
         wrong=wrong,
         ranges=list(RANGES),
         range=range_of(query),
@@ -96,6 +99,29 @@ async def read(context: PageContext, query: Query) -> Table:
     return Table("funnel", columns, rows, query.given)
 
 
+def arms(table: Table) -> Table:
+    """Return a row for each arm of the Split in a funnel: how many enrollments took it, and how
+    many goals they met, there and later.
+    """
+    size: Counter[str] = Counter()
+    goals: Counter[str] = Counter()
+    for row in table.rows:
+        if row["way"] is None and (arm := row["arm"]) is not None:
+            size[arm] = max(size[arm], row["entered"])
+            goals[arm] += row["goals"]
+    rows = [
+        {"arm": arm, "enrollments": n, "goals": goals[arm], "share": goals[arm] / n if n else 0.0}
+        for arm, n in sorted(size.items())
+    ]
+    columns = (
+        Column("arm", "Arm"),
+        Column("enrollments", "Enrollments", "number"),
+        Column("goals", "Goals met", "number"),
+        Column("share", "Goals per enrollment", "percent"),
+    )
+    return Table("arms", columns, rows, table.query)
+
+
 def _added_up(found: Mapping[str | None, Iterable[asyncpg.Record]]) -> list[dict[str, Any]]:
     """Return the rows of several shards as those of one database; what cannot be added up, such as
     a median, is a value for each shard.
@@ -109,8 +135,8 @@ def _added_up(found: Mapping[str | None, Iterable[asyncpg.Record]]) -> list[dict
                 tuple(row[name] for name in KEY), dict.fromkeys(TIMES) | {n: row[n] for n in KEY}
             )
             for name, count in row.items():
-                if name not in KEY:
-                    into[name] = into.get(name, 0) + (count or 0)
+                if name not in KEY:  # what an exit does not have is None
+                    into[name] = views.sum_known((into.get(name), count))
             for name, seconds in times.items():
                 if shard is None:
                     into[name] = seconds

@@ -430,6 +430,8 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
             return views.health(counts, query, context.mask)
         case "funnel":
             return await funnel.read(context, query)
+        case "arms":
+            return funnel.arms(await funnel.read(context, query))
         case "enrollments":
             return await waiting_in_all(context, query)
         case "revisions":

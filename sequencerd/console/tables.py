@@ -23,7 +23,9 @@ MAX_SHOWN = 500  # rows in a page, of a table that is made of counts
 place: ContextVar[str] = ContextVar("place", default="")
 """The path of one shard's pages, below ROOT_PATH."""
 
-Kind = Literal["text", "number", "time", "duration", "json", "days", "code", "list", "counts"]
+Kind = Literal[
+    "text", "number", "percent", "time", "duration", "json", "days", "code", "list", "counts"
+]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import re
 import asyncpg
 import httpx
 
-from tests.console.conftest import console, fixture, page_with
+from tests.console.conftest import DAY, console, fixture, page_with
 from tests.console.test_pages import check
-from tests.helpers.engines import define
+from tests.helpers.engines import define, enroll, until
 
 IS_PRO = {
     "lodashCommand": "eq",
@@ -83,3 +83,45 @@ async def test_the_arms_of_a_split_and_the_cases_of_a_switch(database: str, arms
         assert second.startswith("next split 12 75%")
         (graph,) = re.findall(r"data-graph=\"([^\"]+)\"", page.text) or [page.text]
         assert "holdout" in graph
+
+
+async def test_what_an_arm_brings(database: str, connection: asyncpg.Connection) -> None:
+    ways = [{"name": name, "weight": 1, "step": "wait"} for name in ("red", "blue & green")]
+    await define(
+        connection,
+        "s",
+        ("offer", "Split", json.dumps({"ways": ways}), None),
+        ("wait", "WaitForDuration", DAY, None),
+        ("paid", "Goal", json.dumps(IS_PRO), None),
+    )
+    async with console(database) as client:
+        for n in range(12):
+            await enroll(connection, "s", f"user-{n}")
+        await until(
+            connection,
+            "SELECT count(*) = 12 FROM sequencer.enrollments"
+            " WHERE step = 'wait' AND entered_at < wake_at",
+        )
+        red = await connection.fetch(
+            "SELECT enrollment_id AS id FROM sequencer.events"
+            " WHERE action = 'branch' AND message = 'red'"
+        )
+        assert 1 < len(red) < 12
+        await connection.execute(
+            'UPDATE sequencer.enrollments SET data = \'{"plan": "pro"}\' WHERE id = ANY($1)',
+            [red[0]["id"], red[1]["id"]],
+        )
+        ended = "SELECT count(*) = 2 FROM sequencer.enrollments WHERE status = 'completed'"
+        await until(connection, ended)
+        found = (await client.get("/tables/arms.json?sequence=s")).json()["rows"]
+        assert found == [
+            {"arm": "blue & green", "enrollments": 12 - len(red), "goals": 0, "share": 0.0},
+            {"arm": "red", "enrollments": len(red), "goals": 2, "share": 2 / len(red)},
+        ]
+        page = await client.get("/funnel?sequence=s")
+        assert f"{200 / len(red):.1f}%" in check(page)
+        assert ">Arms of offer<" in page.text
+        # an exit has only those that took it
+        rows = (await client.get("/tables/funnel.json?sequence=s")).json()["rows"]
+        (goal,) = (row for row in rows if row["way"] == "goal paid" and row["arm"] is None)
+        assert (goal["entered"], goal["exited"], goal["waiting"]) == (None, 2, None)
