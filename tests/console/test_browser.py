@@ -265,6 +265,24 @@ async def test_every_page_fits_every_width_and_is_accessible(
                 await page.locator(".overview, .empty").first.wait_for()
 
 
+async def test_texts_are_as_large_as_readers_set_in_their_browser(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await waiting_and_failing(connection)
+    async with (
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
+        window(browser, client, viewport={"width": 640, "height": 844}) as page,
+    ):
+        await until(connection, FAILED)
+        devtools = await page.context.new_cdp_session(page)
+        await devtools.send("Page.setFontSizes", {"fontSizes": {"standard": 32}})
+        for path in ("/console/search", "/console/over-time", "/console/simulate?sequence=s"):
+            await page.goto(path)
+            assert await page.evaluate("getComputedStyle(document.body).fontSize") == "29px"
+            wide, cut_off, errors, _ = await page.evaluate(LOOK, False)
+            assert (wide, cut_off, errors) == (640, [], []), path
+
+
 LONG = "a-name-of-two-hundred-characters-" * 6 + "!!"
 WORD = "m" * 200
 
