@@ -20,7 +20,7 @@ NAME = "unsubscribe_url"
 """The name that templates read."""
 
 MAX_TOKEN = 2000  # characters
-_BEHIND = re.compile(r"[^A-Za-z0-9_-]+$")
+_TOKEN = re.compile(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]")
 MAX_LANGUAGE = 35
 
 
@@ -52,10 +52,11 @@ class UnsubscribeLinks:
         """Return the subscription in a token, without what may follow it in a text; None if no key
         verifies it.
         """
-        if len(token) > MAX_TOKEN:
+        found = _TOKEN.match(token)
+        if found is None or len(found[0]) > MAX_TOKEN:
             return None
         try:
-            return Subscription(*self._tokens.loads(_BEHIND.sub("", token)))
+            return Subscription(*self._tokens.loads(found[0]))
         except (BadData, TypeError):
             return None
 

@@ -79,8 +79,8 @@ class PublicPages:
     def routes(self) -> list[BaseRoute]:
         """Return the routes; each exists only with its settings."""
         return [
-            Route(f"{PATH}{{token}}", self._guarded(self._show), methods=["GET"]),
-            Route(f"{PATH}{{token}}", self._guarded(self._unsubscribe), methods=["POST"]),
+            Route(f"{PATH}{{token:path}}", self._guarded(self._show), methods=["GET"]),
+            Route(f"{PATH}{{token:path}}", self._guarded(self._unsubscribe), methods=["POST"]),
             Route("/hooks/twilio", self._guarded(self._twilio), methods=["POST"]),
         ]
 

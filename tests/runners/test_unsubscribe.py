@@ -79,7 +79,26 @@ def test_no_token_can_be_changed() -> None:
         assert LINKS.read(wrong) is None
 
 
-@pytest.mark.parametrize("behind", [".", ",", ")", ">", ">.", "\u201d", "!", "=", "*", " "])
+@pytest.mark.parametrize(
+    "behind",
+    [
+        ".",
+        ",",
+        ")",
+        ">",
+        ">.",
+        "\u201d",
+        "!",
+        "=",
+        "*",
+        " ",
+        "...",
+        "/",
+        "/x",
+        "&gt;",
+        "&utm_id=x.y",
+    ],
+)
 def test_a_link_may_be_copied_with_what_follows_it(behind: str) -> None:
     subscription = Subscription("sms", "+49151123456", "news")
     assert LINKS.read(token(LINKS.link(subscription)) + behind) == subscription

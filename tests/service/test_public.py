@@ -148,6 +148,16 @@ async def test_a_token_is_for_its_channel_and_topic_alone(
     ]
 
 
+@pytest.mark.parametrize("behind", ["/", "%2F", "&utm_source=mail", "?utm_source=mail"])
+async def test_what_others_add_to_a_link_does_not_matter(
+    web: httpx.AsyncClient, connection: asyncpg.Connection, behind: str
+) -> None:
+    """A mail program follows no redirect of its one click."""
+    assert (await web.get(path(ADA) + behind)).status_code == 200
+    assert (await web.post(path(ADA) + behind)).status_code == 200
+    assert await entries(connection) == [("email", "ada@x.org", "news", "unsubscribe")]
+
+
 async def test_invalid_requests_change_nothing(
     web: httpx.AsyncClient, connection: asyncpg.Connection
 ) -> None:
