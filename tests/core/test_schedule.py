@@ -16,7 +16,7 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.zones import set_back
 from sequencerd.core.config import parse_config
 from sequencerd.core.model import DefinitionError, EvaluationError
-from sequencerd.core.schedule import EnrollConfig
+from sequencerd.core.schedule import EnrollConfig, Span
 
 BERLIN = "Europe/Berlin"
 
@@ -50,6 +50,24 @@ def at(text: str) -> datetime:
 def test_a_cron_expression_is_local_time(schedule: str, now: str, due: str) -> None:
     assert config(schedule=schedule).next_run(at(now), BERLIN) == at(due)
     assert config(schedule=schedule).first_run(at(now), BERLIN) == at(due)
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "stored"),
+    [
+        (2, "years", {"amount": 24, "unit": "months"}),
+        (1, "quarter", {"amount": 3, "unit": "months"}),
+        (3, "weeks", {"amount": 21, "unit": "days"}),
+        (2, "hours", {"amount": 2, "unit": "hours"}),
+        (120, "minutes", {"amount": 2, "unit": "hours"}),
+        (90, "minutes", {"amount": 5400, "unit": "seconds"}),
+        (5, "second", {"amount": 5, "unit": "seconds"}),
+    ],
+)
+def test_an_amount_of_time_is_stored_in_four_units(
+    amount: int, unit: str, stored: dict[str, Any]
+) -> None:
+    assert parse_config(Span, {"amount": amount, "unit": unit}).document() == stored
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def lodash(case: Case) -> bool:
 def moment(case: Case) -> bool:
     """The same value or instant; null where we reject or find nothing."""
     try:
-        result = _MOMENT[case["op"]](case)
+        result = MOMENT[case["op"]](case)
     except REJECTED:
         result = None
     return type(result) is type(case["result"]) and result == case["result"]
@@ -111,7 +111,7 @@ def _instant(text: str) -> Any:
     return instant
 
 
-_MOMENT: Mapping[str, Callable[[Case], object]] = {
+MOMENT: Mapping[str, Callable[[Case], object]] = {
     "get": _get,
     "add": _add,
     "subtract_is_after": _subtract_is_after,
