@@ -19,7 +19,7 @@ from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.problems import Problems
 from sequencerd.storage import connections, sources
 from tests.helpers.databases import make_login, shard
-from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, define, enroll, refuse, running_engine, until
 
 HOURLY = {"from": "app.overdue", "every": {"amount": 1, "unit": "hours"}}
 RUN = "SELECT * FROM sequencer.schedules"
@@ -143,12 +143,9 @@ async def test_rows_that_cannot_be_enrolled_are_reported_and_the_others_are_enro
 ) -> None:
     await defined.execute(
         "INSERT INTO app.invoices (subject) VALUES (NULL), (NULL), (''), ('invoice-1');"
-        "INSERT INTO app.invoices VALUES ('x', '[1]');"
-        "CREATE FUNCTION app.refuse() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE 'no invoice 2 here'; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON sequencer.enrollments FOR EACH ROW"
-        " WHEN (NEW.subject = 'invoice-2') EXECUTE FUNCTION app.refuse()"
+        "INSERT INTO app.invoices VALUES ('x', '[1]')"
     )
+    await refuse(defined, "no invoice 2 here", "NEW.subject = 'invoice-2'")
     async with daemon(database) as one:
         told = await one.turn()
     assert await defined.fetchval(SUBJECTS) == ["invoice-1", "invoice-3"]
@@ -206,12 +203,9 @@ async def test_a_refusal_of_every_subject_is_one_problem(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await defined.execute(
-        "INSERT INTO app.invoices SELECT 'more-' || n FROM generate_series(1, 500) AS n;"
-        "CREATE FUNCTION app.refuse() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE 'the shop is closed'; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON sequencer.enrollments FOR EACH ROW"
-        " EXECUTE FUNCTION app.refuse()"
+        "INSERT INTO app.invoices SELECT 'more-' || n FROM generate_series(1, 500) AS n"
     )
+    await refuse(defined, "the shop is closed")
     async with daemon(database) as one:
         assert (await one.turn()).endswith("the shop is closed")
         await defined.execute("DROP TRIGGER refuse ON sequencer.enrollments")
@@ -224,12 +218,9 @@ async def test_many_refusals_stop_no_run_that_enrolls_others(
     defined: asyncpg.Connection, database: str
 ) -> None:
     await defined.execute(
-        "INSERT INTO app.invoices SELECT 'more-' || n FROM generate_series(1, 50) AS n;"
-        "CREATE FUNCTION app.refuse() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE 'no more'; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON sequencer.enrollments FOR EACH ROW"
-        " WHEN (NEW.subject LIKE 'more-%') EXECUTE FUNCTION app.refuse()"
+        "INSERT INTO app.invoices SELECT 'more-' || n FROM generate_series(1, 50) AS n"
     )
+    await refuse(defined, "no more", "NEW.subject LIKE 'more-%'")
     async with daemon(database) as one:
         assert (await one.turn()).endswith("47 more subjects could not be enrolled")
     assert await defined.fetchval(SUBJECTS) == ["invoice-1", "invoice-2", "invoice-3"]

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from tests.helpers.databases import make_login
-from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until, way
+from tests.helpers.engines import Held, Recorder, define, enroll, refuse, running_engine, until, way
 from tests.helpers.waiting import PATIENCE
 
 NO_BAD_ONE = (
@@ -140,12 +140,7 @@ async def test_a_trigger_that_refuses_sets_one_enrollment_aside(
 ) -> None:
     await define(connection, "b", DAYS)
     await define(connection, "a", ("go", "Enroll", '{"sequence": "b"}', None))
-    await connection.execute(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE 'not now'; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON sequencer.enrollments FOR EACH ROW"
-        " WHEN (NEW.subject = 'bad' AND NEW.sequence = 'b') EXECUTE FUNCTION refuse()"
-    )
+    await refuse(connection, "not now", "NEW.subject = 'bad' AND NEW.sequence = 'b'")
     async with running_engine(database) as engine:
         for subject in ("x", "bad", "y"):
             await enroll(connection, "a", subject)

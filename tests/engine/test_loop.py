@@ -42,6 +42,7 @@ from tests.helpers.databases import SCHEMA, shard
 from tests.helpers.engines import (
     ALL_ENDED,
     Held,
+    HeldWrites,
     Recorder,
     define,
     enroll,
@@ -222,27 +223,19 @@ async def test_side_effects_whose_leases_are_in_doubt_do_not_wait_for_other_sess
 ) -> None:
     """One that has waited for a row of the claim holds it afterwards."""
     recorder = Recorder()
-    writing, may_write = asyncio.Event(), asyncio.Event()
     await define(connection, "s", ("one", "Note", "{}", None))
     other = await asyncpg.connect(database)
     async with (
         losing_answers(database) as (url, lose),
         running_engine(url, {"Note": recorder}, lease=3600) as engine,
     ):
-        write = engine._moves.write
-
-        async def write_later(*arguments: Any) -> None:
-            writing.set()
-            await may_write.wait()
-            await write(*arguments)
-
-        monkeypatch.setattr(engine._moves, "write", write_later)
+        writes = HeldWrites(engine, monkeypatch)
         # late, so that they are locked
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
             " SELECT 's', u, now() - interval '1 hour' FROM unnest('{a,b}'::text[]) AS u"
         )
-        await writing.wait()
+        await writes.begun.wait()
         async with other.transaction():
             locking = asyncio.create_task(
                 other.execute("SELECT FROM sequencer.enrollments WHERE subject = 'b' FOR UPDATE")
@@ -253,7 +246,7 @@ async def test_side_effects_whose_leases_are_in_doubt_do_not_wait_for_other_sess
                 other.get_server_pid(),
             )
             lose.append(True)
-            may_write.set()
+            writes.released.set()
             await locking
             await eventually(lambda: len(recorder.keys) == 2)
             assert not lose

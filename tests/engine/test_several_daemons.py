@@ -14,6 +14,7 @@ from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import (
     ALL_ENDED,
     Held,
+    HeldWrites,
     Recorder,
     define,
     enroll,
@@ -195,28 +196,20 @@ async def test_rows_that_a_frozen_daemon_has_locked_go_to_another(
     soon = QUERIES["prepare_session"].replace("30s", "200ms")
     monkeypatch.setitem(cast("dict[str, str]", QUERIES), "prepare_session", soon)
     await define(connection, "s", ("note", "Note", "{}", None))
-    frozen, thawed = asyncio.Event(), asyncio.Event()
     one, other = Recorder(), Recorder()
     async with running_engine(database, {"Note": one}) as cold:
-        write = cold._moves.write
-
-        async def hang(*arguments: Any) -> None:
-            frozen.set()
-            await thawed.wait()
-            await write(*arguments)
-
-        monkeypatch.setattr(cold._moves, "write", hang)
+        writes = HeldWrites(cold, monkeypatch)
         # late, so that it is locked
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
             " VALUES ('s', 'a', now() - interval '1 hour')"
         )
-        await frozen.wait()
+        await writes.begun.wait()
         try:
             async with running_engine(database, {"Note": other}):
                 await until(connection, ALL_ENDED)
         finally:
-            thawed.set()
+            writes.released.set()
     assert (len(one.keys), len(other.keys)) == (0, 1)
 
 

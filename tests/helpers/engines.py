@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
+import pytest
 import structlog
 
 from sequencerd.core.backoff import Pauses
@@ -42,6 +43,21 @@ class Held:
         self.begun.set()
         await self.released.wait()
         return self._result
+
+
+class HeldWrites:
+    """The writes of an engine's claims: one has `begun`, and all wait until they are `released`."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.released = asyncio.Event(), asyncio.Event()
+        write = engine._moves.write
+
+        async def hold(*arguments: Any) -> None:
+            self.begun.set()
+            await self.released.wait()
+            await write(*arguments)
+
+        monkeypatch.setattr(engine._moves, "write", hold)
 
 
 class Recorder:
@@ -224,6 +240,16 @@ async def enroll(
 
 
 ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"
+
+
+async def refuse(connection: asyncpg.Connection, reason: str, when: str = "true") -> None:
+    """Refuse enrollments by a user's trigger."""
+    await connection.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN RAISE '{reason}'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON sequencer.enrollments FOR EACH ROW"
+        f" WHEN ({when}) EXECUTE FUNCTION refuse()"
+    )
 
 
 async def way(connection: asyncpg.Connection, id_: int) -> list[str]:
