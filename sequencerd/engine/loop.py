@@ -237,14 +237,13 @@ class Engine:
     async def run(self) -> None:
         """Work until stopped. Raises errors that a retry cannot fix."""
         every = self._background.every
-        extend = partial(self._leases.extend, self._quarantine.with_result, self._probe)
         async with asyncio.TaskGroup() as group:
             helpers = [
                 group.create_task(work)
                 for work in (
                     self._heartbeat.keep(),
                     every(self._settings.sweep, partial(self.sweep, whole=False)),
-                    every(self._settings.lease / 3, extend),
+                    every(self._settings.lease / 3, self._extend_leases),
                     every(QUARANTINE_TURN, self._try_quarantined),
                     every(EXPIRY_INTERVAL, self._expiries.run),
                     *(self._results.write() for _ in range(WRITERS)),
@@ -571,6 +570,9 @@ class Engine:
         """Raise the error that keeps every row from being written: no enrollment's fault."""
         async with connections.borrow(self._pool) as connection:
             await server.probe(connection)
+
+    async def _extend_leases(self) -> None:
+        await self._leases.extend(self._quarantine.with_result, self._probe)
 
     async def _try_quarantined(self, *, results_only: bool = False) -> None:
         """Retry quarantined enrollments that are due; or `results_only`, whether or not they are
