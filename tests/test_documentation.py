@@ -12,6 +12,7 @@ from typing import get_args
 import asyncpg
 import pytest
 
+from sequencerd.runners.registry import make_runners
 from sequencerd.settings import Section, Settings
 from tests.helpers.command_line import Command
 from tests.helpers.engines import define, enroll
@@ -92,6 +93,17 @@ async def test_the_sql_of_a_page_runs(
             Settings.model_validate({"database": {"url": text.strip()}})
     count = await connection.fetchval("SELECT count(*) FROM sequencer.enrollments")
     assert count == {"scaling": 5001, "security": 0}.get(page, 1)
+
+
+@pytest.mark.parametrize("page", ["messages", "suppressions", "settings"])
+def test_runners_can_be_made_with_the_settings_of_a_page(page: str) -> None:
+    texts = [
+        text for language, text in blocks(REPOSITORY / f"docs/{page}.md") if language == "toml"
+    ]
+    assert texts
+    for text in texts:
+        given = re.sub(r"\{file = [^}]*\}", f'"{"k" * 32}"', text)
+        make_runners(Settings.model_validate(tomllib.loads(given)))
 
 
 @pytest.mark.parametrize("page", ["suppressions", "steps"])

@@ -203,8 +203,8 @@
 
   // The lexer's expressions begin with ^, but QuickJS tries them at each character.
   const { lexer } = Handlebars.Parser;
-  // In a style, a tag that begins with two braces ends with two: in {color:{{data.color}}} the third
-  // is CSS. Elsewhere it is a mistake.
+  // In a style, and in JSON, a tag that begins with two braces ends with two: the third brace belongs
+  // to {color:{{data.color}}} or {"text":{{json message}}}. Elsewhere it is a mistake.
   const CONTENT = lexer.rules[0].source;
   const OPENS = "^(?:\\{\\{";
   const OPENED_BY = {
@@ -212,20 +212,21 @@
     "^(?:\\}\\}\\}\\})": "^(?:\\{\\{\\{\\{)", // {{{{x}}}}
   };
   const STYLE = /<\/?style\b/gi;
+  const JSON_OBJECT = /^\s*\[?\s*\{\s*"/;
   let opened = "";
-  let inStyle = false;
+  let inBraces = false;
   lexer.rules = lexer.rules.map(({ source }) => {
     const sticky = new RegExp(source, "y");
     return {
       [Symbol.match](input) {
-        const opener = inStyle && OPENED_BY[source];
+        const opener = inBraces && OPENED_BY[source];
         if (opener && opener !== opened) return null;
         sticky.lastIndex = 0;
         const found = sticky.exec(input);
         if (found && source.startsWith(OPENS)) opened = source;
         if (found && source === CONTENT) {
           const tag = found[0].match(STYLE)?.at(-1);
-          if (tag) inStyle = tag[1] !== "/";
+          if (tag) inBraces = tag[1] !== "/";
         }
         return found;
       },
@@ -253,7 +254,7 @@
     }
 
     read(source, srcName) {
-      inStyle = false;
+      inBraces = JSON_OBJECT.test(source);
       const program = Handlebars.parse(source, { srcName });
       this.accept(program);
       return program;

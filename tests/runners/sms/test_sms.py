@@ -271,6 +271,30 @@ async def test_any_gateway_gets_the_rendered_body() -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "sent"),
+    [
+        (
+            '{"recipient": {{json to}}, "text": {{json message}}}',
+            {"recipient": "+49151123456", "text": "Hi"},
+        ),
+        ('[{"to":{"number":{{json to}}}}]', [{"to": {"number": "+49151123456"}}]),
+        (
+            '{"to":"{{{to}}}","x":{"text":{{{json message}}}}}',
+            {"to": "+49151123456", "x": {"text": "Hi"}},
+        ),
+    ],
+)
+async def test_braces_of_json_may_follow_those_of_a_tag(body: str, sent: object) -> None:
+    async with http_server(answering(servers.Answer(202, b"ok"))) as server:
+        made = HttpSmsRunner(server.url, body=body)
+        program = made.compile({"to": "{{data.phone}}", "message": "Hi"})
+        (result,) = await made.run(program, [task(phone="+49151123456")])
+        await made.close()
+    assert isinstance(result, Answer)
+    assert json.loads(server.requests[0].body) == sent
+
+
+@pytest.mark.parametrize(
     ("status", "permanent", "fault"),
     [
         (400, True, "enrollment"),
