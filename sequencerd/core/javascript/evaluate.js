@@ -524,9 +524,11 @@
   // --- no evaluation has an effect on the next one
 
   // Names inherited from Object.prototype can nevertheless be set on own objects.
+  const inherited = [];
   for (const key of Object.getOwnPropertyNames(Object.prototype)) {
     const { value, writable } = Object.getOwnPropertyDescriptor(Object.prototype, key);
     if (!writable) continue;
+    inherited.push(value);
     Object.defineProperty(Object.prototype, key, {
       get: () => value,
       set(own) {
@@ -555,6 +557,7 @@
       freeze(set);
     }
   }
+  freeze(inherited); // which only the getters know
   freeze(_);
   freeze(Handlebars.helpers);
   freeze(locales);

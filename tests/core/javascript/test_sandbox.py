@@ -214,6 +214,46 @@ def test_prototypes_cannot_be_changed(path: str) -> None:
     everything_answers()
 
 
+def test_everything_that_a_path_reaches_is_frozen() -> None:
+    holds("eq", 1, 1)  # makes the context
+    context = sandbox._current()._context
+    reached, changeable = json.loads(
+        context.eval("""(() => {
+            const reached = new Set();
+            const changeable = [];
+            function walk(value, path) {
+                if (Object(value) !== value || reached.has(value)) return;
+                reached.add(value);
+                if (!Object.isFrozen(value)) changeable.push(path);
+                visit(value, path);
+            }
+            function visit(value, path) {
+                for (let at = Object(value); at; at = Object.getPrototypeOf(at)) {
+                    for (const key of Object.getOwnPropertyNames(at)) {
+                        let found;
+                        try {
+                            found = value[key];
+                        } catch {
+                            continue;
+                        }
+                        walk(found, `${path}.${key}`);
+                    }
+                }
+            }
+            for (const value of [{}, [], "", 0, true]) visit(value, typeof value);
+            return JSON.stringify([reached.size, changeable]);
+        })()""")
+    )
+    assert reached > 100
+    assert changeable == []
+
+
+@pytest.mark.parametrize("name", ["hasOwnProperty", "toString", "valueOf", "constructor.keys"])
+def test_functions_that_all_objects_inherit_cannot_be_changed(name: str) -> None:
+    assert holds("assign", at(f"data.{name}"), {"left": 1}, {"data": {}}) is True
+    assert holds("isNil", at(f"data.{name}.left"), None, {"data": {}}) is True
+
+
 def test_an_object_may_have_keys_that_others_inherit() -> None:
     view = {"data": {"constructor": "Ferrari", "toString": "x"}}
     source = '{{#*inline "p"}}{{constructor}} {{n}}{{/inline}}{{> p data n=1}}'
