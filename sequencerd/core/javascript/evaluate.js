@@ -300,7 +300,8 @@
       }
       if (!known) {
         const shown = literal ? name : path.original;
-        this.wrong.push([line, "helper", shown]);
+        const isHidden = Object.hasOwn(USES, shown) && this.names.includes(shown);
+        this.wrong.push([line, isHidden ? "hidden" : "helper", shown]);
         return false;
       }
       const [least, most, ...options] = USES[name];

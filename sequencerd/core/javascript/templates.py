@@ -369,6 +369,8 @@ def _described(kind: str, name: str) -> str:
             return f"{name} is not a block: write {USAGE[name]}"
         case "block":
             return f"{name} is a block: write {USAGE[name]}"
+        case "hidden":
+            return f"{name[:60]!r} is a block parameter here, not a helper: give it another name"
     return f"{name} does not take these arguments: write {USAGE[name]}"
 
 

@@ -230,6 +230,7 @@ def test_a_malformed_template_is_refused(source: str) -> None:
         ("{{#if no}}\n{{dat due x=1}}{{/if}}", "line 2: .*unknown helper 'dat'.*did you mean date"),
         ("\n\n{{name.x y}}", "line 3: .*unknown helper 'name.x'"),
         ("{{#each list as |item|}}\n{{item 1}}{{/each}}", "line 2: .*unknown helper 'item'"),
+        ("{{#each list as |date|}}\n{{date date}}{{/each}}", "line 2: 'date' is a block parameter"),
         ("a\n{{> footer}}", "line 2: .*no partial 'footer'"),
         ("{{#if a}}\n\n{{/each}}", "line 1.*if doesn't match each"),
         ("{{#eq a b}}{{/eq}}", "eq is not a block"),
