@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from sequencerd.core.calendar import dates, windows
 from sequencerd.core.calendar.anniversaries import next_anniversary
@@ -177,15 +177,10 @@ class WaitForDateConfig(Config):
     at: Annotated[str, AfterValidator(_clock)] | None = None
     """The time of that day, such as 09:00, in the enrollment's time zone."""
     past: Literal["next", "altNext"] = "next"
-    """The exit if the time has already passed on arrival, or passed more than a day ago."""
+    """The exit if the time has already passed on arrival, or passed more than a day ago. With
+    every, altNext: if that of the next anniversary has; next: waits for that of the one after."""
     missing: Literal["fail", "altNext"] = "fail"
     """What happens if the date is empty: the enrollment fails, or continues at altNext."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.every is not None and self.past == "altNext":
-            raise ValueError("past is for dates that come once: leave it out, or every")
-        return self
 
 
 def _wait_for_date(config: WaitForDateConfig) -> InstantStep:
@@ -237,9 +232,13 @@ def _compile_end(config: WaitForDateConfig) -> Callable[[Context], datetime]:
 
         if config.every is None:
             return moved(first)
-        since = max(context.entered_at, context.now - MAX_DELAY_OF_DATES)
         months = 12 if config.every == "year" else 1
-        return next_anniversary(first, since, tz, moved, months=months)
+        if config.past == "next":
+            since = max(context.entered_at, context.now - MAX_DELAY_OF_DATES)
+            return next_anniversary(first, since, tz, moved, months=months)
+        # the time before an anniversary that is yet to come may have passed already
+        coming = moved(next_anniversary(first, context.entered_at, tz, months=months))
+        return min(coming, next_anniversary(first, context.entered_at, tz, moved, months=months))
 
     return end
 
