@@ -28,7 +28,7 @@ from sequencerd.engine.clock import Clock
 from sequencerd.engine.enrolling import Enrolling
 from sequencerd.engine.lookups import Lookups
 from sequencerd.engine.loop import Engine
-from sequencerd.errors import DatabaseError, SettingsError
+from sequencerd.errors import DatabaseError, SequencerdError, SettingsError
 from sequencerd.runners import Runner, tracing
 from sequencerd.runners.pace import TakePermits
 from sequencerd.runners.protocol import NotNow
@@ -40,11 +40,12 @@ from sequencerd.service.logs import make_log
 from sequencerd.service.metrics import Metrics, ShardMetrics
 from sequencerd.service.public import PublicPages
 from sequencerd.service.redaction import MIN_LENGTH_IN_RESULTS, make_redaction
+from sequencerd.service.starting import unless_stopped
 from sequencerd.service.systemd import notify, notify_reloading
 from sequencerd.settings import ConsoleSettings, DatabaseSettings, Settings
 from sequencerd.storage import connections, conninfo, migrate, server
 from sequencerd.storage.connections import Shard
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import DefinitionsChanged, Notification, listen, poll
 from sequencerd.storage.suppressions import read_suppressed
 
@@ -381,13 +382,14 @@ class _ShardService:
         while not self._stop.is_set():
             try:
                 await self.serve()
-            except (DatabaseError, SettingsError) as error:
+            except (DatabaseError, SettingsError, *TRANSIENT_ERRORS) as error:
                 if is_first and isinstance(error, SettingsError):
                     self._process.refuse(SettingsError(f"shard {self.name}: {error}"))
                     return
-                if str(error) != self._away:
-                    self._log.error("the shard is unavailable, trying again", error=str(error))
-                self._away = str(error)
+                cause = str(error) if isinstance(error, SequencerdError) else brief(error)
+                if cause != self._away:
+                    self._log.error("the shard is unavailable, trying again", error=cause)
+                self._away = cause
                 # READY for the process, which serves what it can: the start must not time out
                 notify("READY=1", f"STATUS={self._process.status()}")
             is_first = False
@@ -405,14 +407,9 @@ class _ShardService:
         """
         settings, shard = self._settings, self.shard
         runners = make_runners(settings, self._suppressions, self._take)
-        connection = await _wait_for_promotion(shard, self._stop, self._log)
-        try:
-            if self._stop.is_set():
-                return
-            await migrate.check(connection, shard.number)
-            _check_visible(await server.hidden_tables(connection), self._log)
-        finally:
-            await connection.close()
+        await unless_stopped(self._stop, self._check())
+        if self._stop.is_set():
+            return
         size = settings.database.connections
         async with (
             _pool(shard, settings.database, size) as pool,
@@ -449,6 +446,16 @@ class _ShardService:
                 await daemon.parts.close()
         self._log.info("stopped", daemon=daemon.name)
 
+    async def _check(self) -> None:
+        """Check the schema and the privileges; on a standby, wait for its promotion first."""
+        connection = await connections.connect(self.shard)
+        try:
+            await _wait_for_promotion(connection, self._log)
+            await migrate.check(connection, self.shard.number)
+            _check_visible(await server.hidden_tables(connection), self._log)
+        finally:
+            connection.terminate()
+
     async def _suppressed(self, keys: list[SuppressionKey]) -> set[SuppressionKey]:
         try:
             async with connections.borrow(self._pools.engine) as connection:
@@ -465,28 +472,16 @@ def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:
     log.warning("nothing is served there: address in use", listen=listen, hint=hint)
 
 
-async def _wait_for_promotion(
-    shard: Shard, stop: asyncio.Event, log: FilteringBoundLogger
-) -> asyncpg.Connection:
-    """Return a connection to a server that can be written to; on a standby, wait for its promotion
-    or for `stop`.
-    """
-    connection = await connections.connect(shard)
+async def _wait_for_promotion(connection: asyncpg.Connection, log: FilteringBoundLogger) -> None:
+    """Wait until the server can be written to, if it is a standby."""
     is_reported = False
-    try:
-        while await server.is_standby(connection) and not stop.is_set():
-            if not is_reported:
-                log.warning("the server is a standby; waiting for its promotion")
-                notify("READY=1", "STATUS=the server is a standby; waiting for its promotion")
-                is_reported = True
-            notify("WATCHDOG=1")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PROMOTION_INTERVAL):
-                    await stop.wait()
-    except BaseException:
-        connection.terminate()
-        raise
-    return connection
+    while await server.is_standby(connection):
+        if not is_reported:
+            log.warning("the server is a standby; waiting for its promotion")
+            notify("READY=1", "STATUS=the server is a standby; waiting for its promotion")
+            is_reported = True
+        notify("WATCHDOG=1")
+        await asyncio.sleep(PROMOTION_INTERVAL)
 
 
 def _check_visible(hidden: list[server.HiddenTable], log: FilteringBoundLogger) -> None:

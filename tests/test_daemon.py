@@ -105,6 +105,28 @@ async def mail_sequence(connection: asyncpg.Connection, number: int, mail: str =
     )
 
 
+WAITS_FOR_MIGRATIONS = (
+    "SELECT count(*) = 1 FROM pg_locks"
+    " WHERE NOT granted AND relation = 'sequencer.migrations'::regclass"
+)
+
+
+@pytest.mark.parametrize("arguments", [("run",), ("console", "--listen", "127.0.0.1:0")])
+async def test_a_start_that_waits_for_a_locked_table_can_be_stopped(
+    sequencerd: Command, connection: asyncpg.Connection, arguments: tuple[str, ...]
+) -> None:
+    async with connection.transaction(), asyncio.timeout(PATIENCE):
+        await connection.execute("LOCK TABLE sequencer.migrations IN ACCESS EXCLUSIVE MODE")
+        process = await start_sequencerd(*arguments, env=sequencerd.variables)
+        try:
+            await until(connection, WAITS_FOR_MIGRATIONS)
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+
 COMPLETED = "SELECT count(*) FROM sequencer.enrollments WHERE status = 'completed'"
 
 

@@ -32,6 +32,7 @@ from sequencerd.storage.connections import Shard
 from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import Cluster, stoppable
 from tests.helpers.command_line import Command, start_sequencerd
+from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, until
 from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
@@ -137,6 +138,20 @@ async def test_one_daemon_serves_all_shards_and_a_missing_one_disturbs_no_other(
             assert f'sequencerd_ready{{shard="{name}"}} 1.0' in metrics
         assert metrics.count("# TYPE sequencerd_ready gauge") == 1
         assert metrics.count("\nprocess_start_time_seconds ") == 1
+
+
+async def test_a_shard_that_refuses_the_login_disturbs_no_other(
+    new_shards: dict[str, asyncpg.Connection], sequencerd: Command, tmp_path: Path, database: str
+) -> None:
+    sequencerd("migrate")
+    stranger = await make_login(new_shards["a"], database, "stranger")
+    file = tmp_path / "sequencerd.toml"
+    a, b = file.read_text().split("[shards.b]")
+    file.write_text(f"{a}[shards.b]{b.replace(database, stranger)}")
+    async with running(sequencerd) as daemon:
+        assert "permission denied" in (await logged(daemon, AWAY, "b"))["error"]
+        await define_and_enroll(new_shards["a"])
+        await until(new_shards["a"], ALL_ENDED)
 
 
 async def define_and_enroll(connection: asyncpg.Connection) -> None:

@@ -21,6 +21,7 @@ from sequencerd.runners import Runner
 from sequencerd.runners.registry import make_runners
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.redaction import make_redaction
+from sequencerd.service.starting import unless_stopped
 from sequencerd.service.systemd import notify
 from sequencerd.settings import CONSOLE_LISTEN, ConsoleSettings, HttpSettings, Settings
 from sequencerd.storage import connections, migrate, server
@@ -53,11 +54,14 @@ async def run(
         for definitions in found:
             stack.callback(definitions.close)
             try:
-                await definitions.begin()
-            except DatabaseError as error:
+                await unless_stopped(stop, definitions.begin())
+            except (DatabaseError, *TRANSIENT_ERRORS) as error:
                 if len(shards) == 1:
                     raise
-                definitions.log.warning("the shard is unavailable", error=str(error))
+                cause = str(error) if isinstance(error, DatabaseError) else brief(error)
+                definitions.log.warning("the shard is unavailable", error=cause)
+            if stop.is_set():
+                return
             if console.write and definitions.is_standby:
                 definitions.log.warning(
                     "the server is a standby: the console changes nothing until its next start"

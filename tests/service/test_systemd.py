@@ -29,7 +29,6 @@ from sequencerd.service.http_server import serving
 from sequencerd.service.logs import make_log
 from sequencerd.service.systemd import notify
 from sequencerd.settings import LogSettings, Settings
-from tests.helpers.databases import shard
 from tests.helpers.engines import define, enroll, stuck_package, until
 from tests.helpers.waiting import PATIENCE, eventually
 from tests.service.test_http_server import free_port
@@ -391,7 +390,7 @@ def test_a_reload_checks_the_settings_first(
 
 async def test_a_daemon_on_a_standby_waits_for_the_promotion(
     manager: socket.socket,
-    database: str,
+    connection: asyncpg.Connection,
     settings: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -405,8 +404,7 @@ async def test_a_daemon_on_a_standby_waits_for_the_promotion(
     monkeypatch.setattr("sequencerd.storage.server.is_standby", is_standby)
     monkeypatch.setattr(composition, "PROMOTION_INTERVAL", 0.01)
     log = make_log(Settings(log=LogSettings(format="json")))
-    connection = await composition._wait_for_promotion(shard(database), asyncio.Event(), log)
-    await connection.close()
+    await composition._wait_for_promotion(connection, log)
     assert capsys.readouterr().err.count("waiting for its promotion") == 1
     assert is_ready(told(manager, is_ready)[-1])
     assert told(manager, lambda message: message == "WATCHDOG=1")
