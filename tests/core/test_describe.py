@@ -12,6 +12,8 @@ from sequencerd.core.describe import counted, duration
     [
         (0, "0 ms"),
         (0.0123, "12 ms"),
+        (1, "1 s"),
+        (1.4, "1 s"),
         (59.6, "1 min"),
         (600, "10 min"),
         (3600, "1 h"),

@@ -155,6 +155,11 @@ def test_a_window_that_cannot_be_is_refused(config: dict[str, Any], message: str
         WindowConfig.model_validate(config)
 
 
+def test_starts_may_be_spread_over_the_whole_window() -> None:
+    config = {"from": "22:00", "to": "06:00", "spread": {"hours": 8}}
+    assert WindowConfig.model_validate(config).window().spread == timedelta(hours=8)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -163,6 +168,7 @@ def test_a_window_that_cannot_be_is_refused(config: dict[str, Any], message: str
             "mon to wed, 09:00 to 17:00, without holidays of DE",
         ),
         ({"days": ["sat", "mon"]}, "mon, sat"),
+        ({"days": ["mon", "tue", "fri"]}, "mon, tue, fri"),
         ({"from": "22:00", "to": "06:00"}, "22:00 to 06:00"),
         ({"from": 9}, ""),
     ],

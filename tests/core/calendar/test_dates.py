@@ -47,7 +47,7 @@ def test_an_unknown_unit_is_rejected() -> None:
 
 
 def test_an_unknown_zone_is_rejected() -> None:
-    with pytest.raises(DefinitionError, match="Europe/Berlin"):
+    with pytest.raises(DefinitionError, match="did you mean 'Europe/Berlin'"):
         dates.zone("Europe/Berlim")
 
 
@@ -197,6 +197,8 @@ def test_next_match_is_first_and_not_early(after: datetime, name: str, attribute
         ("2026-03-02T08:05:00Z", "day", [1, 2, 3, 4, 5], "2026-03-02T23:00:00Z"),
         ("2026-03-02T08:05:00Z", "month", [2], "2027-02-28T23:00:00Z"),  # every March
         ("2026-03-02T08:05:00Z", "year", [2026], None),
+        ("2026-03-02T08:05:00Z", "weekYear", [2027], "2026-12-26T23:00:00Z"),  # a Sunday
+        ("2026-03-02T08:05:00Z", "isoWeekYear", [2027], "2027-01-03T23:00:00Z"),  # a Monday
         ("2026-03-02T08:05:00Z", "year", [2026, 2027], "2026-12-31T23:00:00Z"),
         ("2026-03-02T08:05:00Z", "hour", list(range(24)), "2026-03-02T09:00:00Z"),
         ("2026-03-28T08:30:00Z", "hour", [9], "2026-03-29T07:00:00Z"),  # clocks are set ahead
@@ -239,7 +241,7 @@ def test_next_start_is_after_and_the_start_and_the_first_and_monotone(
     assert read(found) in values
     assert read(found - timedelta(microseconds=1)) != read(found)
     for share in range(1, 8):
-        between = after + (found - after) * share / 8
+        between = after + (found - after) * share // 8
         assert read(between) not in values or read(between) == read(after)
     later = dates.next_start(after + ahead, attribute, values, tz)
     assert later is not None
