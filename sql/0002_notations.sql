@@ -1,6 +1,6 @@
 -- Functions that find addresses in every notation, whatever the locale of the database and the setting
--- standard_conforming_strings of the session: patterns with backslashes are written as E''. No table is
--- locked, and each statement can be executed again, as after going back to 1.0.0.
+-- standard_conforming_strings of the session: patterns with backslashes are written as E''; and corrections of
+-- other functions. No table is locked, and each statement can be executed again, as after going back to 1.0.0.
 
 -- suppressions ----------------------------------------------------------------------------------
 
@@ -310,6 +310,103 @@ BEGIN
                                     THEN 'restarted' ELSE 'to' END, NEW.step, sequencer.changed_by()),
             extract(epoch FROM clock_timestamp() - OLD.entered_at));
     RETURN NEW;
+END $$;
+
+
+-- It is repeated only if that can help: not if the snapshot of the transaction hides what is in the way, nor
+-- if an index of a user forbids it.
+CREATE OR REPLACE FUNCTION sequencer.merge(from_subject text, into_subject text) RETURNS bigint
+LANGUAGE plpgsql STRICT SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    lock_timeout CONSTANT text := current_setting('lock_timeout');
+    give_up_at CONSTANT timestamptz := clock_timestamp() + interval '1 minute';
+    reason CONSTANT text := nullif(current_setting('sequencer.reason', true), '');
+    others CONSTANT text[] := ARRAY['items', 'collecting'];
+    pair record;
+    violated text;
+    since timestamptz;
+    last timestamptz;
+    count bigint;
+BEGIN
+    IF from_subject = into_subject THEN
+        RETURN 0;
+    END IF;
+    LOOP
+        BEGIN
+            -- enrollments inserted meanwhile would be locked in another order, so merges wait for each other
+            IF NOT (SELECT bool_and(pg_try_advisory_xact_lock(
+                        hashtextextended('sequencer.merge ' || subject, 0)))
+                      FROM unnest(ARRAY[from_subject, into_subject]) AS subject) THEN
+                RAISE lock_not_available USING
+                    MESSAGE = 'another merge of one of the subjects is in progress';
+            END IF;
+            -- in a statement of its own, because Citus sends its nodes no settings of functions
+            SET LOCAL lock_timeout = '1ms';
+            PERFORM FROM sequencer.enrollments
+              WHERE subject IN (from_subject, into_subject) ORDER BY id FOR UPDATE NOWAIT;
+            FOR pair IN
+                SELECT CASE WHEN f.is_further THEN a.id ELSE b.id END AS kept,
+                       CASE WHEN f.is_further THEN b.id ELSE a.id END AS other,
+                       CASE WHEN f.is_further THEN b.data ELSE a.data END AS data,
+                       CASE WHEN f.is_further THEN b.timezone ELSE a.timezone END AS timezone,
+                       sequencer.collect_at_most(a.sequence) AS at_most
+                  FROM sequencer.enrollments AS a
+                  JOIN sequencer.enrollments AS b ON b.subject = into_subject
+                   AND b.sequence = a.sequence AND b.entry = 0
+                 CROSS JOIN LATERAL (SELECT
+                       (a.status <> 'active', a.visit, b.created_at, b.id)
+                     > (b.status <> 'active', b.visit, a.created_at, a.id)) AS f (is_further)
+                 WHERE a.subject = from_subject AND a.entry = 0
+                 ORDER BY a.id
+                   FOR UPDATE OF a, b NOWAIT -- also of what was enrolled since, with its last items
+            LOOP
+                -- Citus sends its nodes no set_config
+                EXECUTE format('SET LOCAL sequencer.reason = %L', concat_ws('; ', format(
+                    'merged into enrollment %s', pair.kept), reason));
+                UPDATE sequencer.enrollments AS e
+                   SET reentry = 'after_end',
+                       status = CASE WHEN e.status = 'active' THEN 'cancelled' ELSE e.status END
+                 WHERE e.id = pair.other;
+                EXECUTE format('SET LOCAL sequencer.reason = %L', coalesce(reason, ''));
+                IF jsonb_typeof(pair.data->'items') = 'array' THEN
+                    since := pair.data->'collecting'->>'since';
+                    last := pair.data->'collecting'->>'last';
+                END IF;
+                UPDATE sequencer.enrollments AS e
+                   SET timezone = coalesce(e.timezone, pair.timezone),
+                       data = CASE WHEN jsonb_typeof(pair.data->'items') = 'array'
+                                    AND coalesce(jsonb_typeof(e.data->'items'), 'array') = 'array'
+                           THEN sequencer.add_items(
+                               pair.data - others || e.data, pair.data->'items',
+                               greatest((pair.data->'collecting'->>'count')::bigint,
+                                        jsonb_array_length(pair.data->'items')),
+                               since, last, pair.at_most)
+                           ELSE pair.data || e.data END
+                 WHERE e.id = pair.kept AND e.status = 'active';
+            END LOOP;
+            UPDATE sequencer.enrollments SET subject = into_subject WHERE subject = from_subject;
+            GET DIAGNOSTICS count = ROW_COUNT;
+            EXECUTE format('SET LOCAL lock_timeout = %L', lock_timeout);
+            RETURN count;
+        EXCEPTION WHEN unique_violation OR lock_not_available OR deadlock_detected THEN
+            GET STACKED DIAGNOSTICS violated = CONSTRAINT_NAME;
+            IF starts_with(violated, 'one_entry') -- Citus adds a number
+               AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+                RAISE serialization_failure USING
+                    MESSAGE = format('subject %L cannot be merged into %L: it was enrolled after this '
+                                     'transaction began to read', from_subject, into_subject),
+                    SCHEMA = 'sequencer', TABLE = 'enrollments', CONSTRAINT = violated,
+                    HINT = 'Repeat the transaction.';
+            END IF;
+            -- one is locked, or is being enrolled: nothing is locked while waiting for it, so that no deadlock
+            -- fails the other session. (Only the index can tell that one is being enrolled: it waits for 1 ms.)
+            IF clock_timestamp() > give_up_at
+               OR SQLSTATE = '23505' AND NOT starts_with(violated, 'one_entry') THEN -- the index of a user
+                RAISE;
+            END IF;
+        END;
+        PERFORM pg_sleep(0.005 + random() * 0.02);
+    END LOOP;
 END $$;
 
 

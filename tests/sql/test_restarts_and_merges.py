@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import timedelta
+from typing import Any
 
 import asyncpg
 import pytest
@@ -246,6 +247,33 @@ async def test_a_merge_gives_way_to_a_transaction_that_is_enrolling(
             await savepoint.rollback()
     assert await merge == 1
     await merging.close()
+
+
+@pytest.mark.parametrize("isolation", ["repeatable_read", "serializable"])
+async def test_a_merge_reports_an_enrollment_that_its_transaction_cannot_see(
+    defined: asyncpg.Connection, database: str, isolation: Any
+) -> None:
+    await enroll(defined, "s", "anonymous-7")
+    merging = await asyncpg.connect(database, server_settings={"statement_timeout": "30s"})
+    async with merging.transaction(isolation=isolation):
+        assert await merging.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
+        await enroll(defined, "s", "ada")
+        with pytest.raises(asyncpg.SerializationError, match="'ada': it was enrolled after"):
+            async with merging.transaction():
+                await merging.execute(MERGE)
+    assert await merging.fetchval(MERGE) == 1
+    await merging.close()
+
+
+async def test_a_merge_that_another_index_forbids_fails_at_once(
+    defined: asyncpg.Connection,
+) -> None:
+    for subject in ("anonymous-7", "ada"):
+        await enroll(defined, "s", subject)
+    await defined.execute("CREATE UNIQUE INDEX mine ON sequencer.enrollments (subject, sequence)")
+    await defined.execute("SET statement_timeout = '30s'")
+    with pytest.raises(asyncpg.UniqueViolationError, match="mine"):
+        await defined.execute(MERGE)
 
 
 # --- collect
