@@ -15,7 +15,9 @@ import pytest
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import Section, Settings
 from tests.helpers.command_line import Command
-from tests.helpers.engines import define, enroll
+from tests.helpers.databases import make_login
+from tests.helpers.engines import define, enroll, until
+from tests.sql.test_roles import daemon
 from tests.test_readme import REPOSITORY, blocks, environment, home, run
 
 home = home  # noqa: PLW0127 - a fixture
@@ -114,6 +116,22 @@ async def test_statements_for_applications_run(connection: asyncpg.Connection, p
     assert statements
     for statement in statements:
         await connection.execute(statement)
+
+
+@pytest.mark.slow
+async def test_the_trigger_of_an_application_enrolls_at_once(
+    connection: asyncpg.Connection, database: str
+) -> None:
+    """With the privileges of a daemon, and before its next sweep."""
+    for name in ("trial", "feedback"):
+        await define(connection, name, ("a", "GoTo", "{}", None))
+    (text,) = (text for _, text in blocks(REPOSITORY / "docs/sql.md") if "CREATE TRIGGER" in text)
+    await connection.execute(text)
+    login = await make_login(connection, database, "login_daemon", "daemon")
+    async with daemon(login, SEQUENCERD_ENGINE_SWEEP="3600"):
+        await enroll(connection, "trial", "ada")
+        done = "SELECT status = 'completed' FROM sequencer.enrollments WHERE sequence = 'feedback'"
+        await until(connection, done)
 
 
 async def test_each_column_of_an_enrollment_is_described(connection: asyncpg.Connection) -> None:
