@@ -34,6 +34,7 @@ def ask_again(request: Request) -> Response:
 
 
 def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | None) -> Response:
+    context = context_of(request)
     return render(
         request,
         "login.html",
@@ -42,9 +43,9 @@ def _ask(request: Request, status: int, to: str | None, name: str, wrong: str | 
         to=local(to),
         name=name,
         wrong=wrong,
-        has_passwords=context_of(request).auth.has_passwords,
-        has_provider=context_of(request).auth.provider is not None,
-        has_users=bool(context_of(request).settings.users),
+        has_passwords=context.auth.has_passwords,
+        has_provider=context.auth.provider is not None,
+        has_users=bool(context.settings.users),
     )
 
 

@@ -170,10 +170,9 @@ def read_data(text: str) -> Any:
     thousands of brackets or of digits: they keep no page from showing the other enrollments.
     """
     try:
-        data = exact_json.loads(text, exact=False)
+        return exact_json.loads(text, exact=False)
     except (ValueError, RecursionError) as error:
         return {UNREADABLE: str(error)}
-    return data
 
 
 def _hide(data: Any, path: Sequence[str]) -> Iterator[str]:

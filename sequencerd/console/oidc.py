@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
@@ -64,7 +66,9 @@ class Provider:
         """Redirect the browser to the provider. Raises LoginError."""
         kept: dict[str, Any] = {"to": to}
         request.scope["session"] = kept  # where Authlib stores state, nonce and PKCE verifier
-        answer: Response = await self._calling(self._begin(request))
+        with _as_login_errors():
+            await self._check_metadata()
+            answer: Response = await self._app.authorize_redirect(request, self._redirect_url)
         answer.set_cookie(
             COOKIE,
             self._serializer.dumps(kept),
@@ -76,11 +80,6 @@ class Provider:
         )
         return answer
 
-    async def _begin(self, request: Request) -> Response:
-        await self._check_metadata()
-        answer: Response = await self._app.authorize_redirect(request, self._redirect_url)
-        return answer
-
     async def finish(self, request: Request) -> Login:
         """Return the user whose browser the provider has redirected back. Raises LoginError."""
         try:
@@ -88,7 +87,16 @@ class Provider:
         except BadSignature:
             raise LoginError("it was started in another browser, or too long ago") from None
         request.scope["session"] = kept
-        claims = await self._calling(self._finish(request))
+        with _as_login_errors():
+            await self._check_metadata()
+            options = {
+                "iss": {"essential": True, "value": self._app.server_metadata["issuer"]},
+                "aud": {"essential": True, "value": self._settings.client_id},
+            }
+            token = await self._app.authorize_access_token(request, claims_options=options)
+            if "userinfo" not in token:
+                raise LoginError("the provider has sent no ID token: scope must contain openid")
+            claims: dict[str, Any] = token["userinfo"]
         user, groups = (
             claims.get(name) for name in (self._settings.user_claim, self._settings.groups_claim)
         )
@@ -101,18 +109,6 @@ class Provider:
         names = [name for name in named if isinstance(name, str)]
         return Login(" ".join(printable(user).split()), names, kept.get("to"))
 
-    async def _finish(self, request: Request) -> dict[str, Any]:
-        await self._check_metadata()
-        options = {
-            "iss": {"essential": True, "value": self._app.server_metadata["issuer"]},
-            "aud": {"essential": True, "value": self._settings.client_id},
-        }
-        token = await self._app.authorize_access_token(request, claims_options=options)
-        if "userinfo" not in token:
-            raise LoginError("the provider has sent no ID token: scope must contain openid")
-        claims: dict[str, Any] = token["userinfo"]
-        return claims
-
     async def _check_metadata(self) -> None:
         metadata = await self._app.load_server_metadata()
         issuer = str(metadata.get("issuer"))
@@ -122,22 +118,25 @@ class Provider:
         signed = [alg for alg in metadata.get(key) or () if alg.startswith(ASYMMETRIC)]
         metadata[key] = signed or ["RS256"]
 
-    async def _calling(self, work: Any) -> Any:
-        import httpx2  # noqa: PLC0415 - as above
-        from authlib.common.errors import AuthlibBaseError  # noqa: PLC0415
-        from joserfc.errors import JoseError  # noqa: PLC0415
 
-        try:
-            return await work
-        except httpx2.HTTPStatusError as error:
-            raise LoginError(
-                f"the provider answered {error.request.url.copy_with(query=None)} with status "
-                f"{error.response.status_code}"
-            ) from error
-        except httpx2.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise LoginError(f"the provider cannot be reached: {reason}") from error
-        except (AuthlibBaseError, JoseError) as error:
-            raise LoginError(printable(str(error))) from error
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of an unexpected answer
-            raise LoginError(f"the provider's answer cannot be used: {error}") from error
+@contextmanager
+def _as_login_errors() -> Iterator[None]:
+    """Raise LoginError for an answer that does not come or cannot be used."""
+    import httpx2  # noqa: PLC0415 - as above
+    from authlib.common.errors import AuthlibBaseError  # noqa: PLC0415
+    from joserfc.errors import JoseError  # noqa: PLC0415
+
+    try:
+        yield
+    except httpx2.HTTPStatusError as error:
+        raise LoginError(
+            f"the provider answered {error.request.url.copy_with(query=None)} with status "
+            f"{error.response.status_code}"
+        ) from error
+    except httpx2.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise LoginError(f"the provider cannot be reached: {reason}") from error
+    except (AuthlibBaseError, JoseError) as error:
+        raise LoginError(printable(str(error))) from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of an unexpected answer
+        raise LoginError(f"the provider's answer cannot be used: {error}") from error

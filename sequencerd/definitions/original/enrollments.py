@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 import asyncpg
@@ -176,7 +176,6 @@ class _Writer:
         self._found = found
         self._choices = choices
         self._now = now
-        today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         self._sequences = found.sequences
         self._steps: dict[StepPlace, Mapping[str, Any]] = {
             (one.name, name): step
@@ -191,7 +190,7 @@ class _Writer:
         self._past = {
             at
             for at, step in self._steps.items()
-            if step["type"] == "WaitForDate" and is_past(step["config"], today)
+            if step["type"] == "WaitForDate" and is_past(step["config"], now)
         }
         self._batch: list[Placement] = []
 

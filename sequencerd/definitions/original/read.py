@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 
 import asyncpg
 
@@ -101,12 +101,11 @@ async def read(source: ImportSource, ours: asyncpg.Connection, runners: Runners)
     names = _names(sequences)
     wanted = _wanted(sequences, names, source.only)
     repeated = await source.connection.fetch(source.query("original_repeated"))
-    now = await server.server_time(ours)
     reading = _ImportReader(
         source,
         {id_: in_order(first, rows.get(id_, [])) for id_, _, _, first in sequences},
         {row[0] for row in repeated},
-        now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0),
+        await server.server_time(ours),
     )
     await reading.find_present(ours, sequences, names)
     reading.result.sequences = {
@@ -170,14 +169,14 @@ class _ImportReader:
         source: ImportSource,
         rows: Mapping[str, Sequence[OriginalStep]],
         repeated: set[str],
-        today: datetime,
+        now: datetime,
     ) -> None:
         self.result = ImportReport()
         self.present: dict[str, ImportedSequence] = {}
         self._source = source
         self._rows = rows
         self._repeated = repeated
-        self._today = today
+        self._now = now
         self._new: dict[str, _NewSequence] = {}
         self._taken: set[str] = set()  # whose names other sequences have here
 
@@ -254,7 +253,7 @@ class _ImportReader:
         }
         for id_, new in self._new.items():
             rows = self._rows[id_]
-            made = translate(rows, elsewhere, self._source.choices, self._today)
+            made = translate(rows, elsewhere, self._source.choices, self._now)
             self.result.warnings += [f"{new.where}: {text}" for text in made.warnings]
             self.result.errors += [f"{new.where}: {text}" for text in made.errors]
             document = {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def translate(
     rows: Sequence[OriginalStep],
     elsewhere: Mapping[str, tuple[str, str]],
     choices: ImportChoices,
-    today: datetime,
+    now: datetime,
 ) -> TranslatedSteps:
     """Translate the steps of a sequence. `elsewhere` maps the ids of other sequences' steps to the
     names of sequence and step; a link to one becomes a GoTo.
@@ -119,7 +119,7 @@ def translate(
         return jump
 
     for row in rows:
-        type_, config = _translate_step(row, choices, today, names[row.id], made)
+        type_, config = _translate_step(row, choices, now, names[row.id], made)
         following, alternative = leads_to(row, choices)
         if row.alt_next is not None and alternative is None:
             made.warnings.append(f"{names[row.id]}: its altNextStep is never taken, and dropped")
@@ -143,7 +143,7 @@ def leads_to(row: OriginalStep, choices: ImportChoices) -> tuple[str | None, str
 
 
 def _translate_step(
-    row: OriginalStep, choices: ImportChoices, today: datetime, name: str, made: TranslatedSteps
+    row: OriginalStep, choices: ImportChoices, now: datetime, name: str, made: TranslatedSteps
 ) -> tuple[str, dict[str, Any]]:
     config = json.loads(row.config or "null") or {}
     if not isinstance(config, dict):
@@ -160,7 +160,7 @@ def _translate_step(
         _split_lists(config, name, made)
     if row.type == "Conditional":
         return _conditional(config, choices, name, made)
-    if row.type == "WaitForDate" and is_past(config, today):
+    if row.type == "WaitForDate" and is_past(config, now):
         return row.type, _past_date(config, choices, name, made)
     return row.type, config
 
@@ -264,10 +264,11 @@ def _split_lists(config: dict[str, Any], name: str, made: TranslatedSteps) -> No
             made.warnings.append(f"{name}: {key}, a list as JSON text, is written with commas")
 
 
-def is_past(config: Mapping[str, Any], today: datetime) -> bool:
+def is_past(config: Mapping[str, Any], now: datetime) -> bool:
     """Return whether the day of a WaitForDate is over in UTC; then the original never passes it."""
     date = config.get("date")
     if not isinstance(date, str) or "{{" in date:
         return False
     found = dates.parse(date, dates.zone("UTC"))
+    today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     return found is not None and found < today
