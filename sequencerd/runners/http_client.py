@@ -100,6 +100,10 @@ class AnswerTooLarge(Unreachable):
     """An answer that is larger than the caller accepts."""
 
 
+class PrivateAddress(Unreachable):
+    """A host in a private network, which the caller does not allow."""
+
+
 @dataclass(frozen=True, slots=True)
 class HttpReply:
     """A server's answer."""
@@ -326,7 +330,7 @@ class HttpClient:
                     if self._is_foreign
                     else "set allow_private"
                 )
-                raise Unreachable(
+                raise PrivateAddress(
                     f"{url.host} has the private address {address}: {advice} if that is intended",
                     cause="refused",
                 )

@@ -22,7 +22,14 @@ from sequencerd.core.javascript.templates import Template
 from sequencerd.core.model import DefinitionError, Failed
 from sequencerd.core.step_types.effects import AttachmentConfig
 from sequencerd.runners.fields import RenderError, compile_field, one_line, render
-from sequencerd.runners.http_client import AnswerTooLarge, HttpClient, HttpReply, Unreachable, judge
+from sequencerd.runners.http_client import (
+    AnswerTooLarge,
+    HttpClient,
+    HttpReply,
+    PrivateAddress,
+    Unreachable,
+    judge,
+)
 
 MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their encoding
 MAX_NAME = 100  # characters
@@ -238,7 +245,8 @@ class Attachments:
             except AnswerTooLarge as error:
                 raise _too_large(path) from error
             except Unreachable as error:
-                raise AttachmentError(f"{path}: {error}", permanent=False) from error
+                is_private = isinstance(error, PrivateAddress)
+                raise AttachmentError(f"{path}: {error}", permanent=is_private) from error
             location = reply.headers.get("Location")
             if reply.status not in _REDIRECTS or not location:
                 break

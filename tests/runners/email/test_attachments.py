@@ -378,6 +378,7 @@ async def test_a_host_that_only_matches_a_wildcard_must_be_public(
         await made.close()
         assert len(files.requests) == is_redirected
     assert not mail.connections
+    assert result.permanent
     assert result.message.startswith("attachments.0: ")
     assert "has the private address" in result.message
     assert "name this host in the settings" in result.message
