@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from itsdangerous import BadData, URLSafeSerializer
 
-from sequencerd.core.javascript.templates import Template
+from sequencerd.core.javascript.templates import NO_PARTIALS, Template, surely_read
 from sequencerd.core.languages import read_locale
 from sequencerd.core.model import DefinitionError, Fault, View
 from sequencerd.runners.fields import Translations
@@ -85,10 +85,15 @@ class UnsubscribeLinks:
         return View.of(values, view.data) if isinstance(view, View) else values
 
 
-def check_reads(templates: Mapping[str, Template | Translations | None]) -> None:
-    """Reject templates that need a link where there is none. Raises DefinitionError."""
+def check_reads(
+    templates: Mapping[str, Template | Translations | None],
+    partials: Mapping[str, str] = NO_PARTIALS,
+) -> None:
+    """Reject templates that need a link where there is none, also in one of the partials that they
+    use. Raises DefinitionError.
+    """
     for name, template in templates.items():
         several = template.templates.values() if isinstance(template, Translations) else [template]
-        if any(one is not None and NAME in one.surely_reads for one in several):
+        if any(one is not None and NAME in surely_read(one.source, partials) for one in several):
             message = f"{NAME} would be empty: set unsubscribe.url and unsubscribe.keys"
             raise DefinitionError([Fault((name,), message)])

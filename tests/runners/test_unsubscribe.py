@@ -163,3 +163,36 @@ def test_without_the_setting_a_link_would_be_empty() -> None:
     assert "List-Unsubscribe" not in headers(
         {**MAIL, "html": "x"}, task(email="a@x.org"), links=None
     )
+
+
+PARTIALS = (
+    ("footer", "{{unsubscribe_url}}"),
+    ("layout", "{{> @partial-block}}{{> footer}}"),
+    ("page", "{{> menu}}{{> footer}}"),
+    ("link", "{{url}}"),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"html": "{{> footer}}"}, "html"),
+        ({"html": "x", "text": {"en": "x", "de": "{{#> layout}}x{{/layout}}"}}, "text"),
+        ({"html": "{{#*inline 'menu'}}x{{/inline}}{{> page}}"}, "html"),
+        ({"html": "x", "headers": {"List-Unsubscribe": "<{{unsubscribe_url}}>"}}, "headers"),
+        ({"html": "{{> link}}{{#each data.lists}}{{> footer}}{{/each}}"}, None),  # of each list
+    ],
+)
+def test_a_link_in_a_partial_or_a_header_would_be_empty(
+    change: dict[str, Any], key: str | None
+) -> None:
+    def compiled(links: UnsubscribeLinks | None) -> object:
+        made = EmailRunner("smtp://localhost", links=links)
+        return made.compile({**MAIL, **change}, MessageContext(partials=PARTIALS))
+
+    assert compiled(LINKS)
+    if key is None:
+        assert compiled(None)
+        return
+    with pytest.raises(DefinitionError, match=rf"^{key}.*: unsubscribe_url would be empty"):
+        compiled(None)

@@ -266,6 +266,14 @@ def surely_used(source: str, partials: Mapping[str, str]) -> set[str]:
     return found
 
 
+def surely_read(source: str, partials: Mapping[str, str]) -> set[str]:
+    """Return the paths that a template without errors certainly reads from the view, itself or in
+    partials.
+    """
+    sources = [source, *(partials[name] for name in surely_used(source, partials))]
+    return {path for one in sources if "{{" in one for path in _analysis(one)["surelyReads"]}
+
+
 def _analysis(source: str) -> dict[str, Any]:
     """Return the analysis of a template alone. Raises DefinitionError."""
     if len(source) > MAX_SOURCE:

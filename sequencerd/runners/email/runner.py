@@ -194,7 +194,9 @@ class EmailRunner:
                 )
         if self._links is None:
             with faults.at():
-                unsubscribe.check_reads(texts)
+                unsubscribe.check_reads(texts, dict(shared.partials))
+            with faults.at("headers"):
+                unsubscribe.check_reads(headers)
         faults.check()
         assert texts["subject"] is not None
         return EmailProgram(

@@ -161,7 +161,7 @@ class _SmsRunner:
                 faults.found.append(Fault(("to",), str(error).removeprefix("to: ")))
         if self._links is None:
             with faults.at():
-                check_reads(program)
+                check_reads(program, dict(shared.partials))
         faults.check()
         return SmsProgram(program, shared.locale or DEFAULT_LOCALE)
 
