@@ -894,7 +894,7 @@ class Task(NamedTuple):
     view: Mapping[str, Any]
     expires: float | None = None  # a time of the event loop's clock
     topic: str | None = None  # what it is about
-    has_lapsed: Callable[[float], bool] | None = None  # whether its lease has, at such a time
+    lease_expired: Callable[[float], bool] | None = None  # whether its lease is over at such a time
 
     def is_late(self, now: float) -> bool:
         """Return whether it is too late to begin, after a queue or a limited rate: the result is
@@ -902,7 +902,7 @@ class Task(NamedTuple):
         """
         if self.expires is not None and now >= self.expires:
             return True
-        return self.has_lapsed is not None and self.has_lapsed(now)
+        return self.lease_expired is not None and self.lease_expired(now)
 
 
 class Undeliverable(NamedTuple):

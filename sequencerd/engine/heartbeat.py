@@ -52,10 +52,10 @@ class Heartbeat:
         # of the event loop: since when the daemon has been alive, and until when at least
         self._since, self._until = math.inf, -math.inf
 
-    def has_lapsed(self, until: float, now: float) -> bool:
-        """Return whether a lease has lapsed, so that other daemons may have taken it over: `until`,
-        the time in its row, has passed, and the daemon has not been alive from then on without a
-        gap. Both are times of the event loop.
+    def lease_expired(self, until: float, now: float) -> bool:
+        """Return whether a lease has expired, so that other daemons may have taken it over. Then
+        `until`, the time in its row, has passed, and the daemon has not been alive from then on
+        without a gap. Both are times of the event loop.
         """
         return now >= until and not (self._since <= until and now < self._until)
 

@@ -146,7 +146,7 @@ class Engine:
             lease_time=lease_time,
             daemon=name,
             request_reload=self._request_reload,
-            has_lapsed=self._heartbeat.has_lapsed,
+            lease_expired=self._heartbeat.lease_expired,
             log=log,
         )
         self._leases = Leases(

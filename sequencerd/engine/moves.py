@@ -53,8 +53,8 @@ BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it p
 
 class Moves:
     """Advances enrollments. `definitions` belong to the catalog and change; `request_reload`
-    requests to read those of sequences that have changed; `executors` have the slots; `has_lapsed`
-    is the heartbeat's.
+    requests to read those of sequences that have changed; `executors` have the slots;
+    `lease_expired` is the heartbeat's.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Moves:
         lease_time: timedelta,
         daemon: str,
         request_reload: Callable[[Iterable[str]], None],
-        has_lapsed: Callable[[float, float], bool],
+        lease_expired: Callable[[float, float], bool],
         log: FilteringBoundLogger,
     ) -> None:
         self._definitions = definitions
@@ -75,7 +75,7 @@ class Moves:
         self._lease_time = lease_time
         self._daemon = daemon
         self._request_reload = request_reload
-        self._has_lapsed = has_lapsed
+        self._lease_expired = lease_expired
         self._log = log
         self.invalid: dict[StepKey, model.Step | None] = {}
         """The steps at which enrollments have failed as invalid, as they were defined then."""
@@ -285,9 +285,9 @@ class Moves:
         if expires_at or closes_at:
             end = min(filter(None, (expires_at, closes_at)))
             expires = time + self._clock.seconds_until(end) + TIMER_TOLERANCE
-        has_lapsed = partial(self._has_lapsed, time + self._clock.seconds_until(until))
+        lease_expired = partial(self._lease_expired, time + self._clock.seconds_until(until))
         return Start(
-            executor, step, effect.program, view, expires, topic, revision, places, has_lapsed
+            executor, step, effect.program, view, expires, topic, revision, places, lease_expired
         )
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
@@ -357,8 +357,8 @@ def _reserved(advanced: Advanced) -> Reserved:
 
 def _lease(batch: Batch, leased: Enrollment, start: Start) -> None:
     """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-    executor, step, program, state_view, expires, topic, revision, places, has_lapsed = start
-    task = Task(leased.key, model.view_in_state(leased, state_view), expires, topic, has_lapsed)
+    executor, step, program, state_view, expires, topic, revision, places, lease_expired = start
+    task = Task(leased.key, model.view_in_state(leased, state_view), expires, topic, lease_expired)
     batch.lease(Leased(leased, step, executor, program, task, revision, places))
 
 

@@ -42,7 +42,7 @@ class Start(NamedTuple):
     topic: str | None
     revision: int
     reservations: tuple[Reservation, ...]
-    has_lapsed: Callable[[float], bool]
+    lease_expired: Callable[[float], bool]
 
 
 class SharedOutcome(NamedTuple):

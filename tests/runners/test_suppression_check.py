@@ -109,19 +109,19 @@ def test_another_address_is_not_suppressed() -> None:
     ],
     ids=["email", "sms", "addressed"],
 )
-async def test_nothing_is_sent_if_the_lease_lapses_while_the_list_is_read(
+async def test_nothing_is_sent_if_the_lease_expires_while_the_list_is_read(
     make: Callable[[Suppressions], Runner], config: Mapping[str, Any]
 ) -> None:
     """The database may answer only after an interruption."""
-    has_lapsed = False
+    is_expired = False
 
     async def ask(_: list[SuppressionKey]) -> set[SuppressionKey]:
-        nonlocal has_lapsed
-        has_lapsed = True
+        nonlocal is_expired
+        is_expired = True
         return set()
 
     runner = make(Suppressions(ask))
-    late = task()._replace(has_lapsed=lambda _: has_lapsed)
+    late = task()._replace(lease_expired=lambda _: is_expired)
     assert await runner.run(runner.compile(config), [late]) == [NotStarted()]
-    assert has_lapsed
+    assert is_expired
     await runner.close()
