@@ -191,6 +191,10 @@ async def test_nothing_is_imported_twice(sequencerd: Command, original: asyncpg.
             "ALTER TABLE steps ALTER config TYPE text; UPDATE steps SET config = 'x' WHERE id = 11",
             "step 11: its config is not JSON",
         ),
+        (
+            "UPDATE steps SET config = (repeat('[', 999) || repeat(']', 999))::json WHERE id = 11",
+            "step 11: its config is not JSON: it is nested",
+        ),
     ],
 )
 async def test_invalid_sequences_are_reported_and_the_others_imported(

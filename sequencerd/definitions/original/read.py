@@ -10,7 +10,7 @@ from datetime import datetime
 
 import asyncpg
 
-from sequencerd.core import graph, model
+from sequencerd.core import exact_json, graph, model
 from sequencerd.core.config import nearest
 from sequencerd.definitions import files, yaml_reader
 from sequencerd.definitions.check import targets
@@ -234,8 +234,8 @@ class _ImportReader:
                 if id_ is not None and id_ not in known:
                     return f"step {row.id}: its {column} {id_} does not exist there"
             try:
-                json.loads(row.config or "{}")
-            except ValueError as error:
+                exact_json.dumps(exact_json.loads(row.config or "{}", exact=False))
+            except (ValueError, RecursionError) as error:
                 return f"step {row.id}: its config is not JSON: {error}"
         return None
 
