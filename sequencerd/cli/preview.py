@@ -270,10 +270,13 @@ def _print(simulation: Simulation, as_json: bool) -> None:
     zone = ZoneInfo(simulation.timezone)
     width = max((len(entry.step) for entry in simulation.entries), default=0)
     shown, repeated = _without_rounds(simulation)
+    sent = None
     for entry in shown:
         at = f"{entry.at.astimezone(zone):%a %Y-%m-%d %H:%M:%S}"
-        say(f"{at}  {entry.step:{width}}  {_line(entry)}")
-        for name, text in entry.details.items():
+        before, sent = sent, (entry.visit, entry.details) if entry.details else sent
+        is_again = bool(entry.details) and sent == before
+        say(f"{at}  {entry.step:{width}}  {_line(entry)}{', as before' if is_again else ''}")
+        for name, text in () if is_again else entry.details.items():
             for n, line in enumerate(text.splitlines()):
                 label = f"{name}:" if n == 0 else ""
                 say(f"{'':{len(at) + width}}      {label:9}{line}".rstrip())

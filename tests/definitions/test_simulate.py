@@ -354,6 +354,28 @@ def test_the_example_passes() -> None:
         test()
 
 
+def test_what_is_tried_again_is_printed_once(sequencerd: Command, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "name: s\nsteps:\n  - {name: mail, type: Email, config: {from: a@x.org, to: b@x.org,"
+        " subject: '{{#if (gt attempt 2)}}So{{else}}Hi{{/if}}', text: T, retry: {attempts: 4}}}\n"
+    )
+    lines = sequencerd(
+        "simulate", "s.yaml", "--start", START, "--runner", "Email=fail"
+    ).splitlines()
+    shown = [
+        line.split("  ")[-1].strip() for line in lines if "execute" in line or "subject" in line
+    ]
+    as_before = "execute Email, as before"
+    assert shown == [
+        "execute Email",
+        "subject: Hi",
+        as_before,
+        "execute Email",
+        "subject: So",
+        as_before,
+    ]
+
+
 def test_the_timeline_is_in_the_zone_of_the_subject(sequencerd: Command, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
         "name: s\nsteps:\n"
