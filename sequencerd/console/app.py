@@ -282,6 +282,10 @@ ROUTES_OF_PROGRAMS = (pages.table, pages.stream)
 
 KEPT = "What you entered is kept here."
 SESSION_ENDED = f"Your session has ended, so nothing was changed. {KEPT}"
+SESSION_ENDED_IN_FORM = (
+    "Your session has ended, so nothing was changed. What you entered is too large to be kept here:"
+    " log in in another tab, then go back to the form and send it again."
+)
 FORM_EXPIRED = (
     "The form belongs to another session, or the daemon was restarted, so nothing was changed."
     f" {KEPT} You are {{user}} now."
@@ -325,7 +329,11 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
         if page in ROUTES_OF_PROGRAMS:
             return PlainTextResponse("Log in first.\n", 401)
         if _is_own_form(request):
-            request.state.form = await pages.form(request, pages.MAX_FORM)
+            try:
+                request.state.form = await pages.form(request, pages.MAX_FORM)
+            except WrongQueryError:
+                login = "/login", "Log in"
+                return message_page(request, 413, "Not done", SESSION_ENDED_IN_FORM, link=login)
             kept = _unsent(
                 request, 401, "Not done yet", SESSION_ENDED, token=visitor.token, log_in=True
             )

@@ -18,7 +18,7 @@ import structlog
 
 from sequencerd import passwords
 from sequencerd.console import actions, auth, live
-from sequencerd.console.pages import MAX_FORM_OF_USERS
+from sequencerd.console.pages import MAX_FORM, MAX_FORM_OF_USERS
 from sequencerd.errors import SettingsError
 from sequencerd.settings_file import load
 from tests.console.conftest import (
@@ -275,6 +275,27 @@ async def test_what_was_entered_is_kept_when_a_session_ends(
         done = await client.post("/data", data=fields(again), headers=FROM_A_PAGE)
         assert done.status_code == 303, done.text
         assert await connection.fetchval(name) == "pro"
+
+
+async def test_a_large_form_can_be_sent_again_from_its_page_when_a_session_ends(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Before a login, the console keeps no more than 100 kB."""
+    waiting, _ = await waiting_and_failing(connection)
+    async with console(database, password_hash=HASH, write=True) as client:
+        await log_in(client)
+        asked = await client.get(f"/data?id={waiting}")
+        data = {"plan": "pro", "text": "x" * MAX_FORM}
+        form = {**fields(asked), "text": json.dumps(data), "action": "apply", "reason": "a typo"}
+        await connection.execute("UPDATE sequencer.console_sessions SET expires_at = now()")
+        refused = await client.post("/data", data=form, headers=FROM_A_PAGE)
+        assert refused.status_code == 413
+        assert "Your session has ended" in check(refused)
+        assert "go back to the form" in check(refused)
+        await log_in(client)  # in another tab
+        kept = await client.post("/data", data=form, headers=FROM_A_PAGE)
+        done = await client.post("/data", data=fields(kept), headers=FROM_A_PAGE)
+        assert done.status_code == 303
 
 
 @pytest.mark.parametrize("password", [None, HASH])
