@@ -363,6 +363,9 @@ async def search(request: Request) -> Response:
         columns=COLUMNS,
         chosen=[column.key for column in found.table.columns],
         filters=[(name, query.get(name)) for name in ("q", *FILTERS) if query.get(name)],
+        times={}
+        if wrong
+        else {name: query.time_or_none(name) for name in ("wakes_from", "wakes_before")},
         is_filtered=any(query.get(name) for name in FILTERS),
         further=found.further,
     )

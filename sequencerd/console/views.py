@@ -190,8 +190,8 @@ def coming(counts: Counts, query: Query) -> Table:
                 "url": at(
                     "/search",
                     status="active",
-                    wakes_from=hour.isoformat(),
-                    wakes_before=until.isoformat(),
+                    wakes_from=f"{hour:%Y-%m-%d %H:%M}",
+                    wakes_before=f"{until:%Y-%m-%d %H:%M}",
                 ),
                 "enrollments": tens.total(),
                 "peak": peak,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import gc
+import html as html_of
 import io
 import json
 import re
@@ -222,6 +223,14 @@ async def test_the_coming_checks(database: str, connection: asyncpg.Connection) 
         assert (row["enrollments"], row["most"], row["sequences"]) == (14, 7, ["s"])
         page = check(await client.get("/"))
         assert "Most enrollments are checked in the ten minutes from" in page
+        page = (await client.get("/")).text
+        (path,) = re.findall(r'href="/console(/search[^"]*wakes_from[^"]*)"', page)
+        listed = await client.get(html_of.unescape(path))
+        assert listed.text.count('<td class="text subject') == 14
+        since = datetime.fromisoformat(row["at"])
+        # in the filters above the list in the reader's zone, and in the form in UTC as in its label
+        assert f'next check from <time datetime="{since.isoformat()}"' in listed.text
+        assert f'name="wakes_from" value="{since:%Y-%m-%d %H:%M}"' in listed.text
 
 
 async def test_health_is_what_doctor_finds(database: str, connection: asyncpg.Connection) -> None:
