@@ -55,6 +55,12 @@ def _simulations(block: str) -> list[tuple[str, str]]:
     return found
 
 
+def test_every_recipe_is_in_the_list() -> None:
+    linked = re.findall(r"\(#(.*?)\)", PAGE.read_text())
+    titles = [recipe.title.lower() for recipe in recipes()]
+    assert sorted(linked) == sorted(re.sub(r"[^\w -]", "", one).replace(" ", "-") for one in titles)
+
+
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.title)
 def test_a_recipe(
     recipe: Recipe,

@@ -461,6 +461,19 @@ def test_formats_are_those_of_moment(pattern: str, expected: str | None) -> None
         assert compile_format(pattern)(at) == expected
 
 
+def test_afternoons_have_twelve_hours() -> None:
+    written = [
+        compile_format("h A, hh a")(datetime(2024, 7, 3, hour, tzinfo=UTC)) for hour in (11, 12, 15)
+    ]
+    assert written == ["11 AM, 11 am", "12 PM, 12 pm", "3 PM, 03 pm"]
+
+
+def test_a_long_format_is_rejected() -> None:
+    assert compile_format("." * 100)(datetime(2024, 7, 3, tzinfo=UTC)) == "." * 100
+    with pytest.raises(DefinitionError, match="longer than 100 characters"):
+        compile_format("." * 101)
+
+
 @given(at=st.datetimes(timezones=st.just(UTC)))
 def test_the_default_format_is_iso_8601(at: datetime) -> None:
     written = compile_format("YYYY-MM-DDTHH:mm:ssZ")(at)
