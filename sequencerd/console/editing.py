@@ -261,7 +261,7 @@ def _page(
 def _lines(made: Plan) -> list[str]:
     """Return the changes of a plan, for each shard if they differ."""
     if made.differing:
-        return list(made.lines(done=False)) if made else []
+        return list(made.lines(done=False))
     return [line for one in made.sequences for line in one.lines(done=False)]
 
 

@@ -360,12 +360,11 @@ def write(
     distinct: dict[str, str] = {}  # in any case, a server delivers to the same mailbox
     for one in recipients:
         distinct.setdefault(one.address.lower(), one.address)
+    if len(distinct) > MAX_RECIPIENTS:
+        raise RenderError(f"to, cc, bcc: {len(distinct)} addresses, at most {MAX_RECIPIENTS}")
+    every = tuple(distinct.values())
     count = len({one.address.lower() for one in found["to"]})
-    to, others = tuple(distinct.values())[:count], tuple(distinct.values())[count:]
-    if len(to) + len(others) > MAX_RECIPIENTS:
-        raise RenderError(
-            f"to, cc, bcc: {len(to) + len(others)} addresses, at most {MAX_RECIPIENTS}"
-        )
+    to, others = every[:count], every[count:]
     if program.links is not None:
         view = program.links.added(view, "email", to, task.topic, program.locale)
     mark = message_mark(task)
@@ -380,10 +379,7 @@ def write(
         *_more_headers(program, view),
     ]
     html = None if program.html is None else render("html", program.html, view)
-    if program.text is not None:
-        text: str | None = render("text", program.text, view)
-    else:
-        text = plain_text(html or "")
+    text = plain_text(html or "") if program.text is None else render("text", program.text, view)
     content = mime.message(
         headers,
         text,
