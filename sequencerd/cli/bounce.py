@@ -89,7 +89,7 @@ async def _find(connection: asyncpg.Connection, report: BounceReport) -> list[Un
 
 def _matching(dead: UnknownAddress, sent: Sequence[str]) -> list[str]:
     """Return the recipients that a report names."""
-    if dead.address is None:
+    if dead.address is None or not sent:
         return []
     named = spellings(dead.address)
     return [address for address in sent if spellings(address) & named]

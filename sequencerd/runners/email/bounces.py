@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email import message_from_bytes, message_from_string
 from email.message import Message
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Literal, NamedTuple
 
 from sequencerd.runners.email.plain import plain_text
@@ -23,6 +23,7 @@ from sequencerd.runners.fields import one_line
 MAX_READ = 1_000_000  # bytes of a message; a returned message may be large, and is not needed
 MAX_TEXT = 100_000  # characters of a bounce that is no report
 MAX_DEPTH = 5  # messages within messages
+MAX_MARKS = 100  # each takes a query, and a bounce has one or two
 
 _MARK = re.compile(
     r"(?<![0-9.])(\d{1,18})\.(\d{1,9})\.([0-9a-f]{16})[0-9a-f]{16}(?![0-9a-f])", re.IGNORECASE
@@ -64,12 +65,12 @@ def read_report(raw: bytes) -> BounceReport:
     """Read a message. If it is neither a bounce nor a complaint, `dead` is empty."""
     raw = re.sub(rb"\r\n?", b"\n", raw[:MAX_READ])
     parts = _parts(raw)
-    marks = {
+    marks = dict.fromkeys(
         MessageMark(int(enrollment), int(visit), tag.lower())
         for text in (raw.decode("latin-1"), *map(_text, parts))
         for enrollment, visit, tag in _MARK.findall(text)
-    }
-    found = tuple(sorted(marks))
+    )
+    found = tuple(sorted(islice(marks, MAX_MARKS)))
     feedback = [part for part in parts if part.type == "message/feedback-report"]
     if feedback:
         return BounceReport("complaint", found, tuple(_complaints(feedback[0])))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.runners.email.bounces import MessageMark, read_report
+from sequencerd.runners.email.bounces import MAX_MARKS, MessageMark, read_report
 from sequencerd.runners.email.smtp import read_sent
 
 MARK = MessageMark(7, 1, "f66a91ef9a4ab3d4")
@@ -470,6 +470,14 @@ def test_no_message_takes_long(piece: str) -> None:
     """Anyone can write to the address of bounces; these took from minutes to an hour."""
     head = EXIM.partition("\n\n")[0] + '\n\n"'
     read_report((head + piece * (1_000_000 // len(piece))).encode())
+
+
+def test_few_of_the_marks_in_a_message_are_looked_up() -> None:
+    """Each takes a query, and a megabyte has room for twenty thousand."""
+    others = "".join(f"{number}.1.{'0' * 32}\n" for number in range(1000, 20_000))
+    report = read_report(dsn(failed("5.1.1")) + others.encode())
+    assert MARK in report.marks
+    assert len(report.marks) == MAX_MARKS
 
 
 PIECES = [
