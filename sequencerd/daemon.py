@@ -697,7 +697,7 @@ async def _pool(
         pool = await connections.connect_pool(shard, size, pooled=settings.pooled, **options)
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise DatabaseError(
-            f"cannot connect to the database: {connections.explain(error)}"
+            f"cannot connect to the database: {connections.explain(error, shard)}"
         ) from error
     try:
         yield pool

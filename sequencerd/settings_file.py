@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sequencerd.core.config import faults
+from sequencerd.core.model import Fault
 from sequencerd.errors import SettingsError
 from sequencerd.settings import SECTIONS, Section, Settings, read_secret_file
 
@@ -56,11 +57,13 @@ def load(
         file = Path(named)
     folder = environment.get("CREDENTIALS_DIRECTORY")
     values: dict[str, Any] = {}
+    variables: dict[tuple[object, ...], str] = {}  # the names, by the path of what they set
     if file is not None:
         values = _read(file)
     else:
         with suppress(_NoFileError):
             values = _read(DEFAULT_FILE)
+            file = DEFAULT_FILE
     for name, text in environment.items():
         if (
             name.startswith(_PREFIX)
@@ -72,14 +75,27 @@ def load(
             if not isinstance(values[section], dict):
                 raise SettingsError(f"{section} must be a section of the file: [{section}]")
             values[section][key] = value
+            variables[section, key] = name
     for section in () if secrets is None else values.keys() - set(secrets):
         values[section] = _without_files(values[section], section)
     try:
         return Settings.model_validate(values, context={"folder": folder})
     except ValidationError as error:
-        found = "; ".join(map(str, faults(error, Settings, values, "this file")))
-        text = found.replace("a mapping, key: value", "a table").replace("a mapping", "a table")
-        raise SettingsError(f"wrong setting: {text}") from error
+        found = faults(error, Settings, values, "this file")
+        raise SettingsError(_wrong(found, variables, file)) from error
+
+
+def _wrong(
+    found: Iterable[Fault], variables: Mapping[tuple[object, ...], str], file: Path | None
+) -> str:
+    """Return what is wrong, and in which variable or file it is."""
+    places: dict[str, list[str]] = {}
+    for fault in found:
+        place = variables.get(fault.path[:2]) or file
+        text = str(fault).replace("a mapping, key: value", "a table")
+        where = f"wrong setting in {place}" if place else "wrong setting"
+        places.setdefault(where, []).append(text.replace("a mapping", "a table"))
+    return "; ".join(f"{where}: {'; '.join(texts)}" for where, texts in places.items())
 
 
 class _NoFileError(SettingsError):

@@ -84,6 +84,48 @@ def test_a_check_finds_what_a_start_rejects() -> None:
         load({"SEQUENCERD_HTTP_LISTEN": "http://127.0.0.1:9187"})
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("email", {"url": "mail.example.com"}, "the SMTP URL must be"),
+        ("email", {"hello_name": "mail"}, "hello_name is 'mail'"),
+        ("email", {"attachments_from": [""]}, "attachments_from: '' is not a host"),
+        (
+            "email",
+            {
+                "url": "smtp://a@localhost",
+                "oauth": {"token_url": "https://h:0", "client_id": "a", "client_secret": "b"},
+            },
+            "the port of oauth.token_url is 0",
+        ),
+        ("sms", {"account_sid": "a", "auth_token": "b", "base_url": "x"}, "base_url must begin"),
+        ("sms", {"provider": "http", "url": "https://h:0", "body": "{}"}, "the port of url is 0"),
+        ("runners.Score", {"url": "https://h", "secret": "*"}, "the secret is not whsec_"),
+    ],
+)
+def test_a_check_names_the_section_and_the_key(
+    section: str, values: dict[str, object], words: str
+) -> None:
+    first, _, name = section.partition(".")
+    settings = Settings.model_validate({first: {name: values} if name else values})
+    with pytest.raises(SettingsError, match=f"^wrong setting: {section}: {words}"):
+        check_settings(settings)
+
+
+def test_an_error_says_whether_it_is_in_the_file_or_in_a_variable(tmp_path: Path) -> None:
+    file = tmp_path / "sequencerd.toml"
+    file.write_text("[engine]\nlease = 0\nbatch = 0\n[log]\nlevl = 'info'\n")
+    with pytest.raises(SettingsError) as wrong:
+        load({"SEQUENCERD_ENGINE_BATCH": "many", "SEQUENCERD_DATABASE_CONNECTIONS": "1"}, file)
+    assert str(wrong.value) == (
+        "wrong setting in SEQUENCERD_DATABASE_CONNECTIONS: "
+        "database.connections: must be 2 or more; "
+        "wrong setting in SEQUENCERD_ENGINE_BATCH: engine.batch: must be a whole number; "
+        f"wrong setting in {file}: engine.lease: must be 1 or more; "
+        "log.levl: log has no key 'levl'; did you mean 'level'?"
+    )
+
+
 def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
     secret = tmp_path / "token"
     secret.write_text("top-secret\n")
@@ -99,8 +141,16 @@ def test_a_secret_can_be_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
         ("SEQUENCERD_SMPT_URL", "x", "did you mean SEQUENCERD_SMTP_URL"),
         ("SEQUENCERD_RUNNERS_CRM_URL", "x", r"write \[runners\] in the settings file$"),
         ("SEQUENCERD_EMAIL_OAUTH_SCOPE", "x", r"write \[email\.oauth\] in the settings file$"),
-        ("SEQUENCERD_ENGINE_BATCH", "many", "engine.batch: must be a whole number$"),
-        ("SEQUENCERD_ENGINE_LEASE", "0", "engine.lease: must be 1 or more$"),
+        (
+            "SEQUENCERD_ENGINE_BATCH",
+            "many",
+            "BATCH: engine.batch: must be a whole number$",
+        ),
+        (
+            "SEQUENCERD_ENGINE_LEASE",
+            "0",
+            "LEASE: engine.lease: must be 1 or more$",
+        ),
         ("SEQUENCERD_LOG_LEVEL", "loud", "log.level: .*'debug'"),
         ("SEQUENCERD_SMS_AUTH_TOKEN_FILE", "/nowhere/token", "No such file"),
     ],

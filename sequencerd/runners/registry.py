@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -51,12 +52,14 @@ def make_runners(
     alone.
     """
     try:
-        runners: dict[str, Runner] = {
-            EMAIL.name: make_email_runner(
-                settings.email, suppressions, links=make_links(settings), take=take
-            ),
-            SMS.name: _sms_runner(settings.sms, suppressions, make_links(settings), take),
-        }
+        links = make_links(settings)
+        runners: dict[str, Runner] = {}
+        with _section("email"):
+            runners[EMAIL.name] = make_email_runner(
+                settings.email, suppressions, links=links, take=take
+            )
+        with _section("sms"):
+            runners[SMS.name] = _sms_runner(settings.sms, suppressions, links, take)
         installed = load()
         _check_names(installed, "the Python runner {}")
         _check_names(settings.runners, "[runners.{}]")
@@ -78,10 +81,17 @@ def make_runners(
 
 def make_endpoint(section: str, settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
     """Return the destination for calls of a runner or a lookup. Raises SettingsError."""
-    try:
+    with _section(section):
         return _endpoint(settings)
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Name the section of the settings in which something is wrong. Raises SettingsError."""
+    try:
+        yield
     except ValueError as error:
-        raise SettingsError(f"wrong setting: {section}: {error}") from error
+        raise SettingsError(f"wrong setting: {name}: {error}") from error
 
 
 def _endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -83,7 +84,7 @@ async def connect(shard: Shard, *, seconds: float | None = None) -> asyncpg.Conn
             statement_cache_size=0,  # the URL may be that of a pooler
         )
     except (OSError, asyncpg.PostgresError, TimeoutError) as error:
-        raise DatabaseError(f"cannot connect to the database: {explain(error)}") from error
+        raise DatabaseError(f"cannot connect to the database: {explain(error, shard)}") from error
     except (ValueError, asyncpg.InterfaceError) as error:
         reason = str(error).partition("\n")[0]
         raise SettingsError(f"wrong setting of the database: {reason}") from error
@@ -133,8 +134,11 @@ def _write_time(at: datetime) -> tuple[int]:
     return ((at - _POSTGRES_EPOCH) // timedelta(microseconds=1),)
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, shard: Shard) -> str:
     """Return why a connection could not be made."""
+    if isinstance(error, socket.gaierror):
+        hosts = conninfo.arguments(shard.url, name="", timeout=0)["host"]
+        return f"{', '.join(hosts)}: {error.strerror}"
     if isinstance(error, asyncpg.PostgresError):
         return "; ".join(filter(None, (with_hint(error), advice_on_pooler(error))))
     return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"

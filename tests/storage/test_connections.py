@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -30,6 +31,13 @@ async def test_a_transaction_that_was_left_open_is_rolled_back(
         assert not connection.is_in_transaction()
         assert await connection.fetchval("SHOW work_mem") != "1234kB"
     await pool.close()
+
+
+def test_a_name_that_cannot_be_resolved_is_reported() -> None:
+    error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    for url in ("postgresql://db1,db2/app", "host=db1,db2 dbname=app"):
+        explained = connections.explain(error, shard(url))
+        assert explained == "db1, db2: Name or service not known"
 
 
 async def test_times_are_written_as_they_were_read(database: str) -> None:

@@ -161,8 +161,8 @@ def parse_source(pattern: str) -> UrlPattern:
     found = _SOURCE.fullmatch(pattern)
     if not found or (found[3] and not 0 < int(found[3]) < 65536):
         raise ValueError(
-            f"{pattern!r} is not a host, or a URL with wildcards: write files.example.com, "
-            "https://*.example.com, or https://files.example.com/public/*"
+            f"attachments_from: {pattern!r} is not a host, or a URL with wildcards: write "
+            "files.example.com, https://*.example.com, or https://files.example.com/public/*"
         )
     scheme, host, port, path = found.groups()
     scheme = scheme or "https"

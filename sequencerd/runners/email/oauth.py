@@ -107,7 +107,7 @@ class TokenEndpoint:
 
     def __init__(self, client: OAuthClient) -> None:
         self._client = client
-        self._url = check_url(client.token_url)
+        self._url = check_url(client.token_url, "oauth.token_url")
         self._refresh_token = client.refresh_token
         self._web = HttpClient(timeout=TIMEOUT, connections=1, allow_private=True)
 

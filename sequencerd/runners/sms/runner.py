@@ -249,7 +249,8 @@ class TwilioRunner(_SmsRunner):
         self._status_callback = status_callback
         self._auth = (account_sid, auth_token)
         account = quote(account_sid, safe="")
-        self._url = f"{check_url(base_url).rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
+        base = check_url(base_url, "base_url").rstrip("/")
+        self._url = f"{base}/2010-04-01/Accounts/{account}/Messages.json"
 
     async def _post(self, values: Mapping[str, str], _task: Task, /) -> Result:
         form = {
@@ -337,7 +338,7 @@ class HttpSmsRunner(_SmsRunner):
         **options: Unpack[SmsOptions],
     ) -> None:
         super().__init__(allow_private=allow_private, **options)
-        self._url = check_url(url)
+        self._url = check_url(url, "url")
         self._body = compile_field("body", body)
         self._headers = {"Content-Type": "application/json", **check_headers(headers or {})}
 
