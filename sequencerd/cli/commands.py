@@ -156,6 +156,9 @@ async def _explained(
             return DatabaseError(f"{with_hint(error)}; {await _advice(arguments, shard)}")
         case asyncpg.ReadOnlySQLTransactionError():
             return DatabaseError(READ_ONLY)
+        case asyncpg.QueryCanceledError():
+            advice = "if statement_timeout is set for this user or database, set it to 0"
+            return DatabaseError(f"{error.args[0]}; {advice}")
         case asyncpg.PostgresError():
             return DatabaseError(f"the database rejected the command: {with_hint(error)}")
         case TimeoutError() | asyncpg.InterfaceError(__context__=TimeoutError()):

@@ -277,10 +277,11 @@ async def set_status_command(
     for name in names:
         ours = [row for _, row in rows if row["name"] == name]
         already = " already" if all(row["before"] == change.status for row in ours) else ""
-        count = bulk.count(sum(row["active"] for row in ours))
+        active = sum(row["active"] for row in ours)
+        effect = change.effect.format(s="s" if active == 1 else "")
         where = f" in {', '.join(str(shard.name) for shard in answers.found)}"
         say(
-            f"{name} is {change.status}{already}{where if answers.missing else ''}: {count} "
-            f"{change.effect}"
+            f"{name} is {change.status}{already}{where if answers.missing else ''}: "
+            f"{bulk.count(active)} {effect}"
         )
     return report_missing(answers, refusals=True)

@@ -121,6 +121,9 @@ async def run_check(about: str, check: DiagnosisCheck, connection: asyncpg.Conne
         if await connection.fetchval(QUERIES["has_role"], "sequencer_daemon"):
             advice = "run `sequencerd grants --apply` as an administrator"
         return Diagnosis(about, f"cannot be checked: {with_hint(error)}", "error", advice)
+    except asyncpg.QueryCanceledError as error:
+        advice = "if statement_timeout is set for this user or database, set it to 0"
+        return Diagnosis(about, f"cannot be checked: {error.args[0]}", "error", advice)
     except (SequencerdError, *TRANSIENT_ERRORS, ValueError) as error:
         text = with_hint(error) if isinstance(error, asyncpg.PostgresError) else str(error)
         seen = f"cannot be checked: {text or type(error).__name__}"
@@ -351,6 +354,18 @@ async def _history(connection: asyncpg.Connection) -> Diagnosis:
 # --- the work
 
 
+async def _ids(connection: asyncpg.Connection) -> Diagnosis:
+    rows = await connection.fetch(QUERIES["number_generators"])
+    if behind := [row for row in rows if row["is_behind"]]:
+        named = _some(f"{row['generator']} is behind {row['highest']}" for row in behind)
+        repairs = (f"SELECT setval('{row['generator']}', {row['highest']});" for row in behind)
+        seen = f"the next ones are in use: {named}"
+        return Diagnosis("ids", seen, "error", f"as the schema's owner: {' '.join(repairs)}")
+    if all(row["is_behind"] is None for row in rows):
+        return Diagnosis("ids", "only the schema's owner can see whether the next ones are free")
+    return Diagnosis("ids", "the next ones are free")
+
+
 async def _daemons(connection: asyncpg.Connection) -> Diagnosis:
     count = await connection.fetchval(QUERIES["count_daemons"])
     if not count:
@@ -490,6 +505,7 @@ CHECKS: dict[str, DiagnosisCheck] = {
     "vacuum": _vacuum,
     "old transactions": _old_transactions,
     "history": _history,
+    "ids": _ids,
     "daemons": _daemons,
     "problems": _problems,
     "brakes": _brakes,

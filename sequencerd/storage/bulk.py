@@ -257,16 +257,16 @@ async def _run(
 
 
 class StatusChange(NamedTuple):
-    """A status of sequences, and its meaning for their enrollments."""
+    """A status of sequences, and its meaning for their enrollments; `{s}` ends the verb of one."""
 
     status: str
     effect: str
 
 
 SEQUENCE_STATUSES = {
-    "pause": StatusChange("paused", "wait; nothing is executed, time continues to pass"),
-    "resume": StatusChange("active", "continue"),
-    "archive": StatusChange("archived", "continue; no new enrollments"),
+    "pause": StatusChange("paused", "wait{s}; nothing is executed, time continues to pass"),
+    "resume": StatusChange("active", "continue{s}"),
+    "archive": StatusChange("archived", "continue{s}; no new enrollments"),
 }
 
 

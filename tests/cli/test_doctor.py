@@ -48,7 +48,7 @@ async def test_doctor_finds_no_problem(database: str, connection: asyncpg.Connec
         found = await examine(database)
     wrong = {about: f.seen for about, f in found.items() if f.level != "ok"}
     assert wrong == {"roles": "this user is a superuser"}
-    assert len(found) == 20
+    assert len(found) == 21
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,13 @@ async def test_doctor_finds_no_problem(database: str, connection: asyncpg.Connec
             VALUES (1, '2001-01-01Z', 's', 'a', 1, 'next')""",
         ),
         (
+            "ids",
+            "error",
+            "enrollments_id_seq is behind 1, sequencer.revision_numbers is behind ",
+            """ALTER SEQUENCE sequencer.enrollments_id_seq RESTART;
+            ALTER SEQUENCE sequencer.revision_numbers RESTART""",
+        ),
+        (
             "steps",
             "error",
             "s/a: it is wrong",
@@ -176,6 +183,7 @@ async def test_checks_without_problems_are_described(
         ("holidays", "none used"),
         ("history", "has its partition for this month"),
         ("brakes", "none has paused a sequence"),
+        ("ids", "the next ones are free"),
     ):
         assert (found[about].level, found[about].seen) == ("ok", words)
 
@@ -199,6 +207,35 @@ async def test_a_user_with_too_few_privileges(
     assert found["roles"].level == "warning"
     assert "this user lacks DELETE, INSERT" in found["roles"].seen
     assert "GRANT sequencer_daemon" in found["roles"].advice
+
+
+async def test_ids_that_would_be_generated_again_are_repaired_by_the_advice(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """As after a logical replication, which copies no sequence of PostgreSQL."""
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    await enroll(connection, "s", "ada")
+    await connection.execute("ALTER SEQUENCE sequencer.enrollments_id_seq RESTART")
+    found = (await examine(database))["ids"]
+    _, _, repair = found.advice.partition(": ")
+    await connection.execute(repair)
+    assert (await examine(database))["ids"].seen == "the next ones are free"
+    await enroll(connection, "s", "bob")
+    daemon = await make_login(connection, database, "login_daemon", "daemon")
+    assert "only the schema's owner" in (await examine(daemon))["ids"].seen
+
+
+async def test_a_statement_timeout_that_is_too_short_is_named(
+    database: str, connection: asyncpg.Connection, sequencerd: Command
+) -> None:
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE sequencer.migrations, sequencer.enrollments")
+        limited = f"{database}&options=-c%20statement_timeout=500"
+        found = (await examine(limited))["schema"]
+        sequencerd("--database", limited, "status", code=1)
+    advice = "if statement_timeout is set for this user or database, set it to 0"
+    assert found.advice == advice
+    assert sequencerd.errors.endswith(f"statement timeout; {advice}\n")
 
 
 async def test_an_unreachable_database() -> None:

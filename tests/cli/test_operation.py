@@ -263,7 +263,7 @@ async def test_sequences_are_paused_and_resumed(
 ) -> None:
     await enroll(defined, "s", "ada")
     paused = sequencerd("pause", "s", "t", "--reason", "wrong\ntext")
-    assert "s is paused: 1 enrollment wait" in paused
+    assert "s is paused: 1 enrollment waits; nothing" in paused
     latest = json.loads(sequencerd("history", "s", "--json"))[0]
     assert latest["reason"].endswith(": wrong text")
     assert f"by {latest['by']} ({latest['reason']})\n" in sequencerd("history", "s")

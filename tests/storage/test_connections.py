@@ -101,7 +101,7 @@ def test_the_reason_of_a_failed_connection_is_a_line() -> None:
     error = asyncpg.PostgresError("no more connections")
     error.detail, error.hint = "others hold them", "Close some."
     assert "\n" in str(error)
-    assert connections.explain(error) == "no more connections; Close some."
+    assert connections.explain(error, shard("")) == "no more connections; Close some."
 
 
 async def test_the_server_ends_what_was_abandoned_while_it_waits_for_a_lock(
@@ -141,7 +141,7 @@ async def test_a_pool_in_session_mode_needs_a_setting(
     ):
         await connections.connect_pool(shard(through), 1)
     setting = "ignore_startup_parameters = sequencer.notify"
-    assert f"in session mode, set {setting}" in connections.explain(refused.value)
+    assert f"in session mode, set {setting}" in connections.explain(refused.value, shard(through))
     enough = f"{setting}\ndefault_pool_size = 12"
     await define(connection, "s", ("a", "GoTo", "{}", None))
     with pgbouncer(database, tmp_path, mode="session", settings=enough) as through:

@@ -131,6 +131,21 @@ SELECT runner, per_second FROM sequencer.rates
 SELECT sequence, name AS step, problem FROM sequencer.steps
  WHERE problem IS NOT NULL ORDER BY sequence, position;
 
+-- name: number_generators
+-- Read the generators of ids and revisions, and which of them, as far as this user may read them, would generate
+-- a number that is in use. Logical replication does not copy them.
+WITH used (generator, highest) AS (
+    SELECT 'sequencer.enrollments_id_seq'::regclass, (SELECT max(id) FROM sequencer.enrollments)
+    UNION ALL
+    SELECT to_regclass('sequencer.revision_numbers'),
+           (SELECT max(revision) FROM (SELECT revision FROM sequencer.sequences UNION ALL
+                                       SELECT revision FROM sequencer.revisions) AS r)
+)
+SELECT generator::text, highest,
+       CASE WHEN has_sequence_privilege(generator, 'SELECT')
+            THEN coalesce(pg_sequence_last_value(generator), 0) < coalesce(highest, 0) END AS is_behind
+  FROM used WHERE generator IS NOT NULL;
+
 -- name: partition_facts
 -- Check whether the history has a partition for this month, and rows outside of all partitions.
 SELECT to_regclass(format('sequencer.events_%s', to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')))
