@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import Section, Settings
+from sequencerd.storage.embedded import PostgresPrograms
+from tests.helpers.clusters import stoppable
 from tests.helpers.command_line import Command
-from tests.helpers.databases import make_login
+from tests.helpers.databases import execute, make_login, with_login
 from tests.helpers.engines import define, enroll, until
 from tests.sql.test_roles import daemon
 from tests.test_readme import REPOSITORY, blocks, environment, home, run
@@ -45,6 +48,8 @@ async def test_a_day_of_an_operator(
     )
     (tmp_path / "onboarding.yaml").write_text(sequencerd("export", "onboarding"))
     for language, text in blocks(REPOSITORY / "docs/operating.md"):
+        if text.startswith(("pg_", "CREATE ROLE")):
+            continue  # has a test of its own
         assert language == "sh"
         for line in text.splitlines():
             command, *arguments = shlex.split(line)[1:]
@@ -64,6 +69,36 @@ async def test_a_day_of_an_operator(
     assert {row["action"] for row in history} >= {"resumed", "moved", "cancelled"}
     statuses = await connection.fetch("SELECT document->>'status' FROM sequencer.revisions")
     assert {row[0] for row in statuses} == {"active", "paused", "archived"}
+
+
+@pytest.mark.slow
+async def test_a_backup_is_restored_on_a_server_without_roles(
+    sequencerd: Command, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    await define(connection, "onboarding", ("hello", "GoTo", "{}", None))
+    await enroll(connection, "onboarding", "user-42")
+    found = blocks(REPOSITORY / "docs/operating.md")
+    dump, roles, restore = (text for _, text in found if text.startswith(("pg_", "CREATE ROLE")))
+    programs = PostgresPrograms.find()
+
+    def shell(line: str) -> None:
+        path = f"{programs.bin}:{sequencerd.variables['PATH']}"
+        variables = {**sequencerd.variables, "PATH": path}
+        subprocess.run(["bash", "-euc", line], env=variables, cwd=tmp_path, check=True)
+
+    shell(dump)
+    with stoppable(programs) as new:
+        await execute(new.url, roles)
+        sequencerd.variables["SEQUENCERD_DATABASE"] = new.url
+        for line in restore.splitlines():
+            if line.startswith("pg_"):
+                shell(line)
+            else:
+                sequencerd(*shlex.split(line)[1:])
+        assert "user-42" in sequencerd("list")
+        await execute(new.url, "CREATE ROLE restorer LOGIN IN ROLE sequencer_daemon")
+        found_by_daemon = sequencerd("--database", with_login(new.url, "restorer"), "doctor")
+        assert "this user has the privileges of a daemon" in found_by_daemon
 
 
 @pytest.mark.parametrize("page", ["reliability", "scaling", "shards", "citus", "security"])
