@@ -40,7 +40,7 @@ from tests.service.test_http_server import free_port
 from tests.sql.test_roles import make_logins
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser
+    from playwright.async_api import Browser, Page
 
 DAY = '{"amount": 1, "unit": "day"}'
 
@@ -199,6 +199,36 @@ def routes(method: str) -> list[Route]:
     return [route for route in found if method in (route.methods or ())]
 
 
+@asynccontextmanager
+async def window(
+    browser: Browser, client: httpx.AsyncClient, **options: Any
+) -> AsyncIterator[Page]:
+    """A window on a console. What the page complains of fails the test.
+
+    Windows without options share a context, without cookies of a test before: pages of one context
+    share a process, which has compiled their scripts.
+    """
+    context = await browser.new_context(**USUAL | options) if options else browser.contexts[0]
+    page = await context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    base, goto = str(client.base_url).removesuffix("/console/"), page.goto
+    vars(page)["goto"] = lambda path: goto(f"{base}{path}")  # a context has one base alone
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if is_complaint(said.text) else None)
+    try:
+        yield page
+    finally:
+        await page.close()
+        await (context.close() if options else context.clear_cookies())
+    assert wrong == []
+
+
+def is_complaint(text: str) -> bool:
+    """Return whether a message is a complaint; some tests make the server unreachable."""
+    return "Content Security Policy" in text or ("Error:" in text and "Failed to fetch" not in text)
+
+
 class Line:
     """A way to the database that can be cut."""
 
@@ -306,6 +336,19 @@ async def waiting_and_failing(connection: asyncpg.Connection) -> tuple[int, int]
         " VALUES ('s', 'bob', '{\"email\": \"bob@example.com\"}', 'note') RETURNING id"
     )
     return waiting, failing
+
+
+@fixture
+async def writable(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> AsyncIterator[Page]:
+    """A window on a console that can make changes, with two enrollments."""
+    await waiting_and_failing(connection)
+    async with (
+        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        yield page
 
 
 FAILED = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE status = 'failed'"

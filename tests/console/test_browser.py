@@ -9,11 +9,9 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlencode
 
 import asyncpg
@@ -31,13 +29,13 @@ from tests.console.conftest import (
     BEGUN,
     DAY,
     FAILED,
-    USUAL,
     Fixable,
     Line,
     console,
     routes,
     token,
     waiting_and_failing,
+    window,
 )
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.engines import Recorder, define, enroll, until
@@ -56,36 +54,6 @@ LAYOUT = (Path(__file__).parent / "layout.js").read_text()
 @pytest.fixture(autouse=True)
 def _in_short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "POLL_INTERVAL", 0.1)
-
-
-@asynccontextmanager
-async def window(
-    browser: Browser, client: httpx.AsyncClient, **options: Any
-) -> AsyncIterator[Page]:
-    """A window on a console. What the page complains of fails the test.
-
-    Windows without options share a context, without cookies of a test before: pages of one context
-    share a process, which has compiled their scripts.
-    """
-    context = await browser.new_context(**USUAL | options) if options else browser.contexts[0]
-    page = await context.new_page()
-    page.set_default_timeout(PATIENCE * 1000)
-    base, goto = str(client.base_url).removesuffix("/console/"), page.goto
-    vars(page)["goto"] = lambda path: goto(f"{base}{path}")  # a context has one base alone
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda said: wrong.append(said.text) if is_complaint(said.text) else None)
-    try:
-        yield page
-    finally:
-        await page.close()
-        await (context.close() if options else context.clear_cookies())
-    assert wrong == []
-
-
-def is_complaint(text: str) -> bool:
-    """Return whether a message is a complaint; some tests make the server unreachable."""
-    return "Content Security Policy" in text or ("Error:" in text and "Failed to fetch" not in text)
 
 
 RUN_AXE = """async () => {

@@ -15,9 +15,9 @@ from sequencerd.console.auth import ROLES
 from sequencerd.console.shards import make_console_of_shards
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.settings import ConsoleSettings, Role
-from tests.console.conftest import counted, token
+from tests.console.conftest import counted, token, window
 from tests.console.test_access import HASH, log_in
-from tests.console.test_browser import NO_PAGES, SCHEMES, check_accessible, shows, window
+from tests.console.test_browser import NO_PAGES, SCHEMES, check_accessible, shows
 from tests.console.test_roles import NEEDED
 from tests.console.test_shards import console
 from tests.helpers.command_line import Command

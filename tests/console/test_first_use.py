@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tests.console.conftest import DAY, FAILED, Fixable, console, waiting_and_failing
+from tests.console.conftest import DAY, FAILED, Fixable, console, waiting_and_failing, window
 from tests.console.test_browser import (
     LAYOUT,
     check_accessible,
     check_page,
     shows,
     text_of,
-    window,
 )
 from tests.helpers.engines import define, enroll, until
 
@@ -126,22 +125,17 @@ async def test_a_search_is_announced_by_one_sentence(
 
 
 async def test_a_waiting_enrollment_is_reevaluated(
-    database: str, connection: asyncpg.Connection, browser: Browser
+    connection: asyncpg.Connection, writable: Page
 ) -> None:
-    await waiting_and_failing(connection)
-    async with (
-        console(database, {"Note": Fixable()}, write=True, is_served=True) as client,
-        window(browser, client) as page,
-    ):
-        await until(connection, FAILED)
-        await page.goto("/console/enrollments/1")
-        await page.get_by_role("button", name="Reevaluate").click()
-        await page.get_by_label("Reason").fill("the CRM has changed")
-        await page.get_by_role("button", name="Reevaluate 1 enrollment").click()
-        await shows(page, ".done", "Reevaluated 1 enrollment.")
-        await _has_buttons(page, "Move…", "Cancel…", "Reevaluate…")
-        await page.goto("/console/enrollments/2")
-        await _has_buttons(page, "Retry…", "Skip the step…", "Move…", "Cancel…")
+    await until(connection, FAILED)
+    await writable.goto("/console/enrollments/1")
+    await writable.get_by_role("button", name="Reevaluate").click()
+    await writable.get_by_label("Reason").fill("the CRM has changed")
+    await writable.get_by_role("button", name="Reevaluate 1 enrollment").click()
+    await shows(writable, ".done", "Reevaluated 1 enrollment.")
+    await _has_buttons(writable, "Move…", "Cancel…", "Reevaluate…")
+    await writable.goto("/console/enrollments/2")
+    await _has_buttons(writable, "Retry…", "Skip the step…", "Move…", "Cancel…")
 
 
 async def _has_buttons(page: Page, *names: str) -> None:

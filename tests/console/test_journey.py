@@ -16,7 +16,7 @@ from sequencerd.definitions import plan
 from sequencerd.definitions.files import read_file
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
-from tests.console.conftest import console
+from tests.console.conftest import console, window
 from tests.console.test_browser import (
     MANY,
     REPOSITORY,
@@ -25,7 +25,6 @@ from tests.console.test_browser import (
     _in_short_intervals,
     check_page,
     shows,
-    window,
 )
 from tests.console.test_panel import arms
 from tests.helpers.engines import Recorder, until

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from sequencerd.runners.email.runner import EmailRunner
-from tests.console.conftest import BEGUN, DAY, Fixable, console, waiting_and_failing
-from tests.console.test_browser import check_accessible, shows, window
+from tests.console.conftest import BEGUN, DAY, Fixable, console, waiting_and_failing, window
+from tests.console.test_browser import check_accessible, shows
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.servers import HOST
 
