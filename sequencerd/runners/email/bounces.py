@@ -28,8 +28,11 @@ MAX_MARKS = 100  # each takes a query, and a bounce has one or two
 _MARK = re.compile(
     r"(?<![0-9.])(\d{1,18})\.(\d{1,9})\.([0-9a-f]{16})[0-9a-f]{16}(?![0-9a-f])", re.IGNORECASE
 )
+_APART = (
+    r"\s<>\"(),:;\[\]（）＜＞「」『』【】《》〈〉：；，、。"  # beside addresses, also in Chinese
+)
 _ADDRESS = re.compile(  # of a long text, each character is read a few times
-    r"(?:\"(?:[^\"\\\n]|\\.){1,64}\"|(?<![^\s<>\"(),:;\[\]])[^\s<>\"(),:;\[\]]+)@[^\s<>\"(),:;\[\]]+"
+    rf"(?:\"(?:[^\"\\\n]|\\.){{1,64}}\"|(?<![^{_APART}])[^{_APART}]+)@[^{_APART}]+"
 )
 _ESCAPED = re.compile(r"\\x\{([0-9A-Fa-f]{2,5})\}")
 _COMPLAINTS = frozenset({"abuse", "fraud", "opt-out"})

@@ -429,6 +429,22 @@ Hello
 --b--
 """
 
+CHINESE = """\
+From: PostMaster@mail.example.org
+Subject: =?utf-8?b?6YCA5L+h?=
+Content-Type: text/plain; charset=gb18030
+Content-Transfer-Encoding: base64
+
+{text}
+
+Message-ID: <7.1.f66a91ef9a4ab3d4e5b9b2dfbb4b3ae1@sequencerd.example.com>
+""".format(
+    text=base64.encodebytes(
+        "收件人（ada@example.org）的地址不存在，邮件无法送达。\n"
+        "对方服务器返回：550 5.1.1 User unknown\n".encode("gb18030")
+    ).decode()
+)
+
 
 @pytest.mark.parametrize(
     "text",
@@ -436,6 +452,7 @@ Hello
         SENDMAIL,
         EXCHANGE,
         HTML,
+        CHINESE,
         QMAIL.replace("(#5.1.1)", "(#5.1.1 - chkuser)"),
         EXIM.replace("550 5.1.1", "550 #5.1.1"),
     ],
