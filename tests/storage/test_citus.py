@@ -17,6 +17,7 @@ import pytest
 from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
 from sequencerd.storage import bulk, connections, rates
 from sequencerd.storage.connections import Shard
+from sequencerd.storage.statements import QUERIES
 from tests.console.conftest import page_with
 from tests.console.test_changes_of_shards import ENTRY, confirm, edited, post
 from tests.console.test_shards import console
@@ -25,6 +26,7 @@ from tests.helpers.command_line import Command
 from tests.helpers.databases import execute, with_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 from tests.helpers.waiting import PATIENCE, eventually
+from tests.storage.test_explain import HOT
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +41,10 @@ steps:
 
 
 CRASHED = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+
+
+UNUSED = {"write_unchanged", "write_alike_unchanged"}
+"""Statements for rows that are known to be unchanged, which Citus does not tell."""
 
 
 class Citus(NamedTuple):
@@ -181,6 +187,14 @@ async def test_enrollments_go_through_their_steps(
         ids[0],
     )
     assert message == "by postgres: it's over"
+
+
+async def test_hot_statements_are_executed(connection: asyncpg.Connection) -> None:
+    """Citus cannot execute all that PostgreSQL can; a claim that fails is repeated in parts."""
+    await define(connection, "s", ("a", "GoTo", "{}", None))
+    for name in HOT.keys() - UNUSED:
+        await connection.execute(f"PREPARE hot_{name} AS {QUERIES[name]}")
+        await connection.execute(f"EXECUTE hot_{name} {f'({HOT[name]})' if HOT[name] else ''}")
 
 
 async def test_changed_definitions_are_polled_and_waiting_enrollments_follow(
