@@ -243,8 +243,8 @@ class HttpClient:
                 place += f" through the proxy {_place(proxy)}"
             async with asyncio.timeout(self._timeout):
                 targets = await self._targets(named, is_proxied=proxy is not None)
-                briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
                 for target, following in pairwise(targets):
+                    briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
                     try:
                         answer = await self._send(target, proxy, briefly, max_answer)
                         break
