@@ -12,6 +12,7 @@ from itsdangerous import BadData, URLSafeSerializer
 from sequencerd.core.javascript.templates import NO_PARTIALS, Template, surely_read
 from sequencerd.core.languages import read_locale
 from sequencerd.core.model import DefinitionError, Fault, View
+from sequencerd.runners.email.mime import with_ascii_host
 from sequencerd.runners.fields import Translations
 from sequencerd.runners.suppression_check import EVERYTHING
 
@@ -37,7 +38,7 @@ class UnsubscribeLinks:
     """Makes links and reads them. The first key signs; all keys verify."""
 
     def __init__(self, url: str, keys: Iterable[str]) -> None:
-        self._url = url.rstrip("/")
+        self._url = with_ascii_host(url).rstrip("/")
         self._tokens = URLSafeSerializer(
             [*keys][::-1],
             salt="sequencerd unsubscribe",

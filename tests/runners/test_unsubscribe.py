@@ -155,6 +155,11 @@ def test_an_sms_has_a_link_for_its_number() -> None:
     assert LINKS.read(link) == Subscription("sms", "+49151123456", "news")
 
 
+def test_the_host_of_a_link_is_in_ascii() -> None:
+    link = UnsubscribeLinks("https://bücher.de/post", [NEW]).link(Subscription("email", "a@x.org"))
+    assert link.startswith("https://xn--bcher-kva.de/post/unsubscribe/")
+
+
 def test_without_the_setting_a_link_would_be_empty() -> None:
     with pytest.raises(DefinitionError, match="html: unsubscribe_url would be empty"):
         EmailRunner("smtp://localhost").compile(MAIL)

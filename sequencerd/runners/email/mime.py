@@ -10,6 +10,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.header import Header
@@ -129,6 +130,20 @@ def parse_address(field: str, text: str) -> str:
     if not at or long or not all(_LABEL.fullmatch(label) for label in domain.split(".")):
         raise bad
     return f"{quoted(local)}@{domain}"
+
+
+_HOST = re.compile(r"(https?://)([^/?#:@\s]+)", re.IGNORECASE)
+
+
+def with_ascii_host(url: str) -> str:
+    """Return a URL with its host in ASCII, which the percent-encoding of a URL would spoil."""
+    found = _HOST.match(url)
+    if found is None or found[2].isascii():
+        return url
+    with suppress(ValueError):
+        host = idna.encode(found[2], uts46=True).decode("ascii")
+        return f"{found[1]}{host}{url[found.end() :]}"
+    return url
 
 
 def unquoted(local: str) -> str:

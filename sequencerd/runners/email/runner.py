@@ -411,7 +411,7 @@ def _more_headers(program: EmailProgram, view: Mapping[str, Any]) -> list[str]:
     if template is not None and not any(n.lower() == "list-unsubscribe" for n in values):
         value = _header_value("listUnsubscribe", template, view)
         if value and not value.startswith("<"):  # otherwise it is written as in the header
-            value = f"<{quote(value, safe=_URL)}>"
+            value = f"<{quote(mime.with_ascii_host(value), safe=_URL)}>"
         values["List-Unsubscribe"] = value
         if "<https:" in value.lower():
             values = {n: v for n, v in values.items() if n.lower() != "list-unsubscribe-post"}

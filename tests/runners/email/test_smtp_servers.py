@@ -548,6 +548,7 @@ def headers(content: bytes, name: str) -> list[str]:
     [
         ({"listUnsubscribe": "https://x.org/u?a=?b?="}, "<https://x.org/u?a=?b?=>"),
         ({"listUnsubscribe": "https://x.org/ü"}, "<https://x.org/%C3%BC>"),
+        ({"listUnsubscribe": "https://Bücher.de:80/ü"}, "<https://xn--bcher-kva.de:80/%C3%BC>"),
         (
             {"listUnsubscribe": "<mailto:a@x.org?subject=ü>, <https://x.org/{{subject}}>"},
             "<mailto:a@x.org?subject=%C3%BC>, <https://x.org/user-7>",
