@@ -62,7 +62,7 @@ from sequencerd.console.query import (
     WrongQueryError,
     as_sentence,
 )
-from sequencerd.console.summary import MAX_CAUSES, Counts
+from sequencerd.console.summary import MAX_CAUSES, MAX_PROBLEMS, Counts
 from sequencerd.console.tables import Column, Table, as_csv, as_json, at, at_shard
 from sequencerd.console.views import EnrollmentHistory
 from sequencerd.core.model import NEXT, Sequence
@@ -126,6 +126,7 @@ async def overview(request: Request) -> Response:
         overview=every and every.part(query.number("first", 0)),
         coming=views.coming(counts, Query({})) if counts else None,
         problems=_problems(counts, context.mask),
+        most_problems=MAX_PROBLEMS,
     )
 
 
@@ -156,6 +157,7 @@ async def health(request: Request) -> Response:
         counts,
         health=views.health(counts, query_of(request), context.mask) if counts else None,
         problems=_problems(counts, context.mask),
+        most_problems=MAX_PROBLEMS,
     )
 
 

@@ -14,6 +14,9 @@ from sequencerd.core.model import printable
 MAX_PROBLEMS = 1000
 """The greatest number of problems that are written, for the sake of operators, who read them."""
 
+OF_ENROLLMENT = "quarantined"
+"""The kind of the problem of a single enrollment."""
+
 
 class Problem(NamedTuple):
     """A row of sequencer.problems. `about` is an enrollment's id, or a runner's name."""
@@ -60,5 +63,8 @@ class Problems:
             self.changed.set()
 
     def rows(self) -> list[Problem]:
-        """Return the rows to write: the oldest problems."""
-        return sorted(self._present.values(), key=lambda problem: problem.since)[:MAX_PROBLEMS]
+        """Return the rows to write: the oldest problems, those of single enrollments last."""
+        found = sorted(
+            self._present.values(), key=lambda one: (one.kind == OF_ENROLLMENT, one.since)
+        )
+        return found[:MAX_PROBLEMS]

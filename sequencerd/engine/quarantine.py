@@ -21,7 +21,7 @@ from sequencerd.core.model import Result, StepKey
 from sequencerd.core.retry import doubled
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
-from sequencerd.engine.problems import Problems
+from sequencerd.engine.problems import OF_ENROLLMENT, Problems
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error, is_environment
 
 FIRST_PAUSE = 1.0  # seconds until the first retry; doubled each time
@@ -29,8 +29,6 @@ MAX_PAUSE = 120.0  # seconds
 MAX_PAUSE_OF_ENVIRONMENT = 30.0  # seconds, for errors that may be temporary
 MAX_ROWS = 10_000  # rows: more must have a common cause, and wait at their steps
 MAX_LOCK_FAILURES = 3  # by locks or resources before any row is written: not the rows' fault
-
-PROBLEM_KIND = "quarantined"
 
 T = TypeVar("T")
 
@@ -153,7 +151,7 @@ class Quarantine:
             message += "; its side effect is done, and is not executed again"
         sequence, step = step_key
         self._problems.report(
-            PROBLEM_KIND, str(id_), message, since=since, sequence=sequence, step=step
+            OF_ENROLLMENT, str(id_), message, since=since, sequence=sequence, step=step
         )
         if known is None:
             log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
@@ -170,7 +168,7 @@ class Quarantine:
             if not there:
                 del self._by_step[one.step_key]
             self._count -= 1
-            self._problems.clear(PROBLEM_KIND, str(one.id))
+            self._problems.clear(OF_ENROLLMENT, str(one.id))
             self._log.info("enrollment is no longer quarantined", enrollment=one.id)
 
     def due(self, now: float) -> dict[StepKey, list[Quarantined]]:

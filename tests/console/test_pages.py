@@ -941,6 +941,25 @@ def test_counts_are_read_once_for_all_sequences() -> None:
     assert read == 2
 
 
+async def test_many_quarantined_enrollments_hide_no_outage(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour');"
+        "INSERT INTO sequencer.problems (kind, about, daemon, message, since)"
+        " SELECT 'quarantined', n::text, 'd', 'refused', now() - interval '1 day'"
+        f" FROM generate_series(1, {summary.MAX_PROBLEMS}) AS n"
+        " UNION ALL SELECT 'runner', 'Email', 'd', 'connection refused', now()"
+    )
+    async with console(database) as client:
+        for path in ("/", "/health"):
+            page = check(await page_with(client, path, "<h2>Problems</h2>"))
+            assert page.index("The runner Email has been down") < page.index("quarantined")
+            assert "At most 100 are listed." in page
+        assert "Email has been down" in check(await page_with(client, "/health", " more"))
+
+
 async def test_a_page_that_comes_again_does_so_without_a_script(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,3 +46,5 @@ def test_of_too_many_the_oldest_are_written(monkeypatch: pytest.MonkeyPatch) -> 
     for number in (3, 1, 2):
         one.report("quarantined", f"{number}", "refused", since=START + number * MINUTE)
     assert [row.about for row in one.rows()] == ["1", "2"]
+    one.report("runner", "Email", "refused", since=START + 9 * MINUTE)
+    assert [row.about for row in one.rows()] == ["Email", "1"], "many others come after an outage"

@@ -2,18 +2,21 @@
 
 -- name: reported_problems
 -- Read which sequences a brake has paused, and what living daemons report; once where several report
--- the same.
-SELECT 'brake' AS kind, sequence AS about, sequence, NULL AS step, paused_at AS since, NULL::bigint AS waiting,
-       format('the sequence is paused by its %s; sequencerd resume %s continues it, and starts counting again',
-              reason, sequence) AS message, NULL AS daemon
-  FROM sequencer.brakes WHERE reason IS NOT NULL AND ($1::text IS NULL OR sequence = $1)
-UNION ALL (
-SELECT DISTINCT ON (p.kind, p.about)
-       p.kind, p.about, p.sequence, p.step, p.since, p.waiting, p.message, p.daemon
-  FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
- WHERE d.alive_until > now() AND ($1::text IS NULL OR p.sequence = $1 OR p.sequence IS NULL)
- ORDER BY p.kind, p.about, p.since)
- LIMIT $2;
+-- the same. Single enrollments come last, as they can be many.
+SELECT * FROM (
+    SELECT 'brake' AS kind, sequence AS about, sequence, NULL AS step, paused_at AS since,
+           NULL::bigint AS waiting,
+           format('the sequence is paused by its %s; sequencerd resume %s continues it, and starts counting again',
+                  reason, sequence) AS message, NULL AS daemon
+      FROM sequencer.brakes WHERE reason IS NOT NULL AND ($1::text IS NULL OR sequence = $1)
+    UNION ALL (
+    SELECT DISTINCT ON (p.kind, p.about)
+           p.kind, p.about, p.sequence, p.step, p.since, p.waiting, p.message, p.daemon
+      FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
+     WHERE d.alive_until > now() AND ($1::text IS NULL OR p.sequence = $1 OR p.sequence IS NULL)
+     ORDER BY p.kind, p.about, p.since)
+) AS found
+ ORDER BY kind = 'quarantined', kind, since, about LIMIT $2;
 
 -- name: braked_sequences
 -- Read which sequences their brakes have paused, and why.
