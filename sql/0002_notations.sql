@@ -389,19 +389,21 @@ BEGIN
             EXECUTE format('SET LOCAL lock_timeout = %L', lock_timeout);
             RETURN count;
         EXCEPTION WHEN unique_violation OR lock_not_available OR deadlock_detected THEN
-            GET STACKED DIAGNOSTICS violated = CONSTRAINT_NAME;
-            IF starts_with(violated, 'one_entry') -- Citus adds a number
-               AND current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-                RAISE serialization_failure USING
-                    MESSAGE = format('subject %L cannot be merged into %L: it was enrolled after this '
-                                     'transaction began to read', from_subject, into_subject),
-                    SCHEMA = 'sequencer', TABLE = 'enrollments', CONSTRAINT = violated,
-                    HINT = 'Repeat the transaction.';
+            IF SQLSTATE = '23505' THEN
+                GET STACKED DIAGNOSTICS violated = CONSTRAINT_NAME; -- Citus returns none, or adds a number
+                IF violated <> '' AND NOT starts_with(violated, 'one_entry') THEN
+                    RAISE; -- the index of a user
+                ELSIF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+                    RAISE serialization_failure USING
+                        MESSAGE = format('subject %L cannot be merged into %L: it was enrolled after this '
+                                         'transaction began to read', from_subject, into_subject),
+                        SCHEMA = 'sequencer', TABLE = 'enrollments', CONSTRAINT = 'one_entry',
+                        HINT = 'Repeat the transaction.';
+                END IF;
             END IF;
             -- one is locked, or is being enrolled: nothing is locked while waiting for it, so that no deadlock
             -- fails the other session. (Only the index can tell that one is being enrolled: it waits for 1 ms.)
-            IF clock_timestamp() > give_up_at
-               OR SQLSTATE = '23505' AND NOT starts_with(violated, 'one_entry') THEN -- the index of a user
+            IF clock_timestamp() > give_up_at THEN
                 RAISE;
             END IF;
         END;
