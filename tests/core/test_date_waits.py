@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar import dates
+from sequencerd.core.calendar.anniversaries import next_anniversary
 from sequencerd.core.model import Decision, DefinitionError, End, Fail, Sequence, Wait
 from sequencerd.core.step_types import compile_step, roots
 from sequencerd.core.what_next import what_next
@@ -319,6 +320,22 @@ def test_descriptions_of_waits_for_dates(type_: str, config: dict[str, Any], wor
 
 zones = st.sampled_from(ZONES)
 clocks = st.times().map(lambda time: time.replace(microsecond=0))
+
+
+@given(instants, instants, st.integers(-800, 800), zones)
+def test_the_next_anniversary_decides_whether_the_time_is_past(
+    first: datetime, arrival: datetime, days: int, zone: str
+) -> None:
+    config = {**DUE, "every": "year", "offset": {"amount": days, **DAYS}, "past": "altNext"}
+    enrollment = at("wait", json.dumps({"due": first.isoformat()}), entered_at=arrival)
+    advanced = advance(waiting(config, timezone=zone), enrollment, arrival)
+    tz = dates.zone(zone)
+    coming = dates.add(next_anniversary(first, arrival, tz), days, "days", tz)
+    if coming <= arrival:
+        assert advanced.enrollment.step == OVER
+    else:
+        assert isinstance(advanced.decision, Wait)
+        assert arrival < advanced.decision.until <= coming
 
 
 @given(instants, st.integers(-400, 400), st.sampled_from(["days", "business days"]), clocks, zones)
