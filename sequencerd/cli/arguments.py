@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,6 +70,15 @@ class _Parser(argparse.ArgumentParser):
         from sequencerd.core.describe import visible  # noqa: PLC0415 - as below
 
         super().error(visible(message))
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Suggest what may be meant by a choice that does not exist, instead of naming all."""
+        choices = [str(choice) for choice in action.choices or ()]
+        near = get_close_matches(str(value), choices, n=1)
+        if near and near[0] != str(value):
+            hint = f"invalid choice: {value!r}; did you mean {near[0]!r}?"
+            raise argparse.ArgumentError(action, hint)
+        super()._check_value(action, value)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print help; argparse would ignore that it cannot be written."""
