@@ -98,6 +98,7 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
         ),
         failed=[row for counts in every for row in counts.failed],
         causes=[row for counts in every for row in counts.causes],
+        has_more_causes=any(counts.has_more_causes for counts in every),
         next=sorted((row for counts in every for row in counts.next), key=lambda row: row["at"]),
         problems=[
             {**row, "about": _in_shard(name, row)}

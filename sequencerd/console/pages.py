@@ -62,7 +62,7 @@ from sequencerd.console.query import (
     WrongQueryError,
     as_sentence,
 )
-from sequencerd.console.summary import MAX_CAUSES, MAX_PROBLEMS, Counts
+from sequencerd.console.summary import MAX_CAUSES, MAX_GROUPS, MAX_PROBLEMS, Counts
 from sequencerd.console.tables import Column, Table, as_csv, as_json, at, at_shard
 from sequencerd.console.views import EnrollmentHistory
 from sequencerd.core.model import NEXT, Sequence
@@ -141,8 +141,8 @@ async def failures(request: Request) -> Response:
         "Failures",
         counts,
         failures=every and every.part(query.number("first", 0)),
-        most=MAX_CAUSES,
-        is_capped=counts is not None and sum(row["failed"] for row in counts.causes) == MAX_CAUSES,
+        most=(MAX_CAUSES, MAX_GROUPS),
+        has_more=counts is not None and counts.has_more_causes,
     )
 
 

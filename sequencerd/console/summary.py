@@ -29,6 +29,7 @@ from sequencerd.storage.statements import QUERIES
 MAX_FAILED = 1_000_000  # failed enrollments that are counted
 MAX_DUE = 100_000  # enrollments of a step that are due
 MAX_CAUSES = 50_000  # failed enrollments whose cause is determined
+MAX_GROUPS = 1000  # of failed enrollments with the same cause and step
 COMING_PERIOD = timedelta(days=1)  # how far ahead upcoming checks are shown
 MAX_COMING = 100_000  # of a step
 MAX_PROBLEMS = 100  # of those that daemons report
@@ -81,6 +82,7 @@ class Counts:
     recent: list[SummaryRow]  # events that the daemon has not counted by hour
     recent_since: datetime | None
     activity_until: datetime | None  # that the daemon has counted by hour
+    has_more_causes: bool = False
 
     @property
     def days(self) -> list[date]:
@@ -191,12 +193,13 @@ class Summary:
         stays = {place: median(kept) for place, kept in self._stays.items() if kept}
         flow = {key: Counter(days) for key, days in self._flow.items()}
         recent, recent_since, activity_until = self._recent
+        causes = self._kept.get("console_causes", [])
         return Counts(
             now,
             sequences,
             steps,
             failed,
-            self._kept.get("console_causes", []),
+            causes,
             self._kept.get("console_next", []),
             problems,
             self._findings,
@@ -206,6 +209,7 @@ class Summary:
             recent,
             recent_since,
             activity_until,
+            len(causes) >= MAX_GROUPS or sum(row["failed"] for row in causes) >= MAX_CAUSES,
         )
 
     async def _read(self, query: str, *arguments: object) -> list[SummaryRow]:
@@ -226,7 +230,7 @@ class Summary:
             return
         for query, arguments in (
             ("console_active", ()),
-            ("console_causes", (MAX_CAUSES,)),
+            ("console_causes", (MAX_CAUSES, MAX_GROUPS)),
             ("console_next", (_tens(now), now + COMING_PERIOD, MAX_COMING)),
         ):
             try:

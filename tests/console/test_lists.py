@@ -60,7 +60,7 @@ async def test_errors_of_one_cause_have_one_pattern(connection: asyncpg.Connecti
         " VALUES ('s', $1, 'failed', $2)",
         [(str(n), error) for n, error in enumerate(CAUSES)],
     )
-    rows = await connection.fetch(QUERIES["console_causes"], 1000)
+    rows = await connection.fetch(QUERIES["console_causes"], 1000, 1000)
     found = {row["cause"] for row in rows}
     for error, wanted in CAUSES.items():
         if not error.startswith("to: "):  # what follows a quotation within a quotation may differ

@@ -960,6 +960,27 @@ async def test_many_quarantined_enrollments_hide_no_outage(
         assert "Email has been down" in check(await page_with(client, "/health", " more"))
 
 
+@pytest.mark.parametrize(("limit", "most"), [("MAX_CAUSES", 3), ("MAX_GROUPS", 2)])
+async def test_a_page_says_that_there_are_more_causes(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    most: int,
+) -> None:
+    monkeypatch.setattr(summary, limit, most)
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    fail = (
+        "INSERT INTO sequencer.enrollments (sequence, subject, step, status, failure, last_error)"
+        " SELECT 's', text, 'wait', 'failed', 'error', text FROM unnest($1::text[]) AS text"
+    )
+    await connection.execute(fail, ["no name"])
+    async with console(database) as client:
+        assert "There are more" not in check(await page_with(client, "/failures", "no name"))
+        await connection.execute(fail, ["no address", "no plan"])
+        await page_with(client, "/failures", "There are more than these")
+
+
 async def test_a_page_that_comes_again_does_so_without_a_script(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

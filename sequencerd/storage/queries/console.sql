@@ -55,14 +55,14 @@ SELECT sequence, step, count(*) AS failed
  GROUP BY sequence, step;
 
 -- name: console_causes
--- Count the failed enrollments by cause and step, each with an example; at most the limit are read, and the
--- most frequent are returned.
+-- Count the failed enrollments by cause and step, each with an example; at most the first limit are read, and
+-- as many of the most frequent are returned as the second one allows.
 SELECT g.*, x.last_error, x.data, x.subject
   FROM (SELECT {cause} AS cause, e.sequence, e.step, e.failure, count(*) AS failed,
                min(e.ended_at) AS since, max(e.ended_at) AS latest, max(e.id) AS example
           FROM (SELECT * FROM sequencer.enrollments WHERE status = 'failed'
                  ORDER BY sequence, step, failure LIMIT $1) AS e
-         GROUP BY 1, 2, 3, 4 ORDER BY failed DESC LIMIT 1000) AS g
+         GROUP BY 1, 2, 3, 4 ORDER BY failed DESC LIMIT $2) AS g
   LEFT JOIN sequencer.enrollments AS x ON x.id = g.example;
 
 -- name: console_last_id
