@@ -1194,6 +1194,18 @@ def test_enrolling_in_a_circle_is_a_loop() -> None:
     assert begun.entries == ()
 
 
+def test_a_subject_of_the_greatest_length_is_enrolled() -> None:
+    go = step("go", "Enroll", {"sequence": "other", "subject": "é" * 500})
+    [entry] = advance({**sequence(go), **OTHER}, at("go"), NOW).entries
+    assert entry.subject == "é" * 500
+
+
+@pytest.mark.parametrize("type_", ["Enroll", "Cancel"])
+def test_a_subject_that_is_no_template_is_refused(type_: str) -> None:
+    with pytest.raises(DefinitionError, match="subject: line 1"):
+        compile_step(type_, {"sequence": "other", "subject": "{{#if}}"})
+
+
 def test_a_cancellation_waits_for_locked_rows() -> None:
     stop = step("stop", "Cancel", {"sequence": "other"})
     advanced = advance(sequence(stop), at("stop"), NOW)
