@@ -37,7 +37,7 @@ MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other wait
 MAX_EMPTY_CLAIMS = 3  # consecutive claims without a result after which notifications are delayed
 EMPTY_CLAIMS_PAUSE = 0.5  # seconds, the longest such delay
 SEVERAL = 4  # enrollments found by a claim, after which more gather before the next one
-GATHER_TIME = timedelta(seconds=0.01)
+GATHER_TIME = 0.01  # seconds
 PREPARE_TIME = 1.0  # seconds
 
 
@@ -217,7 +217,7 @@ class Claims:
                         with_ahead=is_last and claim.ahead is None,
                     )
             if is_last and SEVERAL <= count <= MAX_UNLOCKED:
-                claim.not_before = self._clock.now() + GATHER_TIME
+                claim.not_before = asyncio.get_running_loop().time() + GATHER_TIME
             if is_last and (left := claim.left):
                 next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
                 # the remaining due rows are locked; that may end without a notification

@@ -47,7 +47,7 @@ class Claim:
     unsuited: int | None  # the revision of which enrollments must be locked to be written
     reached: datetime | None = None  # the last wake time that was claimed
     left: LeftAtStep | None = None  # the result of the check
-    not_before: datetime = EARLIEST_WAKE  # the next claim, so that it finds more
+    not_before: float = 0.0  # the next claim, in the loop's time, so that it finds more
     lowered: datetime = NEVER  # the earliest wake time that was reported in the meantime
     later: datetime = NEVER  # the earliest reported wake time that is not due yet
 
@@ -62,7 +62,7 @@ class _Cursor:
     found: int = 0
     unsuited: int | None = None
     empty_claims: int = 0  # consecutive claims that have found nothing
-    not_before: datetime = EARLIEST_WAKE
+    not_before: float = 0.0
     claims: list[Claim] = field(default_factory=list)
 
     def lower(self, at: datetime) -> None:
@@ -121,10 +121,12 @@ class Cursors:
         if (cursor := self._by_step.get(step_key)) is not None:
             cursor.empty_claims = 0
 
-    def not_before(self, step_key: StepKey) -> datetime:
-        """Return the time before which a step is not claimed again."""
+    def not_before(self, step_key: StepKey) -> float:
+        """Return the time before which a step is not claimed again, in the loop's time: the clock
+        may be set back.
+        """
         cursor = self._by_step.get(step_key)
-        return EARLIEST_WAKE if cursor is None else cursor.not_before
+        return 0.0 if cursor is None else cursor.not_before
 
     def report(
         self, step_key: StepKey, at: datetime | None, now: datetime, *, is_later: bool = False

@@ -327,11 +327,11 @@ class Engine:
         """Work on a step, in one task at a time. If enrollments arrive one after the other, some
         gather before they are claimed: the fewer claims, the less each enrollment costs.
         """
-        not_before = self._cursors.not_before(step_key)
+        rest = self._cursors.not_before(step_key) - asyncio.get_running_loop().time()
         if step_key in self._busy:
             self._again.add(step_key)
-        elif not_before > self._clock.now():
-            self._push(step_key, not_before)
+        elif rest > 0:
+            self._push(step_key, self._clock.now() + timedelta(seconds=rest))
         else:
             self._busy.add(step_key)
             self._background.spawn(self._work(step_key))
