@@ -142,6 +142,12 @@ class Cursors:
             elif at > now:
                 cursor.lower_ahead(at)
 
+    def forget(self) -> None:
+        """Remove all cursors, because the clock was set back: what is inserted from now on may wake
+        before them. A claim in progress keeps its own to its end.
+        """
+        self._by_step.clear()
+
     def forget_ahead(self) -> None:
         """Report that enrollments may wake at any step."""
         for cursor in self._by_step.values():

@@ -421,6 +421,8 @@ class Engine:
             off = self._clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
                 self._log.warning("the clocks have drifted", by=off.total_seconds())
+        if off < timedelta(seconds=-1):
+            self._cursors.forget()
         self._cursors.forget_ahead()  # triggers do not notify about what wakes after a sweep
         # the server searches while the definitions are compiled
         async with concurrently(self._first_wakes(whole=whole)) as searching:

@@ -276,6 +276,17 @@ def test_a_claim_that_fails_is_repeated_from_where_it_began() -> None:
     assert claimed(cursors, START + SECOND).start == START - OVERLAP
 
 
+def test_after_the_clock_was_set_back_claims_begin_at_the_start() -> None:
+    cursors = Cursors()
+    claimed(cursors, START)
+    with cursors.claim(HERE, frozenset(), START + SECOND) as claim:
+        cursors.forget()
+        claim.left = LeftAtStep(START + SECOND, None, None, NEVER)
+    first = claimed(cursors, START - 3600 * SECOND)
+    assert first.start == EARLIEST_WAKE
+    assert first.is_to_check
+
+
 def test_a_claim_knows_what_the_last_one_has_found() -> None:
     cursors = Cursors()
     for found, empty_claims in ((0, 1), (0, 2), (7, 0), (1, 0), (0, 1)):

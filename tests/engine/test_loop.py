@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -664,6 +665,28 @@ async def test_a_step_does_not_rest_for_as_long_as_the_clock_is_set_back(
         await eventually(lambda: one._cursors.not_before(("s", "a")) > 0)
         await one.sweep()
         await connection.execute(insert, "v", 1)
+        await until(connection, ALL_ENDED)
+
+
+async def test_a_sweep_after_the_clock_was_set_back_finds_what_has_arrived_since(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the cursor, which is by the old time."""
+
+    async def nothing(**_: Any) -> list[Any]:
+        return []
+
+    await define(connection, "s", ("a", "Note", "{}", None))
+    await connection.execute("SET sequencer.notify = off")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600) as one:
+        monkeypatch.setattr(one, "rebuild", nothing)  # no poll finds it
+        await until(connection, LOCK_IS_HELD)
+        one._clock._offset += 3600
+        with one._cursors.claim(("s", "a"), frozenset(), one._clock.now()) as claim:
+            claim.left = wakes.LeftAtStep(one._clock.now(), None, None, None)
+        one._scan_at = math.inf  # other sweeps may scan the whole index
+        await enroll(connection, "s", "ada")
+        await one.sweep(whole=False)
         await until(connection, ALL_ENDED)
 
 
