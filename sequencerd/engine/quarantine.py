@@ -22,7 +22,7 @@ from sequencerd.core.retry import doubled
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import OF_ENROLLMENT, Problems
-from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error, is_environment
+from sequencerd.storage.database_errors import brief, is_data_error, is_environment, is_lost
 
 FIRST_PAUSE = 1.0  # seconds until the first retry; doubled each time
 MAX_PAUSE = 120.0  # seconds
@@ -79,7 +79,7 @@ async def refusal_of(work: Awaitable[None]) -> Exception | None:
     try:
         await work
     except Exception as error:
-        if isinstance(error, LOST_ERRORS) and not isinstance(error, TimeoutError | ValueError):
+        if is_lost(error) and not isinstance(error, TimeoutError | ValueError):
             raise
         return error
     return None

@@ -110,12 +110,13 @@ class Results:
         enrollment fails, or is quarantined.
         """
         leased, _ = finished
+        left = [finished]
         refusal: Exception | None = error
         if not leased.executor.is_lookup:
-            refusal = await refusal_of(self._write_batch([finished], result_only=True))
+            refusal = await refusal_of(self._write_batch(left, result_only=True))
         if refusal is not None and is_data_error(refusal):
-            refusal = await refusal_of(self._write_batch([finished], failure=refusal))
-        if refusal is not None:
+            refusal = await refusal_of(self._write_batch(left, failure=refusal))
+        if refusal is not None and left:  # it was not written despite the error
             at = leased.enrollment
             self._quarantine.add(at.id, (at.sequence, at.step), refusal, finished)
 

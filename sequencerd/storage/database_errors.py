@@ -41,6 +41,13 @@ def is_data_error(error: BaseException) -> bool:
     return isinstance(error, (ValueError, OverflowError))
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether the connection is lost. The server can report the same codes as an error of a
+    statement: of a trigger that writes to another server, for example.
+    """
+    return isinstance(error, LOST_ERRORS) and getattr(error, "severity_en", None) != "ERROR"
+
+
 def is_environment(error: BaseException) -> bool:
     """Return whether the cause of an error is a lock, a timeout, a resource or a connection."""
     if isinstance(error, asyncpg.PostgresError):

@@ -233,10 +233,12 @@ async def test_a_result_that_is_discarded_is_kept(
     assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
 
 
+@pytest.mark.parametrize("code", ["P0001", "08006"])
 @pytest.mark.slow
 async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_once(
-    database: str, connection: asyncpg.Connection, gate: Gate
+    database: str, connection: asyncpg.Connection, gate: Gate, code: str
 ) -> None:
+    """Also if a trigger cannot connect to a server of its own."""
     await define(
         connection, "s", ("call", "Slow", "{}", "end"), ("end", "WaitForDuration", NOTHING, None)
     )
@@ -245,7 +247,7 @@ async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_
         for name in ("bad", "good"):
             await enroll(connection, "s", name)
         await until_begun(gate, 2)
-        await refuse(connection, "NEW.subject = 'bad' AND NEW.step = 'end'", "'P0001'")
+        await refuse(connection, "NEW.subject = 'bad' AND NEW.step = 'end'", f"'{code}'")
         gate.opened.set()
         await until(connection, DONE, 1)
         await until(connection, QUARANTINED, 1)
