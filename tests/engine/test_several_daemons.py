@@ -223,7 +223,7 @@ async def test_a_daemon_that_was_cut_off_starts_nothing_that_others_have_taken_o
     one = Recorder(held, batch_size=1, concurrency=1)
     is_cut_off, is_over = True, asyncio.Event()
     async with running_engine(database, {"Call": one}, lease=1.0) as cold:
-        beat, extend = cold._heartbeat.beat, cold._leases.extend
+        beat, extend = cold._heartbeat.beat, cold._leases._extend
 
         async def hang() -> None:
             await is_over.wait()
@@ -237,7 +237,7 @@ async def test_a_daemon_that_was_cut_off_starts_nothing_that_others_have_taken_o
         await until(connection, "SELECT count(leased_by) = 2 FROM sequencer.enrollments")
         await held.begun.wait()
         monkeypatch.setattr(cold._heartbeat, "beat", hang)
-        monkeypatch.setattr(cold._leases, "extend", extend_later)
+        monkeypatch.setattr(cold._leases, "_extend", extend_later)
         async with running_engine(database, {"Call": other}, lease=1.0):
             await until(connection, ALL_ENDED)
         is_cut_off = False
