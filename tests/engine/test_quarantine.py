@@ -22,7 +22,7 @@ from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST_WAKE
-from sequencerd.storage import embedded, locking, migrate, sequences
+from sequencerd.storage import embedded, locking, migrate, sequences, writes
 from tests.helpers.command_line import Command
 from tests.helpers.databases import (
     FAST_SETTINGS,
@@ -33,7 +33,7 @@ from tests.helpers.databases import (
     server_folder,
     with_database,
 )
-from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 from tests.helpers.waiting import eventually
 
 QUARANTINED = (
@@ -262,6 +262,32 @@ async def test_a_result_that_cannot_be_written_is_kept_and_its_side_effect_done_
     assert set(Counter(slow.keys).values()) == {1}
     events = await connection.fetch("SELECT DISTINCT action FROM sequencer.events")
     assert {row["action"] for row in events} == {"enrolled", "next", "completed"}
+
+
+async def test_the_lease_of_a_kept_result_is_not_extended(
+    database: str, connection: asyncpg.Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database would refuse that as well, and with it those of all others."""
+    extend, extended = writes.extend_leases, []
+
+    async def recorded(connection: asyncpg.Connection, ids: list[int], *others: Any) -> None:
+        extended.append({*ids})
+        await extend(connection, ids, *others)
+
+    monkeypatch.setattr(writes, "extend_leases", recorded)
+    await define(connection, "s", ("call", "Slow", "{}", None))
+    await define(connection, "t", ("call", "Other", "{}", None))
+    other = Held()
+    runners = {"Slow": patient(gate), "Other": Recorder(other)}
+    async with running_engine(database, runners, lease=1.0):
+        id_ = await enroll(connection, "t", "good")
+        await keep_a_result(connection, gate)
+        extended.clear()
+        await eventually(lambda: len(extended) >= 3)
+        assert extended[-1] == {id_}
+        other.released.set()
+        await connection.execute("DROP TRIGGER refuse ON sequencer.enrollments")
+        await until(connection, ALL_ENDED)
 
 
 async def keep_a_result(connection: asyncpg.Connection, gate: Gate) -> int:
