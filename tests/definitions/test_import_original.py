@@ -669,6 +669,18 @@ async def test_external_data_arrive_where_they_were_required(letters: Any) -> No
     assert await letters("Letter", {"text": "Hello"}) == {"text": "Hello"}
 
 
+async def test_an_amount_may_be_a_number_as_text(
+    sequencerd: Command, original: asyncpg.Connection
+) -> None:
+    for id_, amount in ((11, '"-3"'), (12, '"2.5"'), (14, '"{{data.n}}"')):
+        config = f'{{"amount": {amount}, "unit": "days"}}'
+        await original.execute("UPDATE steps SET config = $2 WHERE id = $1", id_, config)
+    sequencerd("import-original", "--apply")
+    amounts = "SELECT original_id, config->'amount' FROM sequencer.steps WHERE config ? 'amount'"
+    found = dict(await original.fetch(amounts))
+    assert found == {"11": "-3", "12": "2.5", "14": '"{{data.n}}"'}
+
+
 async def test_keys_that_the_original_ignores_are_dropped_and_reported(letters: Any) -> None:
     config = {"amount": 1, "unit": "days", "note": "x", "timeout": 3}
     assert await letters("WaitForDuration", config) == {"amount": 1, "unit": "days"}

@@ -37,6 +37,7 @@ _KEYS = {
 _RENAMED = {"id": "originalId", "createdAt": "startSequence", "updatedAt": "startStep"}
 """The fields of the original that have other names here."""
 
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,15})(?:\.[0-9]{1,15})?")
 _TAG = re.compile(r"\{\{\{.*?\}\}\}|\{\{.*?\}\}", re.DOTALL)
 
 
@@ -158,6 +159,9 @@ def _translate_step(
                 _set(config, path, with_renamed_keys(text, _RENAMED))
     if row.type == "Email":
         _split_lists(config, name, made)
+    amount = config.get("amount")
+    if isinstance(amount, str) and _NUMBER.fullmatch(amount):
+        config["amount"] = json.loads(amount)
     if row.type == "Conditional":
         return _conditional(config, choices, name, made)
     if row.type == "WaitForDate" and is_past(config, now):
