@@ -84,10 +84,10 @@ async def read(context: PageContext, query: Query) -> Table:
     ]
     columns = (
         Column("step", "Step", link="url"),
-        Column("way", "Way", optional=True),
+        Column("way", "Exit", optional=True),
         Column("arm", "Arm", optional=True),
         Column("entered", "Entered", "number"),
-        Column("exited", "Left", "number"),
+        Column("exited", "Exited", "number"),
         Column("waiting", "Waiting", "number", optional=True),
         Column("failed", "Failed", "number", optional=True),
         Column("cancelled", "Cancelled", "number", optional=True),
