@@ -171,7 +171,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     ), numbers (number) AS (
         SELECT substring(sequencer.stored_address('sms', value) FROM E'^(?:[a-z][a-z0-9.+-]*:)?(\\+?[0-9]{5,17})$')
           FROM texts WHERE is_own AND length(value) <= 60
-           AND value ~ '^[^a-zA-Z]*([a-zA-Z][a-zA-Z0-9.+-]*:)?[^a-zA-Z]*[0-9０-９][^a-zA-Z]*[0-9０-９][^a-zA-Z]*$'
+           AND value ~ (E'^[^a-zA-Z]*([a-zA-Z][a-zA-Z0-9.+-]*:)?([^a-zA-Z]*'
+               '[0-9\u0660-\u0669\u06f0-\u06f9\u0966-\u096f\u09e6-\u09ef\u1040-\u1049\uff10-\uff19]){2}[^a-zA-Z]*$')
     )
     SELECT CASE WHEN is_own THEN 'email' ELSE 'message' END, form
       FROM emails, unnest(ARRAY[lower(value COLLATE "C"), sequencer.plain_email(value)]) AS form

@@ -372,6 +372,8 @@ NOTATIONS = [
     ("+49\u00a0151\u00a02345678", "sms", NUMBER),
     ("\u202a+49 ( 0 ) 151 2345678\u202c", "sms", NUMBER),
     ("＋４９１５１２３４５６７８", "sms", NUMBER),
+    ("+٤٩ ١٥١ ٢٣٤٥٦٧٨", "sms", NUMBER),
+    ("+၄၉ ၁၅၁ ၂၃၄၅၆၇၈", "sms", NUMBER),
     ("0049 151 2345678", "sms", NUMBER),
     ("ADA@X.ORG", "email", "ada@x.org"),
     ("ada@bücher.example", "email", "ada@xn--bcher-kva.example"),
