@@ -355,6 +355,8 @@ async def _history(connection: asyncpg.Connection) -> Diagnosis:
 
 
 async def _ids(connection: asyncpg.Connection) -> Diagnosis:
+    if await server.is_on_citus(connection):
+        return Diagnosis("ids", "not checked: several nodes generate them")
     rows = await connection.fetch(QUERIES["number_generators"])
     if behind := [row for row in rows if row["is_behind"]]:
         named = _some(f"{row['generator']} is behind {row['highest']}" for row in behind)

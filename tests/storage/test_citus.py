@@ -112,6 +112,14 @@ def test_the_recipe_makes_a_schema_on_a_worker_for_each_shard(citus: Citus) -> N
         citus.command(*command.split(), "--shard", "a")
 
 
+async def test_doctor_knows_that_several_nodes_generate_ids(
+    citus: Citus, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAYS, None))
+    await enroll(connection, "s", "ada")
+    assert "ERROR" not in citus.command("doctor", "--shard", "a")
+
+
 def test_doctor_names_a_setting_that_is_missing(citus: Citus) -> None:
     url = f"{citus.coordinator}?options=-c%20citus.propagate_set_commands%3Dnone"
     command = Command(url, citus.command.folder)

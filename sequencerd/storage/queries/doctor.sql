@@ -137,9 +137,8 @@ SELECT sequence, name AS step, problem FROM sequencer.steps
 -- name: number_generators
 -- Read the generators of ids and revisions, and which of them, as far as this user may read them, would generate
 -- a number that is in use. Logical replication does not copy them.
-WITH used AS ( -- Citus loses the names of columns that stand here
-    SELECT 'sequencer.enrollments_id_seq'::regclass AS generator,
-           (SELECT max(id) FROM sequencer.enrollments) AS highest
+WITH used (generator, highest) AS (
+    SELECT 'sequencer.enrollments_id_seq'::regclass, (SELECT max(id) FROM sequencer.enrollments)
     UNION ALL
     SELECT to_regclass('sequencer.revision_numbers'),
            (SELECT max(revision) FROM (SELECT revision FROM sequencer.sequences UNION ALL
