@@ -83,7 +83,6 @@ ALONE = (
     ("http", "transitions_per_s"),
     ("timer", "p50_ms"),
     ("timer", "p99_ms"),
-    ("raw notify", "p50_ms"),
     ("raw notify", "p99_ms"),
     ("raw commit", "p50_ms"),
     ("raw commit", "p99_ms"),
