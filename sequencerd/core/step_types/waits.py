@@ -178,7 +178,8 @@ class WaitForDateConfig(Config):
     """The time of that day, such as 09:00, in the enrollment's time zone."""
     past: Literal["next", "altNext"] = "next"
     """The exit if the time has already passed on arrival, or passed more than a day ago. With
-    every, altNext: if that of the next anniversary has; next: waits for that of the one after."""
+    every, altNext is taken if the time of the next anniversary has passed; next waits for the
+    anniversary after it."""
     missing: Literal["fail", "altNext"] = "fail"
     """What happens if the date is empty: the enrollment fails, or continues at altNext."""
 

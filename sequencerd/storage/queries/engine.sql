@@ -244,7 +244,7 @@ e.id = ANY ($5::bigint[]) AND e.sequence = $1::text AND e.step = $2::text AND e.
 CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN pg_current_xact_id()::text::bigint END
 
 -- part: has_triggers_of_others
--- Triggers of others may change what is written. With a column, as Citus cannot plan one without, of its own.
+-- Triggers of others may change what is written. Citus cannot execute this subquery without a column.
 EXISTS (SELECT 1 FROM pg_trigger AS t JOIN pg_proc AS f ON f.oid = t.tgfoid
          WHERE t.tgrelid = 'sequencer.enrollments'::regclass AND NOT t.tgisinternal
            AND f.pronamespace <> 'sequencer'::regnamespace)
