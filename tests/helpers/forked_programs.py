@@ -120,6 +120,7 @@ def _forker() -> socket.socket:
     arguments = [sys.executable, "-m", __name__, str(theirs.fileno())]
     os.posix_spawn(sys.executable, arguments, os.environ)
     theirs.close()
+    atexit.register(ours.close)  # the cache would keep it until the interpreter warns of it
     ours.recv(MAX_REQUEST)  # it has imported
     return ours
 
