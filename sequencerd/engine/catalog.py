@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import asyncpg
-from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
 from sequencerd.core.model import StepKey, StoredConfig
@@ -23,7 +22,7 @@ from sequencerd.definitions.compiler import (
     shared_of,
 )
 from sequencerd.engine.background import concurrently
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.storage import connections, daemons, sequences
 
 MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
@@ -41,19 +40,11 @@ class Catalog:
     """The sequences by name. `reschedule` is called for changed steps with waiting enrollments."""
 
     def __init__(
-        self,
-        pool: asyncpg.Pool,
-        runners: Runners,
-        reschedule: Callable[[StepKey], None],
-        *,
-        daemon: str,
-        clock: Clock,
-        log: FilteringBoundLogger,
+        self, env: Environment, runners: Runners, reschedule: Callable[[StepKey], None]
     ) -> None:
+        self._env = env
         self.sequences: dict[str, model.Sequence] = {}
-        self._pool = pool
         self._runners = runners
-        self._daemon = daemon
         self._others: frozenset[str] = frozenset()  # types that other daemons serve
         self._unfinished: set[str] = set()  # sequences that must be read once more
         self._set_aside: dict[str, int] = {}  # those with large configs left, and their turn
@@ -62,8 +53,6 @@ class Catalog:
         self._refused: set[str] = set()  # sequences with steps that may compile later
         self._outdated: frozenset[str] = frozenset()  # types to be compiled again in these
         self._reschedule = reschedule
-        self._clock = clock
-        self._log = log
         self._loading = asyncio.Lock()
         self._compile_until: float | None = None  # for large configs, in the loop's time
         self._pause_at = 0.0  # when to let the loop do other work, in its time
@@ -120,7 +109,7 @@ class Catalog:
             if wanted == set():
                 return []
             try:
-                async with connections.borrow(self._pool) as connection:
+                async with connections.borrow(self._env.pool) as connection:
                     return await self._read_changed(connection, wanted)
             except BaseException:
                 self.mark_for_reload(wanted)
@@ -129,7 +118,7 @@ class Catalog:
     async def _read_changed(
         self, connection: asyncpg.Connection, wanted: set[str] | None
     ) -> list[str]:
-        self._set_other_types(await daemons.types_elsewhere(connection, self._daemon))
+        self._set_other_types(await daemons.types_elsewhere(connection, self._env.daemon))
         if wanted is not None:
             wanted |= self._unfinished
         revisions = await sequences.read_revisions(connection, wanted)
@@ -174,7 +163,7 @@ class Catalog:
             self.sequences.clear()
             swap()
 
-        async with self._loading, connections.borrow(self._pool) as connection:
+        async with self._loading, connections.borrow(self._env.pool) as connection:
             names = list(await sequences.read_revisions(connection))
             self._compiled.clear()
             try:
@@ -281,7 +270,7 @@ class Catalog:
             await sequences.set_problems(connection, news)
             for (sequence, step), text in news.items():
                 if text is not None:
-                    self._log.error(
+                    self._env.log.error(
                         "step has a problem", sequence=sequence, step=step, problem=text
                     )
 
@@ -292,8 +281,10 @@ class Catalog:
             for step_key in step_keys
             if (step := self.step(step_key)) and not isinstance(step.behaviour, model.InvalidStep)
         ]
-        if valid and (count := await sequences.revive(connection, valid, self._clock.now())):
-            self._log.info("failed enrollments resumed, as their steps are valid now", count=count)
+        if valid and (count := await sequences.revive(connection, valid, self._env.clock.now())):
+            self._env.log.info(
+                "failed enrollments resumed, as their steps are valid now", count=count
+            )
 
     async def _make(
         self,

@@ -6,12 +6,11 @@ A batch that the database refuses is claimed again in parts, down to the row at 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 
 import asyncpg
-from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, StepKey
 from sequencerd.core.retry import doubled
@@ -19,15 +18,14 @@ from sequencerd.engine.background import LOCKED_PAUSE
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.catalog import Catalog
-from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import Claim, Cursors
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.engine.read_ahead import ReadAhead
 from sequencerd.engine.slow_evaluations import SlowEvaluations
-from sequencerd.service.metrics import Metrics
 from sequencerd.storage import activity, connections, locking, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_data_error
 from sequencerd.storage.locking import DueEnrollments
@@ -42,14 +40,13 @@ PREPARE_TIME = 1.0  # seconds
 
 
 class Claims:
-    """Claims enrollments. `push` schedules a step for a time, `request_reload` requests to read
-    the definitions of sequences that have changed, and `probe` raises the error that keeps every
-    row from being written.
+    """Claims enrollments. `push` schedules a step for a time, and `request_reload` requests to read
+    the definitions of sequences that have changed.
     """
 
     def __init__(
         self,
-        pool: asyncpg.Pool,
+        env: Environment,
         catalog: Catalog,
         executors: Executors,
         moves: Moves,
@@ -61,15 +58,8 @@ class Claims:
         read_ahead: ReadAhead,
         push: Callable[[StepKey, datetime], None],
         request_reload: Callable[[Iterable[str]], None],
-        probe: Callable[[], Awaitable[None]],
-        stopping: asyncio.Event,
-        daemon: str,
-        clock: Clock,
-        batch: int,
-        log: FilteringBoundLogger,
-        metrics: Metrics,
     ) -> None:
-        self._pool = pool
+        self._env = env
         self._catalog = catalog
         self._executors = executors
         self._backlog = backlog
@@ -78,13 +68,6 @@ class Claims:
         self._quarantine = quarantine
         self._push = push
         self._request_reload = request_reload
-        self._probe = probe
-        self._stopping = stopping
-        self._daemon = daemon
-        self._clock = clock
-        self._batch = batch
-        self._log = log
-        self._metrics = metrics
         self._cursors = cursors
         self._read_ahead = read_ahead
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
@@ -96,12 +79,15 @@ class Claims:
         """Prepare the statements of a lone enrollment, on the connection that is borrowed next: in
         a new session, they take ten times as long. This does not wait for long for a locked table.
         """
-        now = self._clock.now()
+        now = self._env.clock.now()
         nothing = EnrollmentWrites({NO_STATE: [0]})
-        nowhere = DueEnrollments("", "", now, self._daemon, [], 0, 1, now)
+        nowhere = DueEnrollments("", "", now, self._env.daemon, [], 0, 1, now)
         # if it fails, nothing but time is lost
         with suppress(NotWritten, *TRANSIENT_ERRORS):
-            async with asyncio.timeout(PREPARE_TIME), connections.borrow(self._pool) as connection:
+            async with (
+                asyncio.timeout(PREPARE_TIME),
+                connections.borrow(self._env.pool) as connection,
+            ):
                 await locking.peek(connection, nowhere, with_ahead=True)
                 await writes.write_unchanged(connection, nothing, now, Unchanged({0: 0}, "", 0))
 
@@ -114,7 +100,7 @@ class Claims:
         others: list[asyncio.Task[None]] = []
 
         async def until_none() -> None:
-            while not self._stopping.is_set() and await self._claim(step_key, MAX_CLAIMERS):
+            while not self._env.stopping.is_set() and await self._claim(step_key, MAX_CLAIMERS):
                 pass
 
         def start_others() -> None:
@@ -164,7 +150,7 @@ class Claims:
         step = sequence.steps.get(step_key[1])
         if step and isinstance(step.behaviour, ServedElsewhere):
             return False
-        limit = self._executors.claimable(step, self._batch, claimers)
+        limit = self._executors.claimable(step, self._env.batch, claimers)
         if step and not limit:
             self._executors.by_key[step.type].waiting.add(step_key)
             return False
@@ -181,11 +167,11 @@ class Claims:
         self, step_key: StepKey, revision: int, limit: int, claimed_many: Callable[[], None]
     ) -> int:
         """Claim and advance a batch. Return how many rows it has read to advance them."""
-        now = self._clock.now()
+        now = self._env.clock.now()
         excluded = self.excluded(step_key)
         with self._cursors.claim(step_key, frozenset(excluded), now) as claim:
             due = DueEnrollments(
-                *step_key, now, self._daemon, excluded, revision, limit, claim.start
+                *step_key, now, self._env.daemon, excluded, revision, limit, claim.start
             )
             few = await self._move_few(step_key, due, claim)
             if few is None:
@@ -197,7 +183,7 @@ class Claims:
                     if count == limit:
                         claimed_many()
                     await self._move_all(connection, step_key, batch, claimed, now)
-                    self._metrics.claimed(step_key, self._due(step_key, claimed), now)
+                    self._env.metrics.claimed(step_key, self._due(step_key, claimed), now)
             else:
                 claimed, count = few, len(few)
             claim.found = count
@@ -206,12 +192,12 @@ class Claims:
             is_last = len(claimed) < limit
             if claim.left is None and (is_last or claim.is_to_check):
                 # after the commit: side effects have started
-                async with connections.borrow(self._pool) as connection:
+                async with connections.borrow(self._env.pool) as connection:
                     claim.left = await wakes.left_at_step(
                         connection,
                         step_key,
                         now,
-                        daemon=self._daemon,
+                        daemon=self._env.daemon,
                         excluding=excluded,
                         since=claim.since,
                         with_ahead=is_last and claim.ahead is None,
@@ -260,7 +246,7 @@ class Claims:
                     raise NotWritten
                 known = Unchanged(versions, step_key[0], wanted.revision)
                 await self._leases.write_unchanged(connection, batch, now, known)
-            self._metrics.claimed(step_key, since, now)
+            self._env.metrics.claimed(step_key, since, now)
             claim.left = left
             return due
         return None
@@ -277,12 +263,12 @@ class Claims:
     ) -> int:
         """Claim a batch in parts, after an error that one of its rows may have caused."""
         if not is_data_error(error):
-            await self._probe()
-        self._log.warning("batch is processed in parts", step=step_key, error=brief(error))
+            await self._env.probe()
+        self._env.log.warning("batch is processed in parts", step=step_key, error=brief(error))
         excluded, since = self.excluded(step_key), self._cursors.since(step_key)
-        now = self._clock.now()
-        due = DueEnrollments(*step_key, now, self._daemon, excluded, revision, limit, since)
-        async with connections.borrow(self._pool) as connection:
+        now = self._env.clock.now()
+        due = DueEnrollments(*step_key, now, self._env.daemon, excluded, revision, limit, since)
+        async with connections.borrow(self._env.pool) as connection:
             ids = await locking.due_ids(connection, due)
         await self.claim_some(step_key, revision, ids)
         return len(ids)
@@ -306,7 +292,7 @@ class Claims:
                 error = refusal
             self._quarantine.add(id_, step_key, error)
 
-        _, common = await isolate(ids, work, refused, self._probe)
+        _, common = await isolate(ids, work, refused, self._env.probe)
         if common is not None:
             raise common
 
@@ -314,7 +300,7 @@ class Claims:
         self, step_key: StepKey, revision: int, ids: Sequence[int], failure: Exception | None = None
     ) -> None:
         """Claim and advance given enrollments in one transaction, or let them fail."""
-        now = self._clock.now()
+        now = self._env.clock.now()
         batch = Batch()
         async with self._leases.writing(batch) as connection:
             claimed = await locking.claim_some(
@@ -323,7 +309,7 @@ class Claims:
                 now,
                 revision,
                 ids,
-                daemon=self._daemon,
+                daemon=self._env.daemon,
                 bare=failure is not None,
             )
             if failure is None:
@@ -398,9 +384,9 @@ class Claims:
         """
         if not due:
             return
-        async with connections.borrow(self._pool) as connection:
+        async with connections.borrow(self._env.pool) as connection:
             orphans = await locking.orphans(
-                connection, due, now, daemon=self._daemon, excluding=list(self._leases.known)
+                connection, due, now, daemon=self._env.daemon, excluding=list(self._leases.known)
             )
         for step_key, ids in orphans.items():
             if sequence := self._catalog.sequences.get(step_key[0]):

@@ -32,6 +32,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.breaker import Breaker, now
+from sequencerd.engine.environment import Environment
 from sequencerd.runners import tracing
 from sequencerd.runners.error_causes import is_exhausted
 from sequencerd.runners.fields import text_of
@@ -283,6 +284,7 @@ class Executors:
 
     def __init__(
         self,
+        env: Environment,
         runners: Runners,
         lookups: Callable[[str], Executable],
         *,
@@ -291,18 +293,15 @@ class Executors:
         wake: Callable[[StepKey], None],
         outage_changed: Callable[[Executor], None],
         redact: Callable[[str], str],
-        stopping: asyncio.Event,
-        metrics: Metrics,
         pauses: Pauses,
     ) -> None:
+        self._env = env
         self.lookups = lookups
         self._finished = finished
         self._is_full = is_full
         self._wake = wake
         self._outage_changed = outage_changed
         self._redact = redact
-        self._stopping = stopping
-        self._metrics = metrics
         self._pauses = pauses
         self._replaced: set[Executor] = set()
         self.by_key: dict[ExecutorKey, Executor] = {
@@ -317,7 +316,7 @@ class Executors:
             resumed=self._resume,
             outage_changed=self._outage_changed,
             redact=self._redact,
-            metrics=self._metrics,
+            metrics=self._env.metrics,
             pauses=self._pauses,
         )
 
@@ -327,7 +326,7 @@ class Executors:
         if executor is None:
             assert isinstance(key, tuple)  # a lookup: its executor is made at the first request
             executor = self.by_key[key] = self._new(key, self.lookups(key[1]))
-        if executor.free_slots > 0 and not self._stopping.is_set():
+        if executor.free_slots > 0 and not self._env.stopping.is_set():
             return executor
         executor.waiting.add(step_key)
         return None

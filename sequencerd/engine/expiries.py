@@ -7,16 +7,13 @@ yet: they are evaluated once, which writes it.
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime, timedelta
 from typing import NamedTuple
-
-import asyncpg
 
 from sequencerd.core.model import SideEffect, StepKey
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors
 from sequencerd.storage import connections
 from sequencerd.storage.locking import expired_ids, forget_expiries
@@ -35,25 +32,12 @@ class Expiries:
     """Finds expired enrollments, and claims them."""
 
     def __init__(
-        self,
-        pool: asyncpg.Pool,
-        catalog: Catalog,
-        executors: Executors,
-        claims: Claims,
-        *,
-        stopping: asyncio.Event,
-        daemon: str,
-        clock: Clock,
-        batch: int,
+        self, env: Environment, catalog: Catalog, executors: Executors, claims: Claims
     ) -> None:
-        self._pool = pool
+        self._env = env
         self._catalog = catalog
         self._executors = executors
         self._claims = claims
-        self._stopping = stopping
-        self._daemon = daemon
-        self._clock = clock
-        self._batch = batch
         self._known: dict[StepKey, _KnownExpiry] = {}
 
     def forget(self) -> None:
@@ -71,17 +55,17 @@ class Expiries:
                 continue
             if isinstance(step.behaviour, SideEffect) and step.behaviour.expires is not None:
                 before: list[int] | None = None
-                while not self._stopping.is_set():
+                while not self._env.stopping.is_set():
                     ids = await self._claim_expired(step_key, sequence.revision)
-                    if len(ids) < self._batch or ids == before:  # locked or changed meanwhile
+                    if len(ids) < self._env.batch or ids == before:  # locked or changed meanwhile
                         break
                     before = ids
 
     async def _claim_expired(self, step_key: StepKey, revision: int) -> list[int]:
         """Claim a batch of a step. Return the ids that were found."""
-        now = self._clock.now()
+        now = self._env.clock.now()
         known = self._known.get(step_key)
-        async with connections.borrow(self._pool) as connection:
+        async with connections.borrow(self._env.pool) as connection:
             if known is None or known.revision != revision:
                 await forget_expiries(connection, step_key)
                 known = self._known[step_key] = _KnownExpiry(revision, None)
@@ -90,12 +74,12 @@ class Expiries:
                 step_key,
                 now,
                 known.until,
-                self._batch,
-                daemon=self._daemon,
+                self._env.batch,
+                daemon=self._env.daemon,
                 excluding=self._claims.excluded(step_key),
             )
         if ids:
             await self._claims.claim_some(step_key, revision, ids)
-        if len(ids) < self._batch:
+        if len(ids) < self._env.batch:
             self._known[step_key] = _KnownExpiry(revision, now - COMMIT_DELAY)
         return ids

@@ -6,20 +6,18 @@ Side effects start when that transaction has committed; until then they only res
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import asyncpg
-from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.model import Fence, StepKey
 from sequencerd.engine.background import ERROR_PAUSE
 from sequencerd.engine.batch import Batch, Failure
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.quarantine import isolate
-from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, locking, writes
 from sequencerd.storage.database_errors import LOST_ERRORS, TRANSIENT_ERRORS
 from sequencerd.storage.writes import Unchanged
@@ -35,17 +33,12 @@ class Leases:
 
     def __init__(
         self,
-        pool: asyncpg.Pool,
+        env: Environment,
         executors: Executors,
         wakes: Callable[[StepKey, datetime, bool], None],
         invalid: Callable[[StepKey], None],
-        *,
-        clock: Clock,
-        lease_time: timedelta,
-        daemon: str,
-        log: FilteringBoundLogger,
-        metrics: Metrics,
     ) -> None:
+        self._env = env
         self.by_id: dict[int, Leased] = {}
         self.transactions: dict[int, int] = {}
         """The latest transactions that wrote leases and no data, as far as they are known, by the
@@ -53,15 +46,9 @@ class Leases:
         """
         self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
         self._writing = 0  # batches
-        self._pool = pool
         self._executors = executors
         self._wakes = wakes
         self._invalid = invalid
-        self._clock = clock
-        self._lease_time = lease_time
-        self._daemon = daemon
-        self._log = log
-        self._metrics = metrics
 
     def __len__(self) -> int:
         return len(self.by_id)
@@ -86,7 +73,7 @@ class Leases:
         """
         async with (
             self.starting(batch),
-            connections.borrow(self._pool) as connection,
+            connections.borrow(self._env.pool) as connection,
             connections.transaction(connection),
         ):
             yield connection
@@ -97,7 +84,7 @@ class Leases:
     @asynccontextmanager
     async def without_lock(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
         """Borrow a connection, to write a batch by `write_unchanged`."""
-        async with self.starting(batch), connections.borrow(self._pool) as connection:
+        async with self.starting(batch), connections.borrow(self._env.pool) as connection:
             yield connection
 
     async def write_unchanged(
@@ -144,13 +131,13 @@ class Leases:
             failures = batch.failures()
             self._report(batch, failures)
             written = sum(map(len, batch.rows.values()))
-            self._metrics.written(written, batch.events, [one[1:4] for one in failures])
+            self._env.metrics.written(written, batch.events, [one[1:4] for one in failures])
         finally:
             self._writing -= 1
 
     def _report(self, batch: Batch, failures: Iterable[Failure]) -> None:
         for id_, sequence, step, failure, message in failures:
-            log = self._log.bind(enrollment=id_, sequence=sequence, step=step)
+            log = self._env.log.bind(enrollment=id_, sequence=sequence, step=step)
             log.warning("enrollment failed", failure=failure)
             log.debug("enrollment failed", error=message)
         for step_key, (first, last) in batch.wakes().items():
@@ -183,7 +170,7 @@ class Leases:
         ids = [one.enrollment.id for one in leased]
         while ids:
             try:
-                async with connections.borrow(self._pool) as connection:
+                async with connections.borrow(self._env.pool) as connection:
                     return await locking.fences(connection, ids, written_together=written_together)
             except TRANSIENT_ERRORS:
                 await asyncio.sleep(ERROR_PAUSE)
@@ -195,7 +182,7 @@ class Leases:
             if self.by_id.get(one.enrollment.id) is one:
                 del self.by_id[one.enrollment.id]
 
-    async def extend(self, excluding: set[int], probe: Callable[[], Awaitable[None]]) -> None:
+    async def extend(self, excluding: set[int]) -> None:
         """Extend the leases of side effects in flight, `excluding` enrollments whose side effects
         have ended. A row that cannot be written remains leased by the heartbeat.
         """
@@ -204,11 +191,11 @@ class Leases:
             pass
 
         if ids := list(self.by_id.keys() - excluding):
-            _, common = await isolate(ids, self._extend, refused, probe)
+            _, common = await isolate(ids, self._extend, refused, self._env.probe)
             if common is not None:
                 raise common
 
     async def _extend(self, ids: Sequence[int]) -> None:
-        until = self._clock.now() + self._lease_time
-        async with connections.borrow(self._pool) as connection:
-            await writes.extend_leases(connection, ids, self._daemon, until)
+        until = self._env.clock.now() + self._env.lease_time
+        async with connections.borrow(self._env.pool) as connection:
+            await writes.extend_leases(connection, ids, self._env.daemon, until)

@@ -31,6 +31,7 @@ from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import Cursors
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executable, Executor, Executors
 from sequencerd.engine.expiries import SEARCH_INTERVAL as EXPIRY_INTERVAL
 from sequencerd.engine.expiries import Expiries
@@ -86,26 +87,28 @@ class Engine:
         iteration of the loop, at least every MAX_SLEEP seconds. `redact` removes secrets from what
         servers say. `pauses` are those after failures of a server.
         """
-        self._pool = pool
-        self._clock = clock
         self._settings = settings
-        self._log = log
-        self._metrics = metrics
         self._turned = turned
-        self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self._trying = asyncio.Lock()  # quarantined enrollments are retried by one task at a time
         self._heap: Heap[StepKey] = Heap()
         self._busy: set[StepKey] = set()
         self._again: set[StepKey] = set()  # busy steps that are to be worked on once more
         self._scan_at = 0.0  # when to scan the whole index again, in the loop's time
-        self._background = Background(self._stopping, log)
-        lease_time = timedelta(seconds=settings.lease)
+        self._env = env = Environment(
+            daemon=name,
+            pool=pool,
+            clock=clock,
+            batch=settings.batch,
+            lease_time=timedelta(seconds=settings.lease),
+            stopping=asyncio.Event(),
+            log=log,
+            metrics=metrics,
+        )
+        self._background = Background(env.stopping, log)
         self.problems = Problems()
         self._cursors = Cursors()
-        self.catalog = Catalog(
-            pool, runners, self._start_rescheduling, daemon=name, clock=clock, log=log
-        )
+        self.catalog = Catalog(env, runners, self._start_rescheduling)
         definitions = self.catalog.sequences
         self._heartbeat = Heartbeat(
             heart,
@@ -117,17 +120,10 @@ class Engine:
         )
         self._quarantine = Quarantine(self.problems, clock=clock, log=log)
         metrics.quarantined.set_function(lambda: len(self._quarantine))
-        self._outages = Outages(
-            pool,
-            self.catalog,
-            self.problems,
-            clock=clock,
-            log=log,
-            metrics=metrics,
-            since=self._cursors.since,
-        )
+        self._outages = Outages(env, self.catalog, self.problems, since=self._cursors.since)
         self._backlog = Backlog(settings.batch)
         self.executors = Executors(
+            env,
             runners,
             lookups,
             finished=self._backlog.add,
@@ -135,47 +131,27 @@ class Engine:
             wake=self._push_now,
             outage_changed=self._outage_changed,
             redact=redact,
-            stopping=self._stopping,
-            metrics=metrics,
             pauses=pauses,
         )
         self._moves = Moves(
+            env,
             definitions,
             self.executors,
-            clock=clock,
-            lease_time=lease_time,
-            daemon=name,
             request_reload=self._request_reload,
             lease_expired=self._heartbeat.lease_expired,
-            log=log,
         )
-        self._leases = Leases(
-            pool,
-            self.executors,
-            self._report_wake,
-            self._report_invalid,
-            clock=clock,
-            lease_time=lease_time,
-            daemon=name,
-            log=log,
-            metrics=metrics,
-        )
+        self._leases = Leases(env, self.executors, self._report_wake, self._report_invalid)
         self._read_ahead = ReadAhead(
-            pool,
+            env,
             self.catalog,
             self.executors,
             self._moves,
             self._leases,
             backlog=self._backlog,
             quarantine=self._quarantine,
-            stopping=self._stopping,
-            daemon=name,
-            clock=clock,
-            batch=settings.batch,
-            metrics=metrics,
         )
         self._claims = Claims(
-            pool,
+            env,
             self.catalog,
             self.executors,
             self._moves,
@@ -186,15 +162,9 @@ class Engine:
             read_ahead=self._read_ahead,
             push=self._push,
             request_reload=self._request_reload,
-            probe=self._probe,
-            stopping=self._stopping,
-            daemon=name,
-            clock=clock,
-            batch=settings.batch,
-            log=log,
-            metrics=metrics,
         )
         self._results = Results(
+            env,
             definitions,
             self.executors,
             self._moves,
@@ -202,32 +172,15 @@ class Engine:
             backlog=self._backlog,
             quarantine=self._quarantine,
             request_reload=self._request_reload,
-            probe=self._probe,
-            clock=clock,
-            batch=settings.batch,
-            log=log,
         )
-        self._expiries = Expiries(
-            pool,
-            self.catalog,
-            self.executors,
-            self._claims,
-            stopping=self._stopping,
-            daemon=name,
-            clock=clock,
-            batch=settings.batch,
-        )
+        self._expiries = Expiries(env, self.catalog, self.executors, self._claims)
         self._rescheduling = Rescheduling(
-            pool,
+            env,
             definitions,
             self._moves,
             self._leases,
             quarantine=self._quarantine.add,
-            probe=self._probe,
             background=self._background,
-            clock=clock,
-            batch=settings.batch,
-            log=log,
         )
         self._reloads = Repeating(partial(self.reload, ()), self._background)
         self._fixed: set[StepKey] = set()  # steps that have changed before a failure was written
@@ -259,7 +212,7 @@ class Engine:
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns when results of side effects in flight are written."""
-        self._stopping.set()
+        self._env.stopping.set()
         self._wake.set()
 
     @property
@@ -290,7 +243,7 @@ class Engine:
         """Handle a notification."""
         match message:
             case EnrollmentDue(due=step_key, since=since, later=is_later):
-                self._cursors.report(step_key, since, self._clock.now(), is_later=is_later)
+                self._cursors.report(step_key, since, self._env.clock.now(), is_later=is_later)
                 self._check_soon(step_key)
             case DefinitionsChanged(definitions=name):
                 self._request_reload(None if name is True else [name])
@@ -300,11 +253,11 @@ class Engine:
                 assert_never(message)
 
     async def _schedule(self) -> None:
-        while not self._stopping.is_set():
+        while not self._env.stopping.is_set():
             # cleared first, so that nothing that is set from now on is lost
             self._wake.clear()
             self._turned()
-            for step_key in self._heap.pop_due(self._clock.now()):
+            for step_key in self._heap.pop_due(self._env.clock.now()):
                 self._start(step_key)
             seconds = self._next_in()
             with suppress(TimeoutError):
@@ -316,7 +269,7 @@ class Engine:
         if (first := self._heap.first()) is None:
             return MAX_SLEEP
         at, step_key = first
-        seconds = self._clock.seconds_until(at)
+        seconds = self._env.clock.seconds_until(at)
         if seconds > AHEAD + TIMER_TOLERANCE:
             return seconds - AHEAD
         if seconds > TOO_LATE and not self._read_ahead.is_of(step_key, at):
@@ -331,7 +284,7 @@ class Engine:
         if step_key in self._busy:
             self._again.add(step_key)
         elif rest > 0:
-            self._push(step_key, self._clock.now() + timedelta(seconds=rest))
+            self._push(step_key, self._env.clock.now() + timedelta(seconds=rest))
         else:
             self._busy.add(step_key)
             self._background.spawn(self._work(step_key))
@@ -341,12 +294,12 @@ class Engine:
         try:
             await self._claims.claim_all(step_key)
         except TRANSIENT_ERRORS as error:
-            self._log.warning(
+            self._env.log.warning(
                 "database error, repeating the work", step=step_key, error=brief(error)
             )
-            self._push(step_key, self._clock.now() + timedelta(seconds=ERROR_PAUSE))
+            self._push(step_key, self._env.clock.now() + timedelta(seconds=ERROR_PAUSE))
         except Exception:  # the other steps continue, and the sweep returns to this one
-            self._log.exception("step could not be processed", step=step_key)
+            self._env.log.exception("step could not be processed", step=step_key)
         finally:
             self._busy.discard(step_key)
             if step_key in self._again:
@@ -363,8 +316,8 @@ class Engine:
             return
         delay = self._claims.delay(step_key)
         if delay:
-            self._push(step_key, self._clock.now() + delay)
-        elif not self._stopping.is_set():
+            self._push(step_key, self._env.clock.now() + delay)
+        elif not self._env.stopping.is_set():
             self._start(step_key)
 
     def _push(self, step_key: StepKey, at: datetime) -> None:
@@ -375,17 +328,17 @@ class Engine:
         """Record that enrollments have been moved to a step, when the first one wakes, and whether
         others wake later.
         """
-        self._cursors.report(step_key, at, self._clock.now(), is_later=is_later)
+        self._cursors.report(step_key, at, self._env.clock.now(), is_later=is_later)
         if not self.executors.is_waited_for(step_key):
             self._push(step_key, at)
 
     def _push_now(self, step_key: StepKey) -> None:
-        self._push(step_key, self._clock.now())
+        self._push(step_key, self._env.clock.now())
 
     async def _wind_down(self) -> None:
         """Wait for side effects in flight, and for batches that may lease others; write results."""
         if self._leases:
-            self._log.info("stopping", in_flight=len(self._leases))
+            self._env.log.info("stopping", in_flight=len(self._leases))
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.stop_timeout
         await self._background.ended(end)
@@ -395,7 +348,7 @@ class Engine:
                 try:
                     await self._try_quarantined(results_only=True)
                 except Exception as error:
-                    self._log.warning("kept results cannot be written", error=brief(error))
+                    self._env.log.warning("kept results cannot be written", error=brief(error))
                 while (
                     self._leases.is_writing
                     or self._leases.by_id.keys() - self._quarantine.with_result
@@ -405,7 +358,7 @@ class Engine:
         kept = [one.result for one in self._quarantine.all if one.result is not None]
         results = {leased.enrollment.id: result for leased, result in (*self._backlog, *kept)}
         for id_, leased in self._leases.by_id.items():
-            self._log.error(
+            self._env.log.error(
                 "a result could not be written",
                 enrollment=id_,
                 sequence=leased.enrollment.sequence,
@@ -417,10 +370,10 @@ class Engine:
 
     async def sweep(self, *, whole: bool = True) -> None:
         """Find what no notification has reported: at the start, and regularly afterwards."""
-        async with connections.borrow(self._pool) as connection:
-            off = self._clock.measured(await server.server_time(connection))
+        async with connections.borrow(self._env.pool) as connection:
+            off = self._env.clock.measured(await server.server_time(connection))
             if abs(off) > timedelta(seconds=1):
-                self._log.warning("the clocks have drifted", by=off.total_seconds())
+                self._env.log.warning("the clocks have drifted", by=off.total_seconds())
         if off < timedelta(seconds=-1):
             self._cursors.forget()
         self._cursors.forget_ahead()  # triggers do not notify about what wakes after a sweep
@@ -430,7 +383,7 @@ class Engine:
             self.catalog.mark_refused()
             changed = await self._read_definitions()
             self._report_braked()
-            async with connections.borrow(self._pool) as connection:
+            async with connections.borrow(self._env.pool) as connection:
                 self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
                 # enrollments may have come to new steps since the search; at the start, a poll
                 # finds them
@@ -438,11 +391,11 @@ class Engine:
                     self._report_wakes(await first_wakes_of(connection, changed), is_later=True)
             wakes = await searching
         self._report_wakes(wakes)
-        now = self._clock.now()
+        now = self._env.clock.now()
         due = self._due(wakes, now)
         counts = []
         if due:
-            async with connections.borrow(self._pool) as connection:
+            async with connections.borrow(self._env.pool) as connection:
                 counts = await count_due(connection, due, now)
         await self._claims.claim_orphans(due, now)
         self.executors.resume()
@@ -455,8 +408,8 @@ class Engine:
             (sequence, step, count, overdue if (sequence, step) in late else 0)
             for sequence, step, count, overdue in counts
         ]
-        self._metrics.clock_offset.set(self._clock.ahead().total_seconds())
-        self._metrics.swept(self._clock.now, len(wakes), oldest, counts)
+        self._env.metrics.clock_offset.set(self._env.clock.ahead().total_seconds())
+        self._env.metrics.swept(self._env.clock.now, len(wakes), oldest, counts)
         if whole:
             await self._claims.prepare()
 
@@ -482,20 +435,20 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         whole = whole or loop.time() >= self._scan_at
-        async with connections.borrow(self._pool) as connection:
+        async with connections.borrow(self._env.pool) as connection:
             started = loop.time()
             wakes = await first_wakes(connection, {} if whole else self._cursors.known)
             ended = loop.time()
         if whole:
             self._cursors.forget_ahead()
             self._scan_at = ended + (ended - started) * (1 / SCAN_SHARE - 1)
-            self._cursors.forget_unused(self._clock.now())
+            self._cursors.forget_unused(self._env.clock.now())
         return wakes
 
     def _report_wakes(
         self, wakes: Sequence[tuple[StepKey, datetime]], *, is_later: bool = False
     ) -> None:
-        now = self._clock.now()
+        now = self._env.clock.now()
         for step_key, at in wakes:
             self._cursors.report(step_key, at, now, is_later=is_later)
         if self._heap.push_all(wakes):
@@ -504,7 +457,7 @@ class Engine:
     async def find_due(self, whole: bool) -> DueSteps:
         """Find the due steps while notifications are off."""
         wakes = await self.rebuild(whole=whole)
-        return DueSteps(len(wakes), frozenset(self._due(wakes, self._clock.now()).items()))
+        return DueSteps(len(wakes), frozenset(self._due(wakes, self._env.clock.now()).items()))
 
     def _due(
         self, wakes: Iterable[tuple[StepKey, datetime]], now: datetime
@@ -523,7 +476,7 @@ class Engine:
         if changed:
             self._report_braked()
         if changed or fixed:
-            async with connections.borrow(self._pool) as connection:
+            async with connections.borrow(self._env.pool) as connection:
                 await self.catalog.revive(connection, fixed)
                 names = changed | {sequence for sequence, _ in fixed}
                 self._report_wakes(await first_wakes_of(connection, names), is_later=True)
@@ -544,7 +497,7 @@ class Engine:
 
     def _report_braked(self) -> None:
         sequences = self.catalog.sequences
-        self._metrics.braked(name for name, known in sequences.items() if known.is_stopped)
+        self._env.metrics.braked(name for name, known in sequences.items() if known.is_stopped)
 
     def _report_invalid(self, step_key: StepKey) -> None:
         """Resume enrollments that have failed by a definition that had been replaced meanwhile:
@@ -568,13 +521,8 @@ class Engine:
             counting = partial(self._outages.count, [executor])
             self._background.spawn(self._background.until_done(counting))
 
-    async def _probe(self) -> None:
-        """Raise the error that keeps every row from being written: no enrollment's fault."""
-        async with connections.borrow(self._pool) as connection:
-            await server.probe(connection)
-
     async def _extend_leases(self) -> None:
-        await self._leases.extend(self._quarantine.with_result, self._probe)
+        await self._leases.extend(self._quarantine.with_result)
 
     async def _try_quarantined(self, *, results_only: bool = False) -> None:
         """Retry quarantined enrollments that are due; or `results_only`, whether or not they are

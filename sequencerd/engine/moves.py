@@ -15,7 +15,6 @@ from functools import partial
 from typing import assert_never
 
 import asyncpg
-from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
 from sequencerd.core.advance import advance
@@ -38,7 +37,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.breaker import TIMER_TOLERANCE
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import PendingMove, decide
 from sequencerd.engine.shared_outcome import SharedOutcome, Start
@@ -59,24 +58,18 @@ class Moves:
 
     def __init__(
         self,
+        env: Environment,
         definitions: model.Definitions,
         executors: Executors,
         *,
-        clock: Clock,
-        lease_time: timedelta,
-        daemon: str,
         request_reload: Callable[[Iterable[str]], None],
         lease_expired: Callable[[float, float], bool],
-        log: FilteringBoundLogger,
     ) -> None:
+        self._env = env
         self._definitions = definitions
         self._executors = executors
-        self._clock = clock
-        self._lease_time = lease_time
-        self._daemon = daemon
         self._request_reload = request_reload
         self._lease_expired = lease_expired
-        self._log = log
         self.invalid: dict[StepKey, model.Step | None] = {}
         """The steps at which enrollments have failed as invalid, as they were defined then."""
 
@@ -177,7 +170,7 @@ class Moves:
                 full=full,
             )
         except Exception as error:
-            self._log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
+            self._env.log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
         match advanced.decision:
             case Fail("invalid_step") if len(self.invalid) < MAX_INVALID:
@@ -231,8 +224,8 @@ class Moves:
                 executor = self._executors.free(step.type, (at.sequence, at.step))
                 try:
                     if is_open and executor is not None:
-                        leased = at.leased_to(self._daemon, batch.lease_number)
-                        wake_at = now + self._lease_time
+                        leased = at.leased_to(self._env.daemon, batch.lease_number)
+                        wake_at = now + self._env.lease_time
                         started = self._start(leased, executor, decision, wake_at)
                         _lease(batch, leased, started)
                         at, start = leased, started
@@ -246,11 +239,11 @@ class Moves:
                 is_shared = False
                 if executor := self._executors.free(("lookup", lookup), (at.sequence, at.step)):
                     at = at._replace(
-                        wake_at=None, leased_by=self._daemon, leases=batch.lease_number
+                        wake_at=None, leased_by=self._env.daemon, leases=batch.lease_number
                     )
                     task = Task(at.key, {"subject": at.subject})
                     batch.lease(Leased(at, step, executor, None, task))
-                    wake_at = now + self._lease_time
+                    wake_at = now + self._env.lease_time
             case End() | Fail():
                 pass
             case _:
@@ -284,8 +277,8 @@ class Moves:
         expires = None
         if expires_at or closes_at:
             end = min(filter(None, (expires_at, closes_at)))
-            expires = time + self._clock.seconds_until(end) + TIMER_TOLERANCE
-        lease_expired = partial(self._lease_expired, time + self._clock.seconds_until(until))
+            expires = time + self._env.clock.seconds_until(end) + TIMER_TOLERANCE
+        lease_expired = partial(self._lease_expired, time + self._env.clock.seconds_until(until))
         return Start(
             executor, step, effect.program, view, expires, topic, revision, places, lease_expired
         )

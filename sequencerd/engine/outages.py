@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
-import asyncpg
-from structlog.typing import FilteringBoundLogger
-
 from sequencerd.core.model import StepKey
 from sequencerd.engine.catalog import Catalog
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executor
 from sequencerd.engine.problems import Problems
-from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, wakes
 
 PROBLEM_KIND = "runner"
@@ -24,36 +20,30 @@ class Outages:
 
     def __init__(
         self,
-        pool: asyncpg.Pool,
+        env: Environment,
         catalog: Catalog,
         problems: Problems,
         *,
-        clock: Clock,
-        log: FilteringBoundLogger,
-        metrics: Metrics,
         since: Callable[[StepKey], datetime],
     ) -> None:
         """Make it; `since` returns the time before which nothing is due at a step."""
-        self._pool = pool
+        self._env = env
         self._catalog = catalog
         self._problems = problems
-        self._clock = clock
-        self._log = log
-        self._metrics = metrics
         self._since = since
 
     def report(self, executor: Executor) -> None:
         """Report that a runner is down, is down for another reason, or works again."""
         name, outage = executor.name, executor.outage
-        self._metrics.runner_is_down(name, is_down=outage is not None)
+        self._env.metrics.runner_is_down(name, is_down=outage is not None)
         if outage is None:
-            self._log.info("runner works again", runner=name)
+            self._env.log.info("runner works again", runner=name)
             self._problems.clear(PROBLEM_KIND, name)
             return
-        log = self._log.bind(runner=name)
+        log = self._env.log.bind(runner=name)
         log.warning("runner is down; enrollments wait", cause=executor.cause)
         log.debug("runner is down; enrollments wait", error=outage)
-        self._problems.report(PROBLEM_KIND, name, outage, since=self._clock.now())
+        self._problems.report(PROBLEM_KIND, name, outage, since=self._env.clock.now())
 
     async def count(self, executors: Iterable[Executor]) -> None:
         """Report how many enrollments wait for runners that are down."""
@@ -66,19 +56,19 @@ class Outages:
         }
         if not types:
             return
-        async with connections.borrow(self._pool) as connection:
+        async with connections.borrow(self._env.pool) as connection:
             since = {step_key: self._since(step_key) for step_key in types}
-            counts = await wakes.count_due(connection, since, self._clock.now())
+            counts = await wakes.count_due(connection, since, self._env.clock.now())
         waiting = dict.fromkeys(down, 0)
         for sequence, step, due, _ in counts:
             waiting[types[sequence, step]] += due
         for name, executor in down.items():
             if executor.outage is not None:  # down as before
-                self._metrics.runner_waits(name, waiting[name])
+                self._env.metrics.runner_waits(name, waiting[name])
                 self._problems.report(
                     PROBLEM_KIND,
                     name,
                     executor.outage,
-                    since=self._clock.now(),
+                    since=self._env.clock.now(),
                     waiting=waiting[name],
                 )

@@ -13,18 +13,15 @@ from contextlib import aclosing, nullcontext, suppress
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-import asyncpg
-
 from sequencerd.core.model import Enrollment, Sequence, StepKey
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.catalog import Catalog
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import Quarantine
-from sequencerd.service.metrics import Metrics
 from sequencerd.storage import connections, locking
 from sequencerd.storage.locking import DueEnrollments
 from sequencerd.storage.writes import NotWritten, Unchanged
@@ -49,7 +46,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        pool: asyncpg.Pool,
+        env: Environment,
         catalog: Catalog,
         executors: Executors,
         moves: Moves,
@@ -57,24 +54,14 @@ class ReadAhead:
         *,
         backlog: Backlog,
         quarantine: Quarantine,
-        stopping: asyncio.Event,
-        daemon: str,
-        clock: Clock,
-        batch: int,
-        metrics: Metrics,
     ) -> None:
-        self._pool = pool
+        self._env = env
         self._catalog = catalog
         self._executors = executors
         self._moves = moves
         self._leases = leases
         self._backlog = backlog
         self._quarantine = quarantine
-        self._stopping = stopping
-        self._daemon = daemon
-        self._clock = clock
-        self._batch = batch
-        self._metrics = metrics
         self._of: tuple[StepKey, datetime] | None = None
         self._planned: deque[_Planned] = deque()
 
@@ -91,13 +78,13 @@ class ReadAhead:
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return
         # of a side effect, half of the slots: for so many, a step is woken that waits for slots
-        page = self._executors.claimable(step, self._batch, 2)
+        page = self._executors.claimable(step, self._env.batch, 2)
         if not page:
             return
         waking = DueEnrollments(
             *step_key,
             at,
-            self._daemon,
+            self._env.daemon,
             self._quarantine.ids(step_key),
             sequence.revision,
             MAX_BATCHES * page,
@@ -105,11 +92,11 @@ class ReadAhead:
         )
         with suppress(Exception):  # what cannot be read is claimed, and then reported
             async with (
-                connections.borrow(self._pool) as connection,
+                connections.borrow(self._env.pool) as connection,
                 aclosing(locking.read_ahead(connection, waking, page)) as batches,
             ):
                 async for batch in batches:
-                    is_over = self._stopping.is_set() or self._clock.now() >= at
+                    is_over = self._env.stopping.is_set() or self._env.clock.now() >= at
                     if is_over or not batch or self._planned is not plans:
                         break
                     planned = self._plan(batch, sequence, at)
@@ -141,7 +128,7 @@ class ReadAhead:
         """
         if not self._planned or self._of is None or self._of[0] != step_key:
             return False
-        at, now = self._of[1], self._clock.now()
+        at, now = self._of[1], self._env.clock.now()
         if at > now:
             return False
         if now - at > VALID_FOR:
@@ -156,7 +143,7 @@ class ReadAhead:
 
     async def _write_all(self, step_key: StepKey, at: datetime) -> None:
         with suppress(Exception):  # what cannot be written is claimed, and then reported
-            while not self._stopping.is_set() and self.is_of(step_key, at) and self._planned:
+            while not self._env.stopping.is_set() and self.is_of(step_key, at) and self._planned:
                 planned = self._planned[0]
                 sequence = planned.sequence
                 if self._catalog.sequences.get(sequence.name) is not sequence:
@@ -165,12 +152,12 @@ class ReadAhead:
                     return
                 self._planned.popleft()
                 with suppress(NotWritten):
-                    now = self._clock.now()
+                    now = self._env.clock.now()
                     async with self._leases.without_lock(planned.batch) as connection:
                         await self._leases.write_unchanged(
                             connection, planned.batch, now, planned.read
                         )
-                    self._metrics.claimed(step_key, [at] * len(planned.read.versions), now)
+                    self._env.metrics.claimed(step_key, [at] * len(planned.read.versions), now)
 
     def _reserve(self, step_key: StepKey, planned: _Planned) -> bool:
         """Reserve the slots of a batch. If some are missing, return False: the step then waits for

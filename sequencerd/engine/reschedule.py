@@ -14,15 +14,12 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-import asyncpg
-from structlog.typing import FilteringBoundLogger
-
 from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
 from sequencerd.core.model import StepKey
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.jumps import PendingMove
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
@@ -46,32 +43,23 @@ class Rescheduling:
 
     def __init__(
         self,
-        pool: asyncpg.Pool,
+        env: Environment,
         sequences: Mapping[str, model.Sequence],
         moves: Moves,
         leases: Leases,
         *,
         quarantine: Callable[[int, StepKey, Exception], None],
-        probe: Callable[[], Awaitable[None]],
         background: Background,
-        clock: Clock,
-        batch: int,
-        log: FilteringBoundLogger,
     ) -> None:
         """Make it. `sequences` belong to the catalog and change. `quarantine` receives enrollments
-        that the database refuses to write while `probe` succeeds.
+        that the database refuses to write.
         """
-        self._pool = pool
+        self._env = env
         self._sequences = sequences
         self._moves = moves
         self._leases = leases
         self._quarantine = quarantine
-        self._probe = probe
         self._background = background
-        self._stopping = background.stopping
-        self._clock = clock
-        self._size = batch
-        self._log = log
         self._wanted: dict[StepKey, None] = {}  # a dict as a set that keeps its order
         self._is_working = False
         self._others: dict[StepKey, int] = {}  # the progress of another daemon, as read last
@@ -111,7 +99,7 @@ class Rescheduling:
         self._requests -= requests
         wanted = {(request.sequence, request.step) for request in requests}
         try:
-            async with connections.borrow(self._pool) as connection:
+            async with connections.borrow(self._env.pool) as connection:
                 step_keys = [
                     (sequence, step)
                     for sequence, step in await wakes.occupied_steps(connection)
@@ -149,10 +137,10 @@ class Rescheduling:
         subjects = list({subject for subject, _, _ in wanted if subject is not None})
         locked: set[str] = set()
         after, page = -1, IDS_PER_READ
-        while page == IDS_PER_READ and not self._stopping.is_set():
-            async with connections.borrow(self._pool) as connection:
+        while page == IDS_PER_READ and not self._env.stopping.is_set():
+            async with connections.borrow(self._env.pool) as connection:
                 rows = await evaluations.waiting_of_subjects(
-                    connection, subjects, after, self._clock.now(), IDS_PER_READ
+                    connection, subjects, after, self._env.clock.now(), IDS_PER_READ
                 )
             page = len(rows)
             by_step: dict[StepKey, list[int]] = defaultdict(list)
@@ -167,8 +155,8 @@ class Rescheduling:
                 sequence = self._sequences.get(step_key[0])
                 if sequence is None or sequence.paused:
                     continue
-                for first in range(0, len(ids), self._size):
-                    part = ids[first : first + self._size]
+                for first in range(0, len(ids), self._env.batch):
+                    part = ids[first : first + self._env.batch]
                     left = await self._evaluate_waiting(step_key, part, sequence.revision)
                     locked.update(of[id_] for id_ in left)
         return locked
@@ -185,7 +173,7 @@ class Rescheduling:
 
     async def _work(self) -> None:
         try:
-            while self._wanted and not self._stopping.is_set():
+            while self._wanted and not self._env.stopping.is_set():
                 await self._work_on(list(self._wanted))
         finally:
             self._is_working = False
@@ -193,7 +181,7 @@ class Rescheduling:
     async def _work_on(self, step_keys: list[StepKey]) -> None:
         outlasted = False
         for step_key in step_keys:
-            if self._stopping.is_set():
+            if self._env.stopping.is_set():
                 return
             again = None
             try:
@@ -205,17 +193,17 @@ class Rescheduling:
                     again = OTHERS_PAUSE
             except TRANSIENT_ERRORS as error:
                 again = ERROR_PAUSE
-                self._log.warning("database error, trying again", error=brief(error))
+                self._env.log.warning("database error, trying again", error=brief(error))
             except Exception:
                 again = 60.0
-                self._log.exception("waiting enrollments could not be evaluated", step=step_key)
+                self._env.log.exception("waiting enrollments could not be evaluated", step=step_key)
             if again is not None:
                 self._wanted.pop(step_key, None)
                 asyncio.get_running_loop().call_later(again, self.start, step_key)
 
     async def _reschedule(self, step_key: StepKey) -> bool:
         """Evaluate a step. Return False if another daemon does."""
-        async with connections.borrow(self._pool) as connection:
+        async with connections.borrow(self._env.pool) as connection:
             since = await evaluations.rescheduling_from(connection, step_key)
         seen = self._others.pop(step_key, since)
         if since is None:
@@ -228,16 +216,16 @@ class Rescheduling:
     async def _from(self, step_key: StepKey, since: int) -> bool:
         """Evaluate a step from an id on. Return False if another daemon does."""
         count = 0
-        while not self._stopping.is_set():
+        while not self._env.stopping.is_set():
             sequence = self._sequences.get(step_key[0])
             if sequence is None or sequence.paused:
                 return True  # it starts again when the sequence is resumed
-            async with connections.borrow(self._pool) as connection:
+            async with connections.borrow(self._env.pool) as connection:
                 page = await evaluations.active_ids(connection, step_key, since, IDS_PER_READ)
-            for first in range(0, len(page), self._size):
-                batch = page[first : first + self._size]
+            for first in range(0, len(page), self._env.batch):
+                batch = page[first : first + self._env.batch]
                 done = await self._batch(step_key, since, batch, sequence.revision)
-                if self._stopping.is_set():
+                if self._env.stopping.is_set():
                     return True
                 if done is None:
                     self._others[step_key] = since
@@ -246,13 +234,13 @@ class Rescheduling:
             count += len(page)
             if len(page) == IDS_PER_READ:
                 continue
-            async with connections.borrow(self._pool) as connection:
+            async with connections.borrow(self._env.pool) as connection:
                 again = await evaluations.finish_rescheduling(connection, step_key, since)
             if again is None:
                 self._others[step_key] = since
                 return False
             if count:
-                self._log.info(
+                self._env.log.info(
                     "waiting enrollments of a step were evaluated", step=step_key, count=count
                 )
             if again:
@@ -276,7 +264,7 @@ class Rescheduling:
                 since = until
             return locked
 
-        while left and not self._stopping.is_set():
+        while left and not self._env.stopping.is_set():
             left = await self._in_parts(evaluate, left, step_key)
             if left is None:
                 return None
@@ -306,7 +294,7 @@ class Rescheduling:
         async def refused(id_: int, error: Exception) -> None:
             self._quarantine(id_, step_key, error)
 
-        _, common = await isolate(ids, work, refused, self._probe)
+        _, common = await isolate(ids, work, refused, self._env.probe)
         if common is not None:
             raise common
         return locked if is_ours else None
@@ -324,7 +312,7 @@ class Rescheduling:
 
         `progress` is the id recorded in the step, and the id to record.
         """
-        now = self._clock.now()
+        now = self._env.clock.now()
         batch = Batch()
         async with self._leases.writing(batch) as connection:
             if progress is not None:
@@ -353,12 +341,12 @@ class Rescheduling:
 
     async def _outlast_older_transactions(self) -> None:
         """Wait for transactions that may move enrollments to a step by its old definition."""
-        async with connections.borrow(self._pool) as connection:
+        async with connections.borrow(self._env.pool) as connection:
             newest = await evaluations.new_transaction(connection)
         loop = asyncio.get_running_loop()
         until = loop.time() + TRANSACTIONS_TIMEOUT
-        while loop.time() < until and not self._stopping.is_set():
-            async with connections.borrow(self._pool) as connection:
+        while loop.time() < until and not self._env.stopping.is_set():
+            async with connections.borrow(self._env.pool) as connection:
                 oldest = await evaluations.oldest_transaction(connection)
                 if newest is not None and oldest >= newest:
                     return

@@ -7,11 +7,9 @@ quarantined.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-
-from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core import model
 from sequencerd.core.model import (
@@ -28,7 +26,7 @@ from sequencerd.core.model import (
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
-from sequencerd.engine.clock import Clock
+from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves, failed, failure_code
@@ -46,11 +44,12 @@ DIFFERING_FOR = timedelta(seconds=5)
 
 class Results:
     """Writes results. `definitions` belong to the catalog; `request_reload` requests to read those
-    of sequences that have changed. `probe` raises the error that keeps all rows from being written.
+    of sequences that have changed.
     """
 
     def __init__(
         self,
+        env: Environment,
         definitions: model.Definitions,
         executors: Executors,
         moves: Moves,
@@ -59,11 +58,8 @@ class Results:
         backlog: Backlog,
         quarantine: Quarantine,
         request_reload: Callable[[Iterable[str]], None],
-        probe: Callable[[], Awaitable[None]],
-        clock: Clock,
-        batch: int,
-        log: FilteringBoundLogger,
     ) -> None:
+        self._env = env
         self._definitions = definitions
         self._executors = executors
         self._backlog = backlog
@@ -71,10 +67,6 @@ class Results:
         self._moves = moves
         self._quarantine = quarantine
         self._request_reload = request_reload
-        self._probe = probe
-        self._clock = clock
-        self._batch = batch
-        self._log = log
         self._differing_until: dict[StepKey, datetime] = {}
 
     async def write(self) -> None:
@@ -84,12 +76,12 @@ class Results:
             self._backlog.changed.clear()
             while self._backlog.is_ready:
                 was_full = self._backlog.is_full
-                results = self._backlog.take(self._batch)
+                results = self._backlog.take(self._env.batch)
                 if was_full:
                     self._executors.resume()
                 left, common = await self.write_in_parts(results)
                 if common is not None:
-                    self._log.warning("results wait for the database", error=brief(common))
+                    self._env.log.warning("results wait for the database", error=brief(common))
                     await asyncio.sleep(ERROR_PAUSE)
                     if isinstance(common, LOST_ERRORS):
                         left = await self._still_held(left)
@@ -101,7 +93,7 @@ class Results:
         """Write results. Return those that were not written, and the error if no result has caused
         it.
         """
-        return await isolate(results, self._write_batch, self._refused, self._probe)
+        return await isolate(results, self._write_batch, self._refused, self._env.probe)
 
     async def _refused(self, finished: Finished, error: Exception) -> None:
         """Write a result alone if what follows from it cannot be written, so that it is not lost.
@@ -148,7 +140,7 @@ class Results:
         """Write results by the known definitions. Those of sequences whose definitions have changed
         are written when these have been read.
         """
-        now = self._clock.now()
+        now = self._env.clock.now()
         if failure is None and not result_only and await self._write_unlocked(results, now):
             return
         known = [leased.enrollment for leased, _ in results]
@@ -189,7 +181,7 @@ class Results:
                         pause = SLOW_PAUSE
                         break
                 elif leased.enrollment.id not in locked.ids:
-                    self._log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
+                    self._env.log.warning("enrollment was deleted", enrollment=leased.enrollment.id)
                 elif not leased.executor.is_lookup:
                     event = _stale(leased, result, now)
                     batch.events.setdefault(event, []).append(leased.enrollment.id)

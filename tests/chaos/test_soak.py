@@ -35,7 +35,7 @@ def sample(engine: Engine) -> dict[str, float]:
     """What must not grow, of this process."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    connections = [holder._con for holder in engine._pool._holders if holder._con is not None]
+    connections = [holder._con for holder in engine._env.pool._holders if holder._con is not None]
     return {
         "RSS in MB": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
         "descriptors": sum(map(is_ours, Path("/proc/self/fd").iterdir())),

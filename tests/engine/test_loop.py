@@ -496,7 +496,7 @@ async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
         await until(connection, ASLEEP)
         async with other.transaction():
             await other.execute("SELECT FROM sequencer.enrollments WHERE id = $1 FOR UPDATE", id_)
-            one._clock._offset += timedelta(days=3).total_seconds()
+            one._env.clock._offset += timedelta(days=3).total_seconds()
             one._wake.set()
             await asyncio.wait_for(is_left.wait(), PATIENCE)
         await until(connection, ENDED, id_)
@@ -610,7 +610,9 @@ async def test_the_first_lone_enrollment_finds_its_statements_prepared(
     monkeypatch.setattr(claims, "PREPARE_TIME", PATIENCE)
     prepared = "SELECT array_agg(statement) FROM pg_prepared_statements"
     async with running_engine(database) as one, AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(connections.borrow(one._pool)) for _ in "12345"]
+        sessions = [
+            await stack.enter_async_context(connections.borrow(one._env.pool)) for _ in "12345"
+        ]
         found = [await session.fetchval(prepared) for session in sessions]
     assert any({QUERIES["peek"], QUERIES["write_one_unchanged"]} <= {*one} for one in found)
 
@@ -660,7 +662,7 @@ async def test_a_step_does_not_rest_for_as_long_as_the_clock_is_set_back(
         " SELECT 's', $1 || n FROM generate_series(1, $2::int) AS n"
     )
     async with running_engine(database, {"Note": Recorder()}) as one:
-        one._clock._offset += 3600
+        one._env.clock._offset += 3600
         await connection.execute(insert, "u", claims.SEVERAL)
         await until(connection, ALL_ENDED)
         await eventually(lambda: ("s", "a") not in one._busy)
@@ -682,9 +684,9 @@ async def test_a_sweep_after_the_clock_was_set_back_finds_what_has_arrived_since
     async with running_engine(database, {"Note": Recorder()}, sweep=3600) as one:
         monkeypatch.setattr(one, "rebuild", nothing)  # no poll finds it
         await until(connection, LOCK_IS_HELD)
-        one._clock._offset += 3600
-        with one._cursors.claim(("s", "a"), frozenset(), one._clock.now()) as claim:
-            claim.left = wakes.LeftAtStep(one._clock.now(), None, None, None)
+        one._env.clock._offset += 3600
+        with one._cursors.claim(("s", "a"), frozenset(), one._env.clock.now()) as claim:
+            claim.left = wakes.LeftAtStep(one._env.clock.now(), None, None, None)
         one._scan_at = math.inf  # other sweeps may scan the whole index
         await enroll(connection, "s", "ada")
         await one.sweep(whole=False)

@@ -22,7 +22,7 @@ from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST_WAKE
-from sequencerd.storage import embedded, locking, migrate, sequences, writes
+from sequencerd.storage import embedded, locking, migrate, sequences, server, writes
 from tests.helpers.command_line import Command
 from tests.helpers.databases import (
     FAST_SETTINGS,
@@ -343,12 +343,12 @@ async def test_kept_results_that_were_written_before_the_database_failed_are_not
             " FOR EACH ROW WHEN (NEW.subject = 'bad') EXECUTE FUNCTION refuse()"
         )
 
-        async def probe() -> None:
+        async def probe(_: asyncpg.Connection) -> None:
             if await connection.fetchval(DONE, 1):
                 raise ConnectionResetError
 
         with monkeypatch.context() as failing:
-            failing.setattr(one._results, "_probe", probe)
+            failing.setattr(server, "probe", probe)
             with pytest.raises(ConnectionResetError):
                 await one._try_quarantined(results_only=True)
         assert [kept.id for kept in one._quarantine.all] == [

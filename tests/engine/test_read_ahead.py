@@ -66,7 +66,7 @@ def claimed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def let_an_hour_pass(*engines: Engine) -> None:
     for one in engines:
-        one._clock._offset += HOUR.total_seconds()
+        one._env.clock._offset += HOUR.total_seconds()
         one._wake.set()
 
 
@@ -78,7 +78,7 @@ async def enroll_for_later(
     connection: asyncpg.Connection, count: int, *engines: Engine, read: int | None = None
 ) -> None:
     """Enroll what wakes in an hour. Triggers do not notify of what wakes so late."""
-    at = engines[0]._clock.now() + HOUR
+    at = engines[0]._env.clock.now() + HOUR
     await connection.execute(INSERT, count, at)
     for one in engines:
         one._report_wake(STEP, at, False)
@@ -280,7 +280,7 @@ async def test_the_number_of_enrollments_that_are_read_ahead_is_bounded(
     recorder = Recorder()
     await define(connection, "s", ("a", "Note", "{}", None))
     async with running_engine(database, {"Note": recorder}, sweep=3600, batch=10) as one:
-        at = one._clock.now() + HOUR
+        at = one._env.clock.now() + HOUR
         await connection.execute(INSERT, 50, at)
         await one._read_ahead.read(STEP, at)
         assert planned(one) == 20
@@ -372,7 +372,7 @@ async def test_what_cannot_be_read_ahead_is_claimed(
     monkeypatch.setattr(locking, "read_ahead", broken)
     await define(connection, "s", ("a", "Note", "{}", None))
     async with running_engine(database, {"Note": Recorder()}, sweep=3600) as one:
-        at = one._clock.now() + HOUR
+        at = one._env.clock.now() + HOUR
         await connection.execute(INSERT, 5, at)
         await one._read_ahead.read(STEP, at)  # raises nothing
         one._report_wake(STEP, at, False)

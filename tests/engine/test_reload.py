@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import asyncpg
 import pytest
-import structlog
 from pydantic import SecretStr
 
 from sequencerd.core import model
@@ -32,7 +31,6 @@ from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
 from sequencerd.engine import catalog
 from sequencerd.engine.catalog import MAX_BLOCKING, Catalog
-from sequencerd.engine.clock import Clock
 from sequencerd.engine.loop import Engine
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
@@ -492,9 +490,7 @@ def test_names_that_may_be_anything_are_searched_once_and_not_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(catalog, "MAX_UNKNOWN", 2)
-    unread = Catalog(
-        cast("Any", None), {}, lambda _: None, daemon="d", clock=Clock(), log=structlog.get_logger()
-    )
+    unread = Catalog(cast("Any", None), {}, lambda _: None)
     assert [unread.should_load(name) for name in "aabbc"] == [True, False, True, False, False]
 
 

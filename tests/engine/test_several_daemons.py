@@ -284,7 +284,7 @@ async def test_a_clock_that_is_set_back_takes_over_no_lease_of_a_living_daemon(
         await held.begun.wait()
         async with running_engine(database, {"Call": other}) as ahead:
             await until(connection, "SELECT count(*) = 2 FROM sequencer.daemons")
-            monkeypatch.setattr(ahead._clock, "_offset", ahead._clock._offset + 3600)
+            monkeypatch.setattr(ahead._env.clock, "_offset", ahead._env.clock._offset + 3600)
             await ahead._claims.claim_all(("s", "call"))
             held.released.set()
             await until(connection, ALL_ENDED)
