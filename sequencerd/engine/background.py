@@ -30,10 +30,13 @@ async def concurrently(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Ta
 
 
 class Background:
-    """The background tasks of an engine. Once `stopping` is set, no work is repeated."""
+    """The background tasks of an engine. Once `stopping` is set, work is no longer repeated after
+    errors.
+    """
 
     def __init__(self, stopping: asyncio.Event, log: FilteringBoundLogger) -> None:
         self.stopping = stopping
+        self.is_over = False
         self.log = log
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -74,7 +77,8 @@ class Background:
             await asyncio.wait(self._tasks, timeout=at - asyncio.get_running_loop().time())
 
     def cancel(self) -> None:
-        """Cancel the tasks that have not ended."""
+        """Cancel the tasks that have not ended, and begin no more requested work."""
+        self.is_over = True
         for task in self._tasks:
             task.cancel()
 
@@ -84,7 +88,7 @@ class Repeating:
 
     It runs once at a time: requests that arrive in the meantime cause one more run. Each run is
     followed by a pause in seconds, which is longer after a long run unless the work returns that it
-    was useful.
+    was useful. A stop ends none of it: results that are written meanwhile may need it.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class Repeating:
         self._start()
 
     def _start(self) -> None:
-        if self._is_requested and not self._is_busy and not self._background.stopping.is_set():
+        if self._is_requested and not self._is_busy and not self._background.is_over:
             self._is_requested, self._is_busy = False, True
             self._background.spawn(self._once())
 

@@ -1077,6 +1077,21 @@ async def test_a_stop_releases_unfinished_leases_without_an_attempt(
         await until(connection, ALL_ENDED)
 
 
+async def test_a_result_is_written_if_its_sequence_is_edited_during_a_stop(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    work = Held()
+    await define(connection, "s", ("work", "Work", "{}", None))
+    await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Work": Recorder(work)}) as engine:
+        await work.begun.wait()
+        engine.stop()
+        await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+        work.released.set()
+    row = await connection.fetchrow("SELECT status, leased_by FROM sequencer.enrollments")
+    assert tuple(row) == ("completed", None)
+
+
 @pytest.mark.parametrize("is_expired", [True, False])
 async def test_a_stop_waits_for_the_answer_to_a_lease(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, is_expired: bool
