@@ -69,27 +69,30 @@ async def test_a_mail_that_expires_in_an_outage_is_never_sent(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("concurrency", [1, 7])
 async def test_an_enrollment_that_waits_for_a_full_runner_expires(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, concurrency: int
 ) -> None:
+    """However many are executed: with seven, they fill a page of the search."""
     release = asyncio.Event()
 
     async def slow(_: Task) -> Result:
         await release.wait()
         return Answer()
 
-    work = Recorder(slow, batch_size=1, concurrency=1)
+    work = Recorder(slow, batch_size=1, concurrency=concurrency)
     async with running_engine(database, {"Work": work}, batch=7):
         await define(connection, "s", ("work", "Work", json.dumps(SOON), None))
         await connection.execute(
             "INSERT INTO sequencer.enrollments (sequence, subject)"
             " SELECT 's', 'user-' || n FROM generate_series(1, 60) AS n"
         )
-        await until(connection, EXPIRED, 58)  # one is executed, one is in the executor's queue
+        # as many as are executed are in the executor's queue
+        await until(connection, EXPIRED, 60 - 2 * concurrency)
         release.set()
         await until(connection, ALL_ENDED)
-    assert await connection.fetchval(EXPIRED, 59)
-    assert len(work.keys) == 1
+    assert await connection.fetchval(EXPIRED, 60 - concurrency)
+    assert len(work.keys) == concurrency
 
 
 async def test_a_date_that_changes_while_a_runner_is_down(

@@ -346,18 +346,17 @@ SELECT e.id
 
 -- name: expired_ids
 -- Find due enrollments of a step that cannot be claimed: those that have expired, and of those due since
--- a given time, those whose expiry is unknown.
-SELECT e.id
-  FROM ((SELECT id, leased_by FROM sequencer.enrollments
-          WHERE sequence = $1 AND step = $2 AND status = 'active'
-            AND expires_at IS NOT NULL AND expires_at <= $3 AND id <> ALL ($5::bigint[])
-          ORDER BY expires_at LIMIT $6)
+-- a given time, those whose expiry is unknown. However many are leased, others are found.
+SELECT id
+  FROM ((SELECT e.id FROM sequencer.enrollments AS e
+          WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
+            AND e.expires_at IS NOT NULL AND e.expires_at <= $3 AND e.id <> ALL ($5::bigint[]) AND {is_free}
+          ORDER BY e.expires_at LIMIT $6)
         UNION ALL
-        (SELECT id, leased_by FROM sequencer.enrollments
-          WHERE sequence = $1 AND step = $2 AND status = 'active' AND wake_at <= $3
-            AND wake_at >= $7 AND expires_at IS NULL AND id <> ALL ($5::bigint[])
-          ORDER BY wake_at LIMIT $6)) AS e
- WHERE {is_free}
+        (SELECT e.id FROM sequencer.enrollments AS e
+          WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at <= $3
+            AND e.wake_at >= $7 AND e.expires_at IS NULL AND e.id <> ALL ($5::bigint[]) AND {is_free}
+          ORDER BY e.wake_at LIMIT $6)) AS found
  LIMIT $6;
 
 -- name: forget_expiries
