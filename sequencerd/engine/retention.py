@@ -25,7 +25,6 @@ MAX_INTERVAL = 3600.0  # seconds, at most
 ACTIVITY_KEPT_FOR = timedelta(days=400)  # for which hourly counts are kept
 RETRY_INTERVAL = 60.0  # seconds, after a lock or a transient error
 BATCH_SIZE = 1000  # enrollments
-RETRIED_ERRORS = (*TRANSIENT_ERRORS, asyncpg.PostgresError)
 BATCH_PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
 
 T = TypeVar("T")
@@ -43,7 +42,7 @@ async def keep(
         try:
             await tidy(pool, settings(), clock.now(), log)
             pause = min(MAX_INTERVAL, _until_next_count(clock.now()))
-        except RETRIED_ERRORS as error:
+        except Exception as error:  # whatever a table contains, the daemon goes on
             pause = _report(error, log)
         await asyncio.sleep(pause)
 
@@ -54,7 +53,7 @@ def _until_next_count(now: datetime) -> float:
     return 3600.5 - (past.minute * 60 + past.second)
 
 
-def _report(error: BaseException, log: FilteringBoundLogger) -> float:
+def _report(error: Exception, log: FilteringBoundLogger) -> float:
     """Log an error. Return in how many seconds to try again."""
     if isinstance(error, asyncpg.LockNotAvailableError):
         log.info("the history is locked, retention tries again later")
@@ -74,7 +73,7 @@ async def tidy(
     Nothing is done while another daemon does it. Each part is done even if another one fails; then
     the first error is raised.
     """
-    failed: list[BaseException] = []
+    failed: list[Exception] = []
     for part in (
         _add_partitions,
         _count_activity,
@@ -84,7 +83,7 @@ async def tidy(
     ):
         try:
             await part(pool, settings, now, log)
-        except RETRIED_ERRORS as error:
+        except Exception as error:
             failed.append(error)
     for other in failed[1:]:
         _report(other, log)
@@ -114,7 +113,7 @@ async def _drop_history(
     if settings.events is None:
         return
     async with connections.borrow(pool) as connection:
-        counted = await activity.counted_until(connection)
+        counted = await activity.counted_until(connection, now)
     if counted is None:  # events that are not counted yet are kept
         return
     before = min(now - settings.events, counted)

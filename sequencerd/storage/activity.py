@@ -24,10 +24,10 @@ MAX_LATENESS_ROWS = 10_000  # rows of lateness that one transaction sums up
 
 async def count(connection: asyncpg.Connection, now: datetime) -> bool:
     """Count hours that have not been counted, at most a day. Return whether there were any."""
-    rows = await connection.fetch(QUERIES["activity_progress"])
-    if [row["after"] for row in rows] != list(COUNTING_DELAYS):
+    rows = await _progress(connection, now)
+    if len(rows) < len(COUNTING_DELAYS):
         await connection.execute(QUERIES["begin_activity"], list(COUNTING_DELAYS), now, MAX_PAST)
-        rows = await connection.fetch(QUERIES["activity_progress"])
+        rows = await _progress(connection, now)
     for after, since in rows:
         until = min(_hour(now - after), since + CATCH_UP_SPAN)
         if since < until:
@@ -37,10 +37,16 @@ async def count(connection: asyncpg.Connection, now: datetime) -> bool:
     return False
 
 
-async def counted_until(connection: asyncpg.Connection) -> datetime | None:
+async def counted_until(connection: asyncpg.Connection, now: datetime) -> datetime | None:
     """Return the time up to which the history has been counted; None if it never was."""
-    rows = await connection.fetch(QUERIES["activity_progress"])
-    return max((row["until"] for row in rows), default=None)
+    return max((until for _, until in await _progress(connection, now)), default=None)
+
+
+async def _progress(connection: asyncpg.Connection, now: datetime) -> list[asyncpg.Record]:
+    rows: list[asyncpg.Record] = await connection.fetch(
+        QUERIES["activity_progress"], list(COUNTING_DELAYS), now, MAX_PAST
+    )
+    return rows
 
 
 def delays(due: Iterable[datetime], now: datetime) -> list[timedelta]:

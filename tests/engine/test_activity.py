@@ -73,6 +73,21 @@ async def test_each_hour_is_counted_once_by_all_daemons(
     }
 
 
+@pytest.mark.parametrize("wrong", ["infinity", "-infinity", "2099-01-01Z", "294276-01-01Z"])
+async def test_counting_begins_again_where_its_progress_cannot_be_right(
+    connection: asyncpg.Connection, pool: asyncpg.Pool, wrong: str
+) -> None:
+    """Such as after the server's clock was years ahead: nothing was counted until that time."""
+    await tidy(pool, RetentionSettings(), datetime.now(UTC), LOG)
+    at = hours_ago(3)
+    await happened(connection, at)
+    await connection.execute(
+        'UPDATE sequencer.activity_progress SET "until" = $1::text::timestamptz', wrong
+    )
+    await tidy(pool, RetentionSettings(events=timedelta(days=365)), datetime.now(UTC), LOG)
+    assert await counts(connection) == {(hour(at), "next"): 1}
+
+
 async def test_late_commits_are_counted_later(
     connection: asyncpg.Connection, pool: asyncpg.Pool
 ) -> None:

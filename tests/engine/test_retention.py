@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import RetentionSettings
-from sequencerd.storage import activity, connections
+from sequencerd.storage import activity, connections, reservations
 from sequencerd.storage.cleanup import try_lock_retention
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.waiting import eventually
@@ -123,7 +123,7 @@ async def test_history_that_is_not_counted_yet_is_kept(
     end = month(-13)
     for counted, is_kept in ((end - timedelta(hours=1), True), (end, False)):
 
-        async def counted_until(_: asyncpg.Connection, at: datetime = counted) -> datetime:
+        async def counted_until(*_: object, at: datetime = counted) -> datetime:
             return at
 
         monkeypatch.setattr(activity, "counted_until", counted_until)
@@ -294,6 +294,32 @@ async def test_each_part_of_retention_runs_even_if_another_fails(
     with pytest.raises(asyncpg.UndefinedFunctionError, match="add_event_partitions"):
         await tidy_all(pool)
     assert old not in await partitions(defined)
+
+
+async def test_an_unexpected_error_of_retention_ends_no_daemon(
+    pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a value that Python does not have. All other parts are done."""
+    done = asyncio.Event()
+
+    async def fail(*_: object, **__: object) -> bool:
+        raise OverflowError("date value out of range")
+
+    async def prune(*_: object) -> None:
+        done.set()
+
+    monkeypatch.setattr(activity, "count", fail)
+    monkeypatch.setattr(reservations, "prune", prune)
+    with capture_logs() as logs:
+        log = structlog.get_logger()
+        keeping = asyncio.create_task(
+            retention.keep(pool, RetentionSettings, clock=Clock(), log=log)
+        )
+        await eventually(lambda: len(logs) > 0)
+        assert not keeping.done()
+        keeping.cancel()
+    assert done.is_set()
+    assert logs[0]["error"] == "date value out of range"
 
 
 ENDED = """

@@ -916,20 +916,27 @@ FROM (SELECT sequence, date_trunc('hour', at, 'UTC') AS hour, step,
                         'cancelled', 'suppressed', 'expired', 'limited', 'retry')) AS v
  GROUP BY sequence, hour, step, action
 
+-- part: is_plausible
+-- Whether the history can have been counted up to a time, with a day's margin.
+p."until" BETWEEN $2::timestamptz - $3::interval - interval '1 day' AND $2::timestamptz + interval '1 day'
+
 -- name: begin_activity
--- Set where counting the history by hour begins: with its oldest partition, but at most so long ago.
-INSERT INTO sequencer.activity_progress (after, "until")
-SELECT p.after, date_trunc('hour', greatest($2::timestamptz - $3::interval, (
+-- Set where counting the history by hour begins: with its oldest partition, but at most so long ago. Also
+-- where it has a time that is out of range.
+INSERT INTO sequencer.activity_progress AS p (after, "until")
+SELECT d.after, date_trunc('hour', greatest($2::timestamptz - $3::interval, (
            SELECT min(to_date(substring(c.relname FROM '^events_(\d{4}_\d\d)$'), 'YYYY_MM')::timestamp
                       AT TIME ZONE 'UTC')
              FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
             WHERE i.inhparent = 'sequencer.events'::regclass)), 'UTC')
-  FROM unnest($1::interval[]) AS p (after)
-ON CONFLICT (after) DO NOTHING;
+  FROM unnest($1::interval[]) AS d (after)
+ON CONFLICT (after) DO UPDATE SET "until" = excluded."until" WHERE NOT ({is_plausible});
 
 -- name: activity_progress
--- Read up to when the history has been counted, by how long after the end of an hour.
-SELECT after, "until" FROM sequencer.activity_progress ORDER BY after;
+-- Read up to when the history has been counted, by how long after the end of an hour. A time in the future,
+-- as after the server's clock was wrong, would stop the counting until then.
+SELECT after, "until" FROM sequencer.activity_progress AS p
+ WHERE after = ANY ($1::interval[]) AND {is_plausible} ORDER BY after;
 
 -- name: count_activity
 -- Count the history between two full hours.
