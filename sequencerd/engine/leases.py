@@ -44,8 +44,7 @@ class Leases:
         """The latest transactions that wrote leases and no data, as far as they are known, by the
         number of the leases. None whose rows triggers of others may have changed.
         """
-        self._doubtful: set[int] = set()  # perhaps leased, by a commit whose answer was lost
-        self._writing = 0  # batches
+        self._writing: dict[int, Batch] = {}  # by the numbers of their leases
         self._executors = executors
         self._wakes = wakes
         self._invalid = invalid
@@ -55,15 +54,18 @@ class Leases:
 
     @property
     def known(self) -> set[int]:
-        """Return the enrollments that this daemon has leased, or may have leased."""
-        return self.by_id.keys() | self._doubtful
+        """Return the enrollments that this daemon has leased, or may have leased: the answer to a
+        commit may arrive long after the lease has expired, or never.
+        """
+        batches = self._writing.values()
+        return self.by_id.keys() | {one.enrollment.id for each in batches for one in each.leased}
 
     @property
     def is_writing(self) -> bool:
         """Return whether a batch is being written. A task that is cancelled meanwhile may leave
         leases of which nothing knows.
         """
-        return self._writing > 0
+        return bool(self._writing)
 
     @asynccontextmanager
     async def writing(self, batch: Batch) -> AsyncIterator[asyncpg.Connection]:
@@ -109,16 +111,11 @@ class Leases:
     @asynccontextmanager
     async def starting(self, batch: Batch) -> AsyncIterator[None]:
         """Start the side effects of a batch that is written within, or give their slots back."""
-        self._writing += 1
+        self._writing[batch.lease_number] = batch
         try:
             yield
         except LOST_ERRORS:
-            ids = {one.enrollment.id for one in batch.leased}
-            self._doubtful |= ids
-            try:
-                held = await self.held(batch.leased, written_together=True)
-            finally:
-                self._doubtful -= ids
+            held = await self.held(batch.leased, written_together=True)
             self._start(one for one in batch.leased if one.fence in held)
             self._give_back(one for one in batch.leased if one.fence not in held)
             self._report(batch, batch.failures())
@@ -133,7 +130,7 @@ class Leases:
             written = sum(map(len, batch.rows.values()))
             self._env.metrics.written(written, batch.events, [one[1:4] for one in failures])
         finally:
-            self._writing -= 1
+            del self._writing[batch.lease_number]
 
     def _report(self, batch: Batch, failures: Iterable[Failure]) -> None:
         for id_, sequence, step, failure, message in failures:

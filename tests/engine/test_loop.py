@@ -288,6 +288,36 @@ async def test_an_orphan_with_a_doubtful_lease_is_not_executed_twice(
     assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
 
 
+@pytest.mark.parametrize("config", ["{}", '{"delivery": "at_most_once"}'])
+async def test_a_lease_whose_answer_is_late_is_not_taken_for_an_orphan(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    """The answer to the write of a lease arrives only after the lease has expired and a sweep has
+    found it.
+    """
+    recorder = Recorder()
+    written, told = asyncio.Event(), asyncio.Event()
+    write = writes.write_unchanged
+
+    async def slowly(*arguments: Any) -> int | None:
+        number = await write(*arguments)
+        written.set()
+        await told.wait()
+        return number
+
+    monkeypatch.setattr(writes, "write_unchanged", slowly)
+    await define(connection, "s", ("one", "Note", config, "two"), ("two", "Note", "{}", None))
+    async with running_engine(database, {"Note": recorder}, lease=1.0) as engine:
+        id_ = await enroll(connection, "s", "ada")
+        await asyncio.wait_for(written.wait(), PATIENCE)
+        await until(connection, "SELECT wake_at < now() FROM sequencer.enrollments")
+        await engine.sweep()
+        told.set()
+        await until(connection, ALL_ENDED)
+    assert Counter(recorder.keys).most_common(1)[0][1] == 1
+    assert await way(connection, id_) == ["one enrolled", "one next", "two next", "two completed"]
+
+
 @pytest.mark.slow
 async def test_a_claim_beside_a_held_snapshot_skips_finished_rows(
     database: str, connection: asyncpg.Connection
