@@ -15,6 +15,7 @@ from typing import Any
 
 import asyncpg
 
+from sequencerd.core import exact_json
 from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
 from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.http import Endpoint, read_id, read_list
@@ -62,12 +63,14 @@ class Lookup:
         return [answers[str(task.view["subject"])] for task in tasks]
 
     def _answer(self, data: object) -> LookupAnswer:
-        """Return the data of a subject, or the failure if JSON cannot hold them."""
+        """Return the data of a subject, or the failure if JSON cannot hold them, or no step could
+        read them.
+        """
         if not isinstance(data, Mapping):
             what = f"the data are of type {type(data).__name__} instead of an object"
             return self._failed(what, 1)[0]
         try:
-            json.dumps(given := dict(data), allow_nan=False)
+            exact_json.check_depth(json.dumps(given := dict(data), allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             return self._failed(_fault("external", data) or text_of(error), 1)[0]
         return LookupAnswer(given)

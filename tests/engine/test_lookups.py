@@ -249,6 +249,7 @@ async def test_an_answer_that_cannot_be_used_is_a_failure(
         (b'[{"id": true}]', "an object of the answer has no id"),
         (b'[{"id": "user-7", "n": 1e400}]', "external.n is inf: the number is too large"),
         (b'[{"id": 7}, {"id": "user-7", "of": [1, {"n": NaN}]}]', "external.of.1.n is nan"),
+        (b'[{"id": "user-7", "of": %s1%s}]' % (b"[" * 200, b"]" * 200), "it is nested more than"),
     ],
 )
 async def test_a_failure_tells_what_an_endpoint_answers(body: bytes, says: str) -> None:
@@ -337,6 +338,7 @@ def test_an_id_is_a_number_or_its_text(id_: str) -> None:
         ({("a", "b"): 1}, "keys must be str, int, float, bool or None, not tuple"),
         (None, "the data are of type NoneType instead of an object"),
         (["pro"], "the data are of type list instead of an object"),
+        (json.loads('{"a":' * 200 + "{}" + "}" * 200), "it is nested more than 200 levels"),
     ],
 )
 async def test_data_of_python_that_json_cannot_hold(
