@@ -31,39 +31,9 @@ from sequencerd.core.model import Event, Result, outcome
 MAX_PLACES = 1000
 OTHER_LABELS = ("other", "other")
 
-LATENESS_BUCKETS = (
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    60.0,
-    600.0,
-    3600.0,
-)
-DURATION_BUCKETS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+LATENESS_BUCKETS = (*_SECONDS, 60.0, 600.0, 3600.0)
+DURATION_BUCKETS = (0.001, 0.0025, *_SECONDS, 30.0, 60.0)
 SIZE_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 _MOVES = frozenset({"enrolled", "next", "altNext", "goal", "jump", "branch", "completed"})
