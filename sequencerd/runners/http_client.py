@@ -47,6 +47,7 @@ MAX_SECONDS = 1e9  # of a wait; more are a time
 MAX_CALLS = 500  # over an HTTP/2 connection
 IDLE_TIMEOUT = 4.0  # seconds; Node closes HTTP/2 after 5, which httpx does not notice
 ADDRESS_TIMEOUT = 2.0  # seconds to connect to an address if the host has another one
+MAX_PREFERRED = 1000  # hosts of which the address to try first is remembered
 MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
 _PUBLIC = frozenset(
@@ -250,6 +251,8 @@ class HttpClient:
                         break
                     except (httpx.ConnectError, httpx.ConnectTimeout):
                         self._preferred[named.host] = following.host
+                        if len(self._preferred) > MAX_PREFERRED:
+                            del self._preferred[next(iter(self._preferred))]
                 else:
                     answer = await self._send(targets[-1], proxy, request, max_answer)
                 return answer.reply(secrets)

@@ -461,8 +461,24 @@ async def test_an_address_that_does_not_answer_leaves_time_for_the_next(
     monkeypatch: pytest.MonkeyPatch, dead_is_first: bool
 ) -> None:
     """A client that checks the addresses of a name connects to each of them itself."""
-    connected: list[str] = []
     addresses = ["127.0.0.2", HOST] if dead_is_first else [HOST, "127.0.0.2"]
+    connected = resolve(monkeypatch, addresses)
+    async with http_server(all_next) as server:
+        with not_accepting("127.0.0.2", server.port):
+            made = http_runner(f"http://two.example:{server.port}", timeout=60)
+            for _ in range(3):
+                assert await made.run(made.compile({}), [task()]) == [Answer()]
+            await made.close()
+    assert len(server.requests) == 3
+    used = addresses if dead_is_first else addresses[:1]
+    assert connected == used  # the address that answered is used again, as is its connection
+
+
+def resolve(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> list[str]:
+    """Let every name have these addresses, as if they were public. Return those that are connected
+    to, as they are.
+    """
+    connected: list[str] = []
     loop = asyncio.get_running_loop()
     find_really, connect_really = loop.getaddrinfo, loop.sock_connect
 
@@ -477,15 +493,22 @@ async def test_an_address_that_does_not_answer_leaves_time_for_the_next(
     monkeypatch.setattr(loop, "sock_connect", connect)
     monkeypatch.setattr(http_client, "is_public", lambda _: True)
     monkeypatch.setattr(http_client, "ADDRESS_TIMEOUT", 0.1)
+    return connected
+
+
+async def test_the_addresses_of_the_latest_hosts_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_client, "MAX_PREFERRED", 1)
+    connected = resolve(monkeypatch, ["127.0.0.2", HOST])
+    client = HttpClient(timeout=60, connections=1, allow_private=False)
     async with http_server(all_next) as server:
         with not_accepting("127.0.0.2", server.port):
-            made = http_runner(f"http://two.example:{server.port}", timeout=60)
-            for _ in range(3):
-                assert await made.run(made.compile({}), [task()]) == [Answer()]
-            await made.close()
-    assert len(server.requests) == 3
-    used = addresses if dead_is_first else addresses[:1]
-    assert connected == used  # the address that answered is used again, as is its connection
+            for name in ("one", "one", "two", "two", "one"):
+                url = f"http://{name}.example:{server.port}"
+                await client.call("POST", url, headers={}, content=b'{"runners": []}')
+            await client.close()
+    assert connected.count("127.0.0.2") == 3
 
 
 async def test_data_that_json_cannot_hold_concerns_its_enrollment_only() -> None:
