@@ -95,9 +95,9 @@ LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
 class EmailRunner:
     """Sends a message for each enrollment of a step.
 
-    `url`, `final_timeout`, `hello_name` and the timeout of `limits` are documented at
-    `smtp.MailTransport`; each call sends one message. `oauth` is a client of a token endpoint, or a
-    command that prints a token. `list_unsubscribe` is the template of a URL for steps without one.
+    `url`, `hello_name` and the timeout of `limits` are documented at `smtp.MailTransport`; each
+    call sends one message. `oauth` is a client of a token endpoint, or a command that prints a
+    token. `list_unsubscribe` is the template of a URL for steps without one.
     `only_to` contains patterns of the recipients that get messages, `attachments_from` patterns of
     the URLs of attachments. With `suppress_bounces`, results name the addresses that do not exist.
     Bounces go to `bounce_address`, whose {token} identifies the message. `links` makes the links to
@@ -109,7 +109,6 @@ class EmailRunner:
         url: str,
         *,
         limits: Limits = LIMITS,
-        final_timeout: float = FINAL_TIMEOUT,
         hello_name: str | None = None,
         oauth: OAuthClient | str | None = None,
         list_unsubscribe: str | None = None,
@@ -132,7 +131,7 @@ class EmailRunner:
         self._attachments = Attachments(attachments_from)
         self._pace = Pace(limits, EMAIL.name, take)
         # the transport has limits of its own; this one covers the rest
-        longest = 2 * OFFER_TIMEOUT + final_timeout + self._pace.longest_wait
+        longest = 2 * OFFER_TIMEOUT + FINAL_TIMEOUT + self._pace.longest_wait
         longest += FETCH_TIMEOUT * (1 + limits.concurrency // MAX_FETCHES)
         self.limits = replace(limits, timeout=longest)
         self._source = None if oauth is None else token_source(oauth)
@@ -140,7 +139,6 @@ class EmailRunner:
             url,
             connections=limits.concurrency,
             timeout=limits.timeout,
-            final_timeout=final_timeout,
             hello_name=hello_name,
             tokens=None if self._source is None else AccessTokens(self._source.fetch),
         )

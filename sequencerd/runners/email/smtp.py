@@ -119,9 +119,8 @@ def _failed(refusal: Refusal, message: str) -> Failed:
 class MailTransport:
     """Delivers mail to one server, over at most `connections` connections at a time.
 
-    `timeout` is the number of seconds for each reply of the server except the last, `final_timeout`
-    for the last one. `hello_name` is the name sent in EHLO. Raises ValueError for an invalid URL or
-    name.
+    `timeout` is the number of seconds for each reply of the server except the last. `hello_name` is
+    the name sent in EHLO. Raises ValueError for an invalid URL or name.
     """
 
     def __init__(
@@ -130,7 +129,6 @@ class MailTransport:
         *,
         connections: int,
         timeout: float = REPLY_TIMEOUT,
-        final_timeout: float = FINAL_TIMEOUT,
         hello_name: str | None = None,
         tokens: AccessTokens | None = None,
         idle: float = IDLE_TIMEOUT,
@@ -141,7 +139,6 @@ class MailTransport:
             f"[{host}]:{self._server.port}" if ":" in host else f"{host}:{self._server.port}"
         )
         self._timeout = timeout
-        self._final_timeout = final_timeout
         self._tokens = tokens
         self._idle_for = idle
         self._slots = asyncio.Semaphore(connections)
@@ -263,7 +260,7 @@ class MailTransport:
             raise SmtpError(f"not ready for the message within {OFFER_TIMEOUT:g} s") from None
         if reply.code == 354:
             attempt.handed_over = True
-            reply = await dialogue.transfer(mail.content, within=self._final_timeout)
+            reply = await dialogue.transfer(mail.content, within=FINAL_TIMEOUT)
             attempt.handed_over = False
         elif not reply.is_refusal:
             raise SmtpError(f"answers DATA with {reply.code}")

@@ -24,6 +24,7 @@ from sequencerd.core.model import (
     Suppressed,
     Undeliverable,
 )
+from sequencerd.runners.email import smtp
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import MailTransport
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
@@ -450,8 +451,11 @@ async def test_a_connection_that_breaks_is_a_passing_failure(command: str) -> No
     assert result.unknown == (command == "DATA")
 
 
-async def test_a_server_that_hangs_is_left_after_the_time_limit() -> None:
-    async with smtp_server() as server, runner(server, final_timeout=0.3) as made:
+async def test_a_server_that_hangs_is_left_after_the_time_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(smtp, "FINAL_TIMEOUT", 0.3)
+    async with smtp_server() as server, runner(server) as made:
         server.hang = True
         result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
     assert not result.permanent
