@@ -278,10 +278,9 @@ async def set_status_command(
         ours = [row for _, row in rows if row["name"] == name]
         already = " already" if all(row["before"] == change.status for row in ours) else ""
         active = sum(row["active"] for row in ours)
-        effect = change.effect.format(s="s" if active == 1 else "")
         where = f" in {', '.join(str(shard.name) for shard in answers.found)}"
         say(
             f"{name} is {change.status}{already}{where if answers.missing else ''}: "
-            f"{bulk.count(active)} {effect}"
+            f"{bulk.count(active)} {change.effect(active)}"
         )
     return report_missing(answers, refusals=True)

@@ -123,7 +123,7 @@ async def _ask_status(
         title=f"{action.capitalize()} {name}?",
         name=name,
         action=action,
-        effect=bulk.SEQUENCE_STATUSES[action].effect,
+        effect=bulk.SEQUENCE_STATUSES[action].effect(),
         stored=stored,
         reason=query.get("reason") or "",
         wrong=wrong,

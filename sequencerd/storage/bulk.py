@@ -257,16 +257,21 @@ async def _run(
 
 
 class StatusChange(NamedTuple):
-    """A status of sequences, and its meaning for their enrollments; `{s}` ends the verb of one."""
+    """A status of sequences, and its meaning for their enrollments: a verb, and what follows it."""
 
     status: str
-    effect: str
+    verb: str
+    consequence: str
+
+    def effect(self, number: int | None = None) -> str:
+        """Describe what so many enrollments do, by default all."""
+        return f"{self.verb}{'s' if number == 1 else ''}{self.consequence}"
 
 
 SEQUENCE_STATUSES = {
-    "pause": StatusChange("paused", "wait{s}; nothing is executed, time continues to pass"),
-    "resume": StatusChange("active", "continue{s}"),
-    "archive": StatusChange("archived", "continue{s}; no new enrollments"),
+    "pause": StatusChange("paused", "wait", "; nothing is executed, time continues to pass"),
+    "resume": StatusChange("active", "continue", ""),
+    "archive": StatusChange("archived", "continue", "; no new enrollments"),
 }
 
 

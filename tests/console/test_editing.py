@@ -57,7 +57,9 @@ async def test_a_sequence_is_paused_with_a_reason(
         await log_in(client, "edda")
         assert "Pause…" in (await client.get("/sequence?sequence=s")).text
         page = await client.get("/status?sequence=s&action=pause")
-        assert "time continues to pass" in page.text
+        for action, effect in (("pause", "wait; nothing is"), ("resume", "continue.")):
+            asked = await client.get(f"/status?sequence=s&action={action}")
+            assert f"<p>Its enrollments {effect}" in asked.text
         form = {"token": token(page), "sequence": "s", "action": "pause"}
         assert (await client.post("/status", data=form)).status_code == 422
         wrong = {**form, "action": "drop", "reason": "x"}
