@@ -639,6 +639,22 @@ async def test_simulate_in_the_page(
         assert await page.locator("#data").input_value() == "{"
 
 
+async def test_the_end_of_a_simulation_is_a_sentence(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDate", '{"date": "{{data.due}}"}', None))
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        data = json.dumps({"due": "the day after tomorrow"})
+        await page.goto(f"/console/simulate?{urlencode({'sequence': 's', 'data': data})}")
+        end = page.locator(".timeline .place", has_text="failed: ")
+        one_line = await page.locator(".timeline .at").first.bounding_box()
+        box = await end.bounding_box()
+        assert box is not None
+        assert one_line is not None
+        assert box["height"] < 2 * one_line["height"]
+        await check_page(page, page.url)
+
+
 async def test_columns_are_ticked_in_the_page(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
