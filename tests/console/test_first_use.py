@@ -224,6 +224,31 @@ async def test_steps_whose_names_begin_alike_differ_in_the_graph(
             assert last.endswith(f"mail-{name[-1]}")
 
 
+async def test_a_median_stay_is_not_cut_off_in_the_graph(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    at_nine = '{"attribute": "hour", "values": [9]}'
+    await define(connection, "s", ("at-nine", "WaitForDateComparison", at_nine, None))
+    async with console(database, is_served=True) as client, window(browser, client) as page:
+        await page.goto("/console/sequence?sequence=s")
+        await page.locator("#graph .node").first.wait_for()
+        await page.evaluate(COUNTED, {"stay": "12 h 34 min", "failed": "12"})
+        kind, stay = (await text_of(page, "#graph .small")).split(" · ")
+        assert stay == "12 h 34 min"
+        assert kind.startswith("\u2068W")
+        assert "…" in kind
+
+
+COUNTED = """(counts) => {
+    const source = document.getElementById("graph-data");
+    const data = JSON.parse(source.dataset.graph);
+    Object.assign(data.nodes[0], counts);
+    source.dataset.graph = JSON.stringify(data);
+    document.dispatchEvent(new Event("shown"));
+}"""
+"""Let the first step of the graph have these counts."""
+
+
 async def test_problems_come_before_many_sequences(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:

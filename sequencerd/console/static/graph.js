@@ -33,18 +33,18 @@
   };
   const high = (node) => HEIGHT + (node.limit ? LINE : 0);
 
-  // Write as much of a text as fits: letters differ in width.
-  function write(place, text, room) {
-    const key = `${room} ${text}`;
+  // Write as much of a text as fits, and all of what ends it: letters differ in width.
+  function write(place, text, room, end = "") {
+    const key = `${room} ${text}${end}`;
     if (place.dataset.text === key) return;
     place.dataset.text = key;
-    place.textContent = apart(text);
+    place.textContent = apart(text) + end;
     if (place.getComputedTextLength() <= room) return;
     const all = letters(text);
     let most = all.length;
     while (most > 1 && place.getComputedTextLength() > room) {
       most = Math.min(most - 1, Math.floor((most * room) / place.getComputedTextLength()));
-      place.textContent = cut(all, most);
+      place.textContent = cut(all, most) + end;
     }
   }
 
@@ -129,7 +129,7 @@
       set(failed, node.failed && `${node.failed} failed`);
       const room = (beside) => WIDTH - 24 - (beside.textContent ? beside.getComputedTextLength() + 8 : 0);
       write(link.querySelector(".step"), node.name, room(count));
-      write(link.querySelector(".small"), node.type + stay, room(failed));
+      write(link.querySelector(".small"), node.type, room(failed), stay);
       if (node.limit) write(link.querySelector(".limit"), node.limit, WIDTH - 24);
       const words = `${node.name}, ${node.type}, ${node.active} waiting` +
         (node.failed ? `, ${node.failed} failed` : "") + (node.limit ? `, ${node.limit}` : "") + (node.problem ? ", has a problem" : "");
