@@ -36,7 +36,7 @@ UNREADABLE = "data that cannot be read"
 """The only key of data in place of those that Python cannot parse, with the reason."""
 
 
-_TEXTS = ("subject", "last_error", "message")
+_TEXTS = ("subject", "last_error", "message", "reported_message")
 
 MaskedRow = dict[str, Any]
 MaskRow = Callable[[Mapping[str, Any]], MaskedRow]

@@ -101,9 +101,7 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
         has_more_causes=any(counts.has_more_causes for counts in every),
         next=sorted((row for counts in every for row in counts.next), key=lambda row: row["at"]),
         problems=[
-            {**row, "about": _in_shard(name, row)}
-            for name, counts in shards.items()
-            for row in counts.problems
+            {**row, "shard": name} for name, counts in shards.items() for row in counts.problems
         ],
         findings=[
             replace(finding, about=f"{name}: {finding.about}")
@@ -114,11 +112,6 @@ def merge_counts(shards: Mapping[str, Counts]) -> Counts:
         stays=stays,
         flow_since=max(filter(None, (counts.flow_since for counts in every)), default=None),
     )
-
-
-def _in_shard(name: str, row: SummaryRow) -> str:
-    about = row["about"]
-    return f"{name}/{about}" if row["kind"] == "quarantined" else f"{about} in {name}"
 
 
 def _merge_rows(shards: Mapping[str, Sequence[SummaryRow]], key: Sequence[str]) -> list[SummaryRow]:

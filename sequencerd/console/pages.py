@@ -46,7 +46,7 @@ from sequencerd.console.lists import (
     without_usual_columns,
 )
 from sequencerd.console.live import COUNTS_TOPIC
-from sequencerd.console.mask import MaskedRow, MaskRow
+from sequencerd.console.mask import MASKED_VALUE, MaskedRow
 from sequencerd.console.merging import (
     found_in_all,
     grouped,
@@ -105,10 +105,33 @@ def _render_counts(
     )
 
 
-def _problems(counts: Counts | None, mask: MaskRow) -> list[MaskedRow]:
-    """Return the problems that daemons report."""
+def _problems(
+    context: PageContext, counts: Counts | None, definition: Sequence | None = None
+) -> list[MaskedRow]:
+    """Return the problems that daemons report: all, or of the enrollments of a sequence and of the
+    runners that its steps use. Their data is not known here, so with masks, only the page of a
+    quarantined enrollment has the error, which may quote it.
+    """
     rows = counts.problems if counts else []
-    return [mask({**row, "last_error": row["message"]}) for row in rows]
+    if definition is not None:
+        types = {step.type for step in definition.steps.values()}
+        rows = [
+            row
+            for row in rows
+            if (row["kind"] == "runner" and row["about"] in types)
+            or (row["kind"] == "quarantined" and row["sequence"] == definition.name)
+        ]
+    return [
+        context.mask(
+            {
+                **row,
+                "last_error": MASKED_VALUE
+                if context.is_masked and row["kind"] == "quarantined"
+                else row["message"],
+            }
+        )
+        for row in rows
+    ]
 
 
 async def overview(request: Request) -> Response:
@@ -125,7 +148,7 @@ async def overview(request: Request) -> Response:
         every=every and every.rows,
         overview=every and every.part(query.number("first", 0)),
         coming=views.coming(counts, Query({})) if counts else None,
-        problems=_problems(counts, context.mask),
+        problems=_problems(context, counts),
         most_problems=MAX_PROBLEMS,
     )
 
@@ -155,10 +178,14 @@ async def health(request: Request) -> Response:
         "health.html",
         "Health",
         counts,
-        health=views.health(counts, query_of(request), context.mask) if counts else None,
-        problems=_problems(counts, context.mask),
+        health=_health(context, counts, query_of(request)) if counts else None,
+        problems=_problems(context, counts),
         most_problems=MAX_PROBLEMS,
     )
+
+
+def _health(context: PageContext, counts: Counts, query: Query) -> Table:
+    return views.health(counts, query, context.mask, is_masked=context.is_masked)
 
 
 async def sequence(request: Request) -> Response:
@@ -191,6 +218,7 @@ async def sequence(request: Request) -> Response:
         since=_since(counts),
         name=name,
         description=row.get("description"),
+        problems=_problems(context, counts, definition),
         status=(await read_stored(context, name)).status,  # also just after it was changed
         definition=definition,
         schedules=grouped(schedules),
@@ -432,7 +460,7 @@ async def _table(request: Request, context: PageContext, name: str, query: Query
         case "coming" if counts:
             return views.coming(counts, query)
         case "health" if counts:
-            return views.health(counts, query, context.mask)
+            return _health(context, counts, query)
         case "funnel":
             return await funnel.read(context, query)
         case "arms":

@@ -12,7 +12,7 @@ import asyncpg
 
 from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
-from sequencerd.console.mask import MaskedRow, MaskRow, read_data
+from sequencerd.console.mask import MASKED_VALUE, MaskedRow, MaskRow, read_data
 from sequencerd.console.query import LAST_CHARACTER, MAX_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts, SummaryRow
 from sequencerd.console.tables import Column, Table, at
@@ -209,8 +209,11 @@ def coming(counts: Counts, query: Query) -> Table:
     return Table("coming", columns, rows, query.given)
 
 
-def health(counts: Counts, query: Query, mask: MaskRow) -> Table:
-    """Return what `doctor` finds, errors first."""
+def health(counts: Counts, query: Query, mask: MaskRow, *, is_masked: bool) -> Table:
+    """Return what `doctor` finds, errors first. With masks, no error of a quarantined enrollment is
+    shown: its data, which the error may quote, is not known here.
+    """
+    is_hidden = is_masked and any(row["kind"] == "quarantined" for row in counts.problems)
     found = sorted(counts.findings, key=lambda one: ("error", "warning", "ok").index(one.level))
     rows = [
         {
@@ -218,7 +221,9 @@ def health(counts: Counts, query: Query, mask: MaskRow) -> Table:
             "about": one.about,
             # "b: failed" on a page of all shards
             "url": at("/failures") if one.about.rpartition(" ")[2] == "failed" else None,
-            "message": mask({"message": one.seen})["message"],
+            "message": MASKED_VALUE
+            if is_hidden and one.about.rpartition(" ")[2] == "problems"
+            else mask({"message": one.seen})["message"],
             "advice": mask({"message": one.advice})["message"] or None,
         }
         for one in found

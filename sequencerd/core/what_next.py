@@ -24,8 +24,13 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
     if row["sequence_status"] == "paused":
         by = f" by its {row['brake']}; `sequencerd resume` continues it" if row.get("brake") else ""
         return f"nothing while the sequence is paused{by}"
+    if row.get("reported") == "quarantined":
+        since, message = at(row["reported_since"]), row["reported_message"]
+        return f"quarantined since {since}, the daemon tries again: {message}"
     if row["leased_by"]:
         return f"{row['type']} is being executed by {row['leased_by']}, {then}"
+    if row.get("is_due"):
+        return _due(row, at, then)
     if row["entered_at"] is None:
         return f"starts at {at(row['wake_at'])}"
     config = _object(row["config"])
@@ -45,6 +50,15 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
         until = f"until {at(waits_until)}"
         return ", ".join([waits, until, *([check] if waits_until != wake_at else []), then])
     return f"begins in {window}, {check}, {then}" if window else f"{check}, {then}"
+
+
+def _due(row: Mapping[str, Any], at: Callable[[datetime], str], then: str) -> str:
+    failed = f"attempt {row['attempt']} failed, " if row["attempt"] else ""
+    due = f"{failed}due since {at(row['wake_at'])}, {then}"
+    if row.get("reported") != "runner":
+        return due
+    since, message = at(row["reported_since"]), row["reported_message"]
+    return f"{due}; the runner {row['type']} has been down since {since}: {message}"
 
 
 def _window(row: Mapping[str, Any], config: Mapping[str, Any]) -> str:

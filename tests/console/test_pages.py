@@ -288,6 +288,18 @@ async def test_problems_are_described_by_their_kind(
                 "the sequence is paused by its brake: more than 1 in 1 hour",
             ):
                 assert words in page
+        page = check(await client.get("/sequence?sequence=s"))
+        assert f"Enrollment 7 at s/note has been quarantined {since}: denied" in page
+        assert "The runner Email has been down" not in page  # no step uses it
+        assert page.count("no view") == 0
+        await connection.execute("UPDATE sequencer.problems SET about = 'Note' WHERE waiting = 1")
+        await page_with(client, "/sequence?sequence=s", "The runner Note has been down")
+        # what holds up an enrollment is on its page as well
+        await connection.execute(
+            "UPDATE sequencer.problems SET about = '1' WHERE kind = 'quarantined'"
+        )
+        page = check(await client.get("/enrollments/1"))
+        assert f"Quarantined {since}, the daemon tries again: denied." in page
 
 
 async def test_counts_are_limited(
@@ -956,7 +968,8 @@ async def test_many_quarantined_enrollments_hide_no_outage(
         for path in ("/", "/health"):
             page = check(await page_with(client, path, "<h2>Problems</h2>"))
             assert page.index("The runner Email has been down") < page.index("quarantined")
-            assert "At most 100 are listed." in page
+            assert ("At most 100 are listed." in page) == (path == "/health")
+            assert ("90 more" in page) == (path == "/")
         assert "Email has been down" in check(await page_with(client, "/health", " more"))
 
 

@@ -96,6 +96,16 @@ async def journey(connection: asyncpg.Connection) -> tuple[int, int]:
         EMAIL,
         f"{EMAIL} called from +49 6652 123-4567",
     )
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour')"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.problems (daemon, kind, about, sequence, step, since, message)"
+        " VALUES ('d', 'quarantined', $1, 's', 'wait', now(), $2)",
+        str(waiting),
+        f"trigger: Konrad O'Zuse ({SUBJECT}-wait) is on legal hold",
+    )
     return waiting, failing
 
 

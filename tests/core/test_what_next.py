@@ -43,6 +43,8 @@ WHEN = "2030-01-01 00:00:00Z"
 AGAIN = f"next check at {WHEN}, then b"
 UNTIL = f"until {WHEN}, then b"
 LATER = datetime(2030, 1, 2, tzinfo=UTC)
+DOWN = "2030-01-02 00:00:00Z"
+REPORTED: dict[str, Any] = {"reported_since": LATER, "reported_message": "why"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,22 @@ LATER = datetime(2030, 1, 2, tzinfo=UTC)
         ),
         (row(entered_at=None), "starts at 2030-01-01 00:00:00Z"),
         (row(sequence_status="paused"), "nothing while the sequence is paused"),
+        (row("WaitForDuration", {"amount": 3}, is_due=True), f"due since {WHEN}, then b"),
+        (row(entered_at=None, is_due=True), f"due since {WHEN}, then b"),
+        (row("Email", attempt=2, is_due=True), f"attempt 2 failed, due since {WHEN}, then b"),
+        (
+            row("Email", is_due=True, reported="runner", **REPORTED),
+            f"due since {WHEN}, then b; the runner Email has been down since {DOWN}: why",
+        ),
+        (row("Email", reported="runner", **REPORTED), AGAIN),
+        (
+            row(leased_by="host:1", is_due=True, reported="quarantined", **REPORTED),
+            f"quarantined since {DOWN}, the daemon tries again: why",
+        ),
+        (
+            row(sequence_status="paused", is_due=True, reported="runner", **REPORTED),
+            "nothing while the sequence is paused",
+        ),
         (row(status="completed"), "nothing, it is completed"),
         (row(None, wake_at=NEVER), "waits for a change, then b"),
     ],

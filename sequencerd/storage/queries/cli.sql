@@ -56,7 +56,8 @@ SELECT id, sequence, step, subject, status, wake_at,
  ORDER BY id LIMIT $8;
 
 -- name: show
--- Read one enrollment with its step and its sequence.
+-- Read one enrollment with its step and its sequence, and what living daemons report of it or of the runner
+-- of its step.
 SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e.visit, e.attempt,
        e.leased_by, e.goals_met, e.original_id, e.failure, e.last_error, e.created_at, e.ended_at, e.retry_at,
        CASE WHEN isfinite(e.expires_at) THEN e.expires_at END AS expires_at,
@@ -64,10 +65,18 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
        coalesce(e.timezone, q.timezone) AS timezone, q.status AS sequence_status,
        (SELECT b.reason FROM sequencer.brakes AS b WHERE b.sequence = e.sequence) AS brake,
        CASE WHEN s.config ? 'topic' THEN s.config->>'topic' ELSE q.topic END AS topic,
-       q.time_window, s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data
+       q.time_window, s.type, s.config, s.next_step, s.alt_next_step, s.problem, e.data,
+       e.wake_at <= now() AS is_due, r.kind AS reported, r.since AS reported_since,
+       r.message AS reported_message
   FROM sequencer.enrollments AS e
   LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
   LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
+  LEFT JOIN LATERAL (
+      SELECT p.kind, p.since, p.message
+        FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
+       WHERE d.alive_until > now() AND e.status = 'active'
+         AND (p.kind = 'quarantined' AND p.about = e.id::text OR p.kind = 'runner' AND p.about = s.type)
+       ORDER BY p.kind, p.since LIMIT 1) AS r ON true
  WHERE e.id = $1;
 
 -- name: simulated
