@@ -158,10 +158,11 @@ class Results:
             exist = await locking.existing(connection, missing) if missing else set()
             slow = SlowEvaluations()
             for number, (leased, result) in enumerate(results, 1):
-                if leased.enrollment.sequence in changed or leased.enrollment.id in exist:
+                enrollment = locked.unchanged.get(leased.enrollment.id)
+                # its sequence may have another name than in memory
+                if leased.enrollment.id in exist or (enrollment and enrollment.sequence in changed):
                     later.append((leased, result))
                     continue
-                enrollment = locked.unchanged.get(leased.enrollment.id)
                 # an enrollment may have been leased again since
                 if enrollment is not None and enrollment.leases == leased.enrollment.leases:
                     if leased.reservations and not may_have_taken_place(result):

@@ -12,6 +12,7 @@ import asyncpg
 
 from sequencerd.core.model import NEVER, Enrollment, Fence, StepKey
 from sequencerd.storage import connections
+from sequencerd.storage.sequences import read_revisions
 from sequencerd.storage.statements import QUERIES, columns
 from sequencerd.storage.wakes import LeftAtStep
 from sequencerd.storage.writes import id_array
@@ -257,6 +258,7 @@ async def lock(
     if not ids - locked:
         return Locked(locked, now, revisions, places, ours)
     by_fence = {enrollment.fence: enrollment for enrollment in known}
+    renamed: list[str] = []
     rows = await connection.fetch(QUERIES["lock"], id_array(sorted(ids - locked)))
     for row in await _with_data(connection, rows):
         id_, visit, leases, leased_by, *rest = row
@@ -264,6 +266,8 @@ async def lock(
         locked.add(id_)
         if was := by_fence.get((id_, visit, leases, leased_by)):
             revisions[sequence] = revision
+            if (sequence, step) != (was.sequence, was.step):
+                renamed.append(sequence)
             now[id_] = Enrollment(
                 id_,
                 subject,
@@ -286,6 +290,9 @@ async def lock(
                 elsewhere,
                 executed,
             )
+    if renamed:
+        # a rename that was committed during the statement is in the rows, but not in its snapshot
+        revisions |= dict.fromkeys(renamed) | await read_revisions(connection, renamed)
     return Locked(locked, now, revisions, places, ours)
 
 

@@ -299,6 +299,56 @@ async def test_renamed_steps_keep_their_enrollments(
     assert recorder.programs == [{"text": "A"}, {"text": "B"}]
 
 
+@pytest.mark.parametrize(
+    "rename",
+    ["UPDATE sequencer.sequences SET name = 't'", "UPDATE sequencer.steps SET name = 'x'"],
+    ids=["sequence", "step"],
+)
+@pytest.mark.parametrize("meanwhile", [False, True])
+async def test_a_rename_discards_no_result(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    rename: str,
+    meanwhile: bool,
+) -> None:
+    """A side effect has ended, and its sequence or step is renamed before its row is locked to
+    write the result, or `meanwhile`: by the statement that locks it, with an older snapshot.
+    """
+    held, known = Held(Answer(data={"a": 1})), asyncio.Event()
+    known.set()
+    reload = Catalog.reload
+
+    async def late(self: Catalog) -> list[str]:
+        await known.wait()
+        return await reload(self)
+
+    monkeypatch.setattr(Catalog, "reload", late)
+    recorder = Recorder(held)
+    await define(connection, "s", ("a", "Note", '{"delivery": "at_most_once"}', None))
+    lock = QUERIES["lock"].replace("WHERE", "WHERE pg_advisory_lock_shared(7) IS NOT NULL AND", 1)
+    monkeypatch.setitem(cast("dict[str, str]", QUERIES), "lock", lock)
+    waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'advisory')"
+    async with running_engine(database, {"Note": recorder}):
+        await enroll(connection, "s", "ada")
+        await asyncio.wait_for(held.begun.wait(), PATIENCE)
+        known.clear()
+        await connection.execute("SELECT pg_advisory_lock(7)")
+        if meanwhile:
+            held.released.set()
+            await until(connection, waits)
+        await connection.execute(rename)
+        held.released.set()
+        await until(connection, waits)
+        await connection.execute("SELECT pg_advisory_unlock(7)")
+        await until(connection, f"SELECT NOT ({waits})")
+        known.set()
+        await until(connection, ALL_ENDED)
+    assert len(recorder.keys) == 1
+    actions = await connection.fetch("SELECT action FROM sequencer.events ORDER BY at")
+    assert [row["action"] for row in actions] == ["enrolled", "next", "completed"]
+
+
 @pytest.mark.slow
 def test_a_long_chain_that_never_waits_is_found_in_linear_time() -> None:
     """10,000 steps delay no enrollment."""
