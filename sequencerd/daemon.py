@@ -47,6 +47,7 @@ from sequencerd.storage import connections, conninfo, migrate, server
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 from sequencerd.storage.listener import DefinitionsChanged, Notification, listen, poll
+from sequencerd.storage.statements import QUERIES
 from sequencerd.storage.suppressions import read_suppressed
 
 CLOSE_TIMEOUT = 5.0  # seconds
@@ -453,6 +454,7 @@ class _ShardService:
             await _wait_for_promotion(connection, self._log)
             await migrate.check(connection, self.shard.number)
             _check_visible(await server.hidden_tables(connection), self._log)
+            await _check_privileges(connection, self._log)
         finally:
             connection.terminate()
 
@@ -492,6 +494,14 @@ def _check_visible(hidden: list[server.HiddenTable], log: FilteringBoundLogger) 
         raise DatabaseError(f"row-level security hides {', '.join(blind)}; {advice}")
     for one in hidden:
         log.warning("row-level security may hide rows", table=one.table, user=one.user, hint=advice)
+
+
+async def _check_privileges(connection: asyncpg.Connection, log: FilteringBoundLogger) -> None:
+    """Warn if the user lacks privileges of daemons, as one that is to enroll."""
+    if await connection.fetch(QUERIES["lacking_privileges"]):
+        user = await connection.fetchval(QUERIES["quoted_user"])
+        hint = f"GRANT sequencer_daemon TO {user}; `sequencerd doctor` lists what is missing"
+        log.warning("the database user lacks privileges of a daemon", user=user, hint=hint)
 
 
 def _trace(log: FilteringBoundLogger) -> Callable[[], None]:
@@ -548,7 +558,9 @@ class _Daemon:
         self._read = read
         self._process = process
         self.metrics = Metrics(of_process=of_process)
-        self.health = Health(self.metrics, process.status, process.feed, sweep=settings.sweep)
+        self.health = Health(
+            self.metrics, process.status, process.feed, sweep=settings.sweep, lease=settings.lease
+        )
         self.health.waits = {
             "engine": partial(connections.longest_wait, pools.engine),
             "lookups": partial(connections.longest_wait, pools.lookups),
@@ -568,6 +580,7 @@ class _Daemon:
             turned=self.health.turned,
             redact=self._redact,
         )
+        self.health.heartbeat_age = self._engine.heartbeat_age
         self._enrolling = Enrolling(
             pools.enrolling,
             self._engine.problems,

@@ -277,7 +277,8 @@ def test_a_stuck_engine_stops_the_watchdog_and_a_missing_shard_does_not(
         asyncio.Event(),
     )
     a, b = (
-        Health(Metrics(of_process=False), process.status, process.feed, sweep=60) for _ in range(2)
+        Health(Metrics(of_process=False), process.status, process.feed, sweep=60, lease=30)
+        for _ in range(2)
     )
     for served, health in zip(process._shards, (a, b), strict=False):
         served.daemon = cast("composition._Daemon", SimpleNamespace(health=health, status=str))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -51,6 +52,11 @@ class Heartbeat:
         self._had_problems = False
         # of the event loop: since when the daemon has been alive, and until when at least
         self._since, self._until = math.inf, -math.inf
+        self._written_at = time.monotonic()
+
+    def age(self) -> float:
+        """Return for how many seconds no heartbeat has been written. Any thread may call it."""
+        return time.monotonic() - self._written_at
 
     def lease_expired(self, until: float, now: float) -> bool:
         """Return whether a lease has expired, so that other daemons may have taken it over. Then
@@ -90,6 +96,7 @@ class Heartbeat:
                 if (now := loop.time()) >= self._until:
                     self._since = now
                 self._until = begun + self._lease
+                self._written_at = time.monotonic()
                 rows = self._problems.rows()
                 if rows or self._had_problems:
                     await daemons.write_problems(connection, self._name, rows)

@@ -215,6 +215,10 @@ class Engine:
         self._env.stopping.set()
         self._wake.set()
 
+    def heartbeat_age(self) -> float:
+        """Return for how many seconds no heartbeat has been written. Any thread may call it."""
+        return self._heartbeat.age()
+
     @property
     def in_flight(self) -> int:
         """Return how many enrollments are leased to this daemon."""

@@ -22,9 +22,10 @@ MAX_LISTEN_SILENCE = 2 * PROBE_INTERVAL + PROBE_TIMEOUT  # seconds for which LIS
 class Health:
     """The state of the running daemon.
 
-    `waits` returns, by purpose of connections, how many seconds a caller has been waiting for one.
-    `sweep` is the time between sweeps in seconds, `status` returns the line for systemd, `feed`
-    resets systemd's watchdog.
+    `waits` returns, by purpose of connections, how many seconds a caller has been waiting for one;
+    `heartbeat_age` for how many seconds no heartbeat has been written. `sweep` is the time between
+    sweeps and `lease` the duration of a lease, in seconds. `status` returns the line for systemd,
+    `feed` resets systemd's watchdog.
     """
 
     def __init__(
@@ -34,13 +35,16 @@ class Health:
         feed: Callable[[], None],
         *,
         sweep: float,
+        lease: float,
     ) -> None:
         self.stopping = False
         self.waits: Mapping[str, Callable[[], float]] = {}
+        self.heartbeat_age: Callable[[], float] = float
         self._metrics = metrics
         self._status = status
         self._feed = feed
         self._longest_pause = 2 * sweep + 10
+        self._lease = lease
         self._beat = time.monotonic()
         self._fed = self._reported_at = float("-inf")
         self._reported = ""
@@ -93,6 +97,8 @@ class Health:
             reasons.append("no sweep has finished yet")
         elif now - swept > self._longest_pause:
             reasons.append(f"the last sweep was {now - swept:.0f} s ago")
+        if (age := self.heartbeat_age()) > self._lease:
+            reasons.append(f"the database has accepted no heartbeat for {age:.0f} s")
         for name, seconds in self.waits.items():
             if (waited := seconds()) >= MAX_WITHOUT_CONNECTION:
                 reasons.append(f"all connections for {name} have been in use for {waited:.0f} s")

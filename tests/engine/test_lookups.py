@@ -476,7 +476,7 @@ async def test_the_server_ends_a_slow_lookup(
 
 
 def test_exhausted_connections_are_a_reason() -> None:
-    health = Health(Metrics(), str, lambda: None, sweep=60)
+    health = Health(Metrics(), str, lambda: None, sweep=60, lease=30)
     waited = 4.0
     health.waits = {"lookups": lambda: waited}
     reason = "all connections for lookups have been in use for 6 s"

@@ -29,7 +29,7 @@ from sequencerd.service import http_server
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.metrics import MAX_PLACES, Metrics
 from tests.helpers.command_line import start_sequencerd
-from tests.helpers.databases import execute
+from tests.helpers.databases import execute, make_login
 from tests.helpers.engines import ALL_ENDED, define, enroll, stuck_package, until
 from tests.helpers.waiting import PATIENCE
 
@@ -206,6 +206,23 @@ async def test_a_daemon_without_its_database_is_alive_and_not_ready(
         await answers(client, "/readyz", is_ok)
         found = samples((await client.get("/metrics")).text)
         assert found["sequencerd_listener_reconnects_total", ""] >= 1
+
+
+async def test_a_daemon_that_may_write_no_heartbeat_is_not_ready(
+    database: str, connection: asyncpg.Connection, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As its user is that of an application."""
+    login = await make_login(connection, database, "login_enroller", "enroller")
+    async with daemon(login, SEQUENCERD_ENGINE_LEASE="1") as client:
+        down = await answers(client, "/readyz", lambda found: "no heartbeat" in found.text)
+        assert is_down(down)
+        assert is_ok(await client.get("/healthz"))
+    log = capfd.readouterr().err
+    assert "GRANT sequencer_daemon TO login_enroller" in log
+    login = await make_login(connection, database, "login_daemon", "daemon")
+    async with daemon(login, SEQUENCERD_ENGINE_LEASE="1") as client:
+        await answers(client, "/readyz", is_ok)
+    assert "GRANT" not in capfd.readouterr().err
 
 
 async def test_a_loop_that_is_blocked_is_reported(

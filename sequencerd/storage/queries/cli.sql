@@ -17,6 +17,10 @@ SELECT q.name, md5((r.document - 'status')::text) AS digest
                       ORDER BY revision DESC LIMIT 1) AS r
  WHERE $1::text IS NULL OR q.name = $1;
 
+-- name: quoted_user
+-- Read the name of the present user, as in SQL.
+SELECT quote_ident(current_user);
+
 -- name: has_role
 -- Check whether there is no such role yet, or the present user has it.
 SELECT to_regrole($1) IS NULL OR pg_has_role(to_regrole($1), 'USAGE');
