@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from sequencerd.cli.commands import connected, explain, on_shards, report_missing
+from sequencerd.cli.commands import connected, explain, has_database, on_shards, report_missing
 from sequencerd.cli.output import say, say_json, warn
 from sequencerd.core.describe import counted
 from sequencerd.definitions import files, json_schema
@@ -67,7 +67,7 @@ def _known_in_database(arguments: argparse.Namespace, settings: Settings) -> dic
                     known[name] = known_paths(examples)
         return report_missing(answers)
 
-    if settings.database.url is not None or settings.shards:
+    if has_database(settings):
         try:
             on_shards(read_all)(arguments, settings)
         except SequencerdError as error:

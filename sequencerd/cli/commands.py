@@ -100,11 +100,21 @@ docs/security.md.
 """
 
 
-def role_for(arguments: argparse.Namespace) -> str:
-    """Return the role that a command needs."""
+_READING = frozenset(
+    {
+        *("export", "graph", "history", "list", "preview", "send-test"),
+        *("show", "simulate", "status", "tail", "watch"),
+    }
+)
+"""The commands for which sequencer_daemon suffices as well."""
+
+
+def roles_for(arguments: argparse.Namespace) -> list[str]:
+    """Return the roles of which a command needs one; the first is the one to grant."""
     if getattr(arguments, "skip", False):  # it moves enrollments
-        return "sequencer_editor"
-    return _ROLES.get(arguments.command, "sequencer_enroller")
+        return ["sequencer_editor"]
+    role = _ROLES.get(arguments.command, "sequencer_enroller")
+    return [role, "sequencer_daemon"] if arguments.command in _READING else [role]
 
 
 def on_shards(run: ShardsCommand) -> Command:
@@ -214,23 +224,30 @@ def shards_of(settings: Settings, names: Collection[str]) -> list[Shard]:
 
 
 async def _advice(arguments: argparse.Namespace, shard: Shard) -> str:
-    role = role_for(arguments)
+    roles = roles_for(arguments)
+    role = roles[0]
     if role == _OWNER:
         return f"run `{arguments.command}` as the schema's owner"
+    user = "the login"
     with suppress(SequencerdError, *TRANSIENT_ERRORS):
         connection = await connections.connect(shard)
         try:
-            if await connection.fetchval(QUERIES["has_role"], role):
-                return (
-                    f"{role} lacks privileges: run `sequencerd grants --apply` as an administrator"
-                )
+            user = await connection.fetchval(QUERIES["quoted_user"])
+            for held in roles:
+                if await connection.fetchval(QUERIES["has_role"], held):
+                    advice = "run `sequencerd grants --apply` as an administrator"
+                    return f"{held} lacks privileges: {advice}"
         finally:
             connection.terminate()
-    user = conninfo.arguments(shard.url, name="", timeout=0).get("user", "the login")
     return (
         f"`{arguments.command}` needs a database user with the role {role}: use --database, or "
         f"GRANT {role} TO {user}"
     )
+
+
+def has_database(settings: Settings) -> bool:
+    """Return whether a database is configured: in the settings, or by libpq's variables."""
+    return bool(settings.database.url or settings.shards) or conninfo.is_set(os.environ)
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:

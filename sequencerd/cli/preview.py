@@ -16,7 +16,14 @@ from zoneinfo import ZoneInfo
 
 import asyncpg
 
-from sequencerd.cli.commands import connected, explain, on_shards, reading, report_missing
+from sequencerd.cli.commands import (
+    connected,
+    explain,
+    has_database,
+    on_shards,
+    reading,
+    report_missing,
+)
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import describe, model
@@ -81,7 +88,7 @@ def _with_holidays(
         return report_missing(answers)
 
     why = "no database is configured"
-    if settings.database.url is not None or settings.shards:
+    if has_database(settings):
         try:
             on_shards(read_all)(arguments, settings)
             return replace(simulator, definitions=found)
@@ -334,10 +341,8 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
         for one in read
         if one.brake is not None
     }
-    if reads_file and settings.database.url is None and not settings.shards:
-        definitions = {one.sequence.name: one.sequence for one in read}
-        _draw(arguments, definitions, {}, brakes)
-        return 0
+    definitions = {one.sequence.name: one.sequence for one in read}
+    counts: Counter[StepKey] = Counter()
 
     async def read_one(
         shard: Shard,
@@ -349,21 +354,25 @@ def graph_command(arguments: argparse.Namespace, settings: Settings) -> int:
                 await connection.fetch(QUERIES["brakes"], None),
             )
 
-    async def with_counts(
-        arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]
-    ) -> int:
+    async def read_all(arguments: argparse.Namespace, _: Settings, shards: Sequence[Shard]) -> int:
         answers = await ask(explain(arguments), shards, read_one)
-        definitions = {one.sequence.name: one.sequence for one in read}
-        counts: Counter[StepKey] = Counter()
         for stored, rows, braked in answers.found.values():
             if not reads_file:
-                definitions = {**stored, **definitions}
+                definitions.update({**stored, **definitions})
                 brakes.update({row["sequence"]: _brake(row) for row in braked})
             counts.update({(row["sequence"], row["step"]): row["active"] for row in rows})
-        _draw(arguments, definitions, counts, brakes)
         return report_missing(answers)
 
-    return on_shards(with_counts)(arguments, settings)
+    missing = 0
+    if has_database(settings) or not reads_file:
+        try:
+            missing = on_shards(read_all)(arguments, settings)
+        except SequencerdError as error:
+            if not reads_file:
+                raise
+            warn(f"sequencerd: enrollments are not counted: {error}")
+    _draw(arguments, definitions, counts, brakes)
+    return missing
 
 
 def _draw(

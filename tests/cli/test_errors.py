@@ -16,12 +16,12 @@ import pytest
 from sequencerd import cli
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
-from sequencerd.cli.commands import role_for
+from sequencerd.cli.commands import roles_for
 from sequencerd.errors import PlanError
 from sequencerd.storage.statements import QUERIES
 from tests.cli.test_doctor import examine
 from tests.helpers.command_line import Command
-from tests.helpers.databases import make_login
+from tests.helpers.databases import make_login, with_login
 
 
 class Terminal(io.StringIO):
@@ -33,7 +33,7 @@ def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> N
     """As a table in docs/security.md."""
     page = (repository / "docs/security.md").read_text()
     documented = {
-        name: role.strip("`")
+        name: role.replace("`", "").split(" or ")
         for names, role in re.findall(r"^\| (`[a-z].*) \| (.*) \|$", page, flags=re.MULTILINE)
         for name in re.findall(r"`([^`]+)`", names)
         if role.startswith(("`sequencer_", "the schema"))
@@ -42,9 +42,9 @@ def test_the_page_of_roles_names_what_every_command_needs(repository: Path) -> N
     (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     names = {*documented, *re.findall(r"`([^`]+)`", others)} - {"retry --skip"}
     assert names == set(commands.choices)
-    for name, role in documented.items():
+    for name, roles in documented.items():
         command, _, option = name.partition(" ")
-        assert role_for(argparse.Namespace(command=command, skip=bool(option))) == role, name
+        assert roles_for(argparse.Namespace(command=command, skip=bool(option))) == roles, name
 
 
 @pytest.fixture
@@ -74,6 +74,14 @@ def test_the_role_that_a_command_needs_is_named(
         assert errors.count("GRANT") == role.count("GRANT")
 
 
+async def test_the_login_in_an_advice_is_quoted(
+    connection: asyncpg.Connection, database: str, sequencerd: Command
+) -> None:
+    await make_login(connection, database, '"login-None"')
+    sequencerd("--database", with_login(database, "login-None"), "status", code=1)
+    assert 'GRANT sequencer_enroller TO "login-None"' in sequencerd.errors
+
+
 async def test_missing_privileges_of_a_role_are_not_granted_to_a_login(
     database: str, connection: asyncpg.Connection, sequencerd: Command
 ) -> None:
@@ -88,6 +96,16 @@ async def test_missing_privileges_of_a_role_are_not_granted_to_a_login(
     )
     found = await examine(login)
     assert "sequencerd grants --apply" in found["problems"].advice
+
+
+async def test_a_daemon_that_may_read_is_not_to_become_an_enroller(
+    database: str, connection: asyncpg.Connection, sequencerd: Command
+) -> None:
+    login = await make_login(connection, database, "login_daemon", "daemon")
+    await connection.execute("REVOKE SELECT ON sequencer.overview FROM sequencer_daemon")
+    sequencerd("--database", login, "status", code=1)
+    assert "sequencer_daemon lacks privileges: run `sequencerd grants" in sequencerd.errors
+    assert "GRANT " not in sequencerd.errors
 
 
 async def test_doctor_continues_after_a_check_fails(

@@ -21,6 +21,7 @@ from sequencerd.cli import main
 from sequencerd.core.model import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import FileError, UsageError
+from sequencerd.storage import conninfo
 from sequencerd.testing import Simulator, load
 from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
@@ -492,7 +493,29 @@ def test_holidays_that_are_not_known_are_reported(sequencerd: Command, tmp_path:
         sequencerd.without_database()
 
 
+@pytest.mark.parametrize("command", ["simulate", "graph", "check"])
+def test_a_file_needs_no_usable_database(sequencerd: Command, tmp_path: Path, command: str) -> None:
+    """One that is down, or in which the schema is missing."""
+    (tmp_path / "s.yaml").write_text("{name: s, steps: [{name: here, type: GoTo, next: null}]}")
+    sequencerd.variables["SEQUENCERD_DATABASE_SCHEMA"] = "none"
+    for _ in range(2):
+        assert sequencerd(command, "s.yaml")
+        sequencerd.variables["SEQUENCERD_DATABASE"] = f"postgresql://x@/none?host={tmp_path}"
+
+
 # --- graph
+
+
+def test_libpq_variables_name_the_database_of_a_file(applied: Command, database: str) -> None:
+    applied("enroll", "s", "ada")
+    counted = applied("graph", "s")
+    applied.without_database()
+    given = conninfo.arguments(database, name="", timeout=0)
+    applied.variables |= {"PGDATABASE": given["database"], "PGUSER": given["user"]}
+    for key in {"host", "port"} & given.keys():
+        applied.variables[f"PG{key.upper()}"] = ",".join(map(str, given[key]))
+    assert applied("graph", "s.yaml") == counted
+    assert counted.split()[:2] == ["1", "first"]
 
 
 def test_a_graph_counts_the_enrollments(applied: Command, tmp_path: Path) -> None:
