@@ -92,6 +92,9 @@ class _Cursor:
             self.ahead = min(claim.left.ahead, claim.later)
 
 
+_UNKNOWN = _Cursor()  # of a step without recent claims
+
+
 class Cursors:
     """The cursors of steps with recent claims."""
 
@@ -108,13 +111,11 @@ class Cursors:
 
     def since(self, step_key: StepKey) -> datetime:
         """Return the time before which nothing is due at a step, as far as is known."""
-        cursor = self._by_step.get(step_key)
-        return EARLIEST_WAKE if cursor is None else cursor.since
+        return self._by_step.get(step_key, _UNKNOWN).since
 
     def empty_claims(self, step_key: StepKey) -> int:
         """Return how many consecutive claims of a step have found nothing."""
-        cursor = self._by_step.get(step_key)
-        return 0 if cursor is None else cursor.empty_claims
+        return self._by_step.get(step_key, _UNKNOWN).empty_claims
 
     def found_others(self, step_key: StepKey) -> None:
         """Report that enrollments of a step were due, which were advanced without a claim."""
@@ -125,8 +126,7 @@ class Cursors:
         """Return the time before which a step is not claimed again, in the loop's time: the clock
         may be set back.
         """
-        cursor = self._by_step.get(step_key)
-        return 0.0 if cursor is None else cursor.not_before
+        return self._by_step.get(step_key, _UNKNOWN).not_before
 
     def report(
         self, step_key: StepKey, at: datetime | None, now: datetime, *, is_later: bool = False

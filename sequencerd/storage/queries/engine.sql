@@ -728,22 +728,25 @@ SELECT true FROM sequencer.steps
 -- Record up to which id a step is done, in the transaction that evaluated them.
 UPDATE sequencer.steps SET reschedule_from = $3 WHERE sequence = $1 AND name = $2;
 
+-- part: waiting_at_step
+-- Those of the enrollments $3 that wait at a step.
+FROM sequencer.enrollments AS e
+ WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
+   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+
 -- name: lock_waiting
 -- Lock and read enrollments that wait at a changed step. Due ones are evaluated under the change anyway.
 -- None if the definition is not the known revision.
 SELECT {enrollment}
-  FROM sequencer.enrollments AS e
- WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
-   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+  {waiting_at_step}
    AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $1 AND q.revision = $5)
  ORDER BY e.id
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: waiting
 -- Find the enrollments that `lock_waiting` would lock, without a lock.
-SELECT e.id FROM sequencer.enrollments AS e
- WHERE e.sequence = $1 AND e.step = $2 AND e.id = ANY ($3::bigint[]) AND e.status = 'active'
-   AND e.wake_at > $4 AND e.leased_by IS NULL AND e.entered_at IS NOT NULL
+SELECT e.id
+  {waiting_at_step}
  ORDER BY e.id;
 
 -- name: finish_rescheduling
