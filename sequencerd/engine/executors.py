@@ -21,6 +21,7 @@ from sequencerd.core.model import (
     Failed,
     Fence,
     Limits,
+    LookupAnswer,
     NotStarted,
     OutageCause,
     Reservation,
@@ -187,7 +188,8 @@ class Executor:
 
     async def _execute(self, batch: Sequence[Leased]) -> None:
         results: Sequence[Result]
-        interrupted: Result = NotStarted()
+        not_started = NotStarted(attempts=0 if self.is_lookup else 1)
+        interrupted: Result = not_started
         started: float | None = None
         task = asyncio.current_task()
         assert task is not None
@@ -200,12 +202,17 @@ class Executor:
                 self._queued.discard(task)
                 self._running.add(task)
                 if self._breaker.allowed > 0:
-                    interrupted = NotStarted() if self.is_lookup else INTERRUPTED
+                    interrupted = not_started if self.is_lookup else INTERRUPTED
                     started = now()
                     enrollments = () if self.is_lookup else [leased.enrollment for leased in batch]
                     with tracing.executing(self._kind, enrollments) as ended:
                         results = [self._redacted(one) for one in await self._run(batch)]
-                        if not self.is_lookup:
+                        if self.is_lookup:
+                            results = [
+                                LookupAnswer(None, one.message) if isinstance(one, Failed) else one
+                                for one in results
+                            ]
+                        else:
                             results = self._breaker.judge([*map(_key, batch)], results, started)
                         ended(results)
                 else:

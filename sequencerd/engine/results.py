@@ -16,8 +16,6 @@ from sequencerd.core.model import (
     Answer,
     Event,
     Failed,
-    LookupAnswer,
-    NotStarted,
     Result,
     StepKey,
     Undeliverable,
@@ -173,9 +171,8 @@ class Results:
                         outcome = failed(enrollment, now, text, failure_code(failure))
                         self._moves.add(batch, enrollment, outcome, now)
                         continue
-                    answer = _of_lookup(result) if leased.executor.is_lookup else result
                     is_evaluated = self._moves.move(
-                        batch, enrollment, now, answer, leased.revision, result_only=result_only
+                        batch, enrollment, now, result, leased.revision, result_only=result_only
                     )
                     if is_evaluated and slow.end_batch():
                         later += results[number:]
@@ -227,9 +224,8 @@ class Results:
             async with self._leases.without_lock(batch) as connection:
                 slow = SlowEvaluations()
                 for leased, result in results:
-                    answer = _of_lookup(result) if leased.executor.is_lookup else result
                     if (
-                        self._moves.move(batch, leased.enrollment, now, answer, leased.revision)
+                        self._moves.move(batch, leased.enrollment, now, result, leased.revision)
                         and slow.end_batch()
                     ):
                         raise NotWritten
@@ -266,17 +262,6 @@ def _undeliverable(results: Sequence[Finished]) -> list[Undeliverable]:
 
 def _has_data(result: Result) -> bool:
     return isinstance(result, Answer) and bool(result.data)
-
-
-def _of_lookup(result: Result) -> Result:
-    """Convert an executor's own result, after a timeout or at a stop, to that of a lookup."""
-    match result:
-        case Failed(message):
-            return LookupAnswer(None, message)
-        case NotStarted():
-            return NotStarted(attempts=0)
-        case _:
-            return result
 
 
 def _unwritten(result: Result, failure: Exception) -> str:
