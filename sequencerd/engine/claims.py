@@ -22,7 +22,7 @@ from sequencerd.engine.cursors import Claim, Cursors
 from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors
 from sequencerd.engine.leases import Leases
-from sequencerd.engine.moves import Moves, failed, failure_code
+from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.engine.read_ahead import ReadAhead
 from sequencerd.engine.slow_evaluations import SlowEvaluations
@@ -315,12 +315,10 @@ class Claims:
             if failure is None:
                 await self._move_all(connection, step_key, batch, claimed, now)
                 return
+            is_text = isinstance(failure, UnicodeError | asyncpg.CharacterNotInRepertoireError)
+            text = f"it cannot be {'read or ' if is_text else ''}written"
             for enrollment in claimed:
-                is_text = isinstance(failure, UnicodeError | asyncpg.CharacterNotInRepertoireError)
-                verb = "read or written" if is_text else "written"
-                text = f"it cannot be {verb}: {failure}"
-                unwritten = failed(enrollment, now, text, failure_code(failure))
-                self._moves.add(batch, enrollment, unwritten, now)
+                self._moves.fail(batch, enrollment, now, text, failure)
             await self._moves.write(connection, batch, now)
 
     async def _move_all(

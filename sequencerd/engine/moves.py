@@ -171,13 +171,22 @@ class Moves:
             )
         except Exception as error:
             self._env.log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
-            return failed(enrollment, now, f"internal error: {type(error).__name__}: {error}")
+            text = f"internal error: {type(error).__name__}: {error}"
+            return _failed(enrollment, now, text, "error")
         match advanced.decision:
             case Fail("invalid_step") if len(self.invalid) < MAX_INVALID:
                 sequence, step = advanced.enrollment.sequence, advanced.enrollment.step
                 known = self._definitions.get(sequence)
                 self.invalid.setdefault((sequence, step), known.steps.get(step) if known else None)
         return advanced
+
+    def fail(
+        self, batch: Batch, enrollment: Enrollment, now: datetime, text: str, error: Exception
+    ) -> None:
+        """Let an enrollment fail that the database refuses to write."""
+        is_entered = getattr(error, "constraint_name", None) == "one_entry"
+        failure = "already_enrolled" if is_entered else "error"
+        self.add(batch, enrollment, _failed(enrollment, now, f"{text}: {error}", failure), now)
 
     def _needs_reservation(self, advanced: Advanced, now: datetime) -> bool:
         """Return whether a side effect must be reserved: it has a limit or a brake, and there is a
@@ -232,7 +241,7 @@ class Moves:
                     else:  # there may be a slot for the next enrollment
                         is_shared, wake_at = False, held_until or _due_since(before, at, now)
                 except EvaluationError as error:
-                    unable = failed(at, now, str(error), error.failure)
+                    unable = _failed(at, now, str(error), error.failure)
                     events += unable.events
                     decision = unable.decision
             case QueryLookup(step, lookup):
@@ -362,7 +371,7 @@ def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:
     return min(before.wake_at, now)
 
 
-def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "error") -> Advanced:
+def _failed(enrollment: Enrollment, now: datetime, message: str, failure: str) -> Advanced:
     """Return the outcome of an enrollment that fails for a reason outside of `advance`."""
     text = model.printable(message)
     here = enrollment
@@ -372,9 +381,3 @@ def failed(enrollment: Enrollment, now: datetime, message: str, failure: str = "
     )
     decision: Decision = Fail(failure, text)
     return Advanced(enrollment._replace(leased_by=None), decision, (event,))
-
-
-def failure_code(error: Exception) -> str:
-    """Return the failure of an enrollment that the database refuses to write."""
-    entered = getattr(error, "constraint_name", None) == "one_entry"
-    return "already_enrolled" if entered else "error"

@@ -27,7 +27,7 @@ from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
-from sequencerd.engine.moves import Moves, failed, failure_code
+from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import locking, suppressions
@@ -167,9 +167,7 @@ class Results:
                         given = Reserved(enrollment.id, enrollment.visit, leased.reservations)
                         batch.given_back.append(given)
                     if failure is not None:
-                        text = _unwritten(result, failure)
-                        outcome = failed(enrollment, now, text, failure_code(failure))
-                        self._moves.add(batch, enrollment, outcome, now)
+                        self._moves.fail(batch, enrollment, now, _unwritten(result), failure)
                         continue
                     is_evaluated = self._moves.move(
                         batch, enrollment, now, result, leased.revision, result_only=result_only
@@ -264,11 +262,10 @@ def _has_data(result: Result) -> bool:
     return isinstance(result, Answer) and bool(result.data)
 
 
-def _unwritten(result: Result, failure: Exception) -> str:
+def _unwritten(result: Result) -> str:
     """Describe why an enrollment fails whose result cannot be written."""
-    if isinstance(result, Answer):
-        return f"its side effect is done ({result.action}), but it cannot be written: {failure}"
-    return f"it cannot be written: {failure}"
+    done = f"its side effect is done ({result.action}), but " if isinstance(result, Answer) else ""
+    return f"{done}it cannot be written"
 
 
 def _stale(leased: Leased, result: Result, now: datetime) -> Event:
