@@ -243,18 +243,7 @@ class HttpClient:
             if (proxy := self._proxy(named)) is not None:
                 place += f" through the proxy {_place(proxy)}"
             async with asyncio.timeout(self._timeout):
-                targets = await self._targets(named, is_proxied=proxy is not None)
-                for target, following in pairwise(targets):
-                    briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
-                    try:
-                        answer = await self._send(target, proxy, briefly, max_answer)
-                        break
-                    except (httpx.ConnectError, httpx.ConnectTimeout):
-                        self._preferred[named.host] = following.host
-                        if len(self._preferred) > MAX_PREFERRED:
-                            del self._preferred[next(iter(self._preferred))]
-                else:
-                    answer = await self._send(targets[-1], proxy, request, max_answer)
+                answer = await self._send_to_any(named, proxy, request, max_answer)
                 return answer.reply(secrets)
         except TimeoutError:
             message = f"no answer from {place} within {self._timeout:g} s"
@@ -273,6 +262,25 @@ class HttpClient:
         if refusals:
             return refusals[-1].reply(secrets)
         raise failed
+
+    async def _send_to_any(
+        self,
+        url: httpx.URL,
+        proxy: httpx.URL | None,
+        request: Mapping[str, Any],
+        max_answer: int,
+    ) -> _Incoming:
+        """Send a request to the first of the host's addresses that can be connected to."""
+        targets = await self._targets(url, is_proxied=proxy is not None)
+        briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
+        for target, following in pairwise(targets):
+            try:
+                return await self._send(target, proxy, briefly, max_answer)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                self._preferred[url.host] = following.host
+                if len(self._preferred) > MAX_PREFERRED:
+                    del self._preferred[next(iter(self._preferred))]
+        return await self._send(targets[-1], proxy, request, max_answer)
 
     async def _send(
         self,
