@@ -146,8 +146,9 @@ def days(counts: Mapping[str, int]) -> str:
     """Return a chart with a bar for each day, and the same values as text."""
     most = max(counts.values(), default=0)
     bars = Markup("").join(
-        _bar(n * 7, math.ceil(23 * count / most) if count else 0, f"{day}: {count:,}")
+        _bar(n * 7, math.ceil(23 * count / most), f"{day}: {count:,}")
         for n, (day, count) in enumerate(counts.items())
+        if count  # of thousands of sequences, most days have none
     )
     total = sum(counts.values())
     label = f"{total:,} in {len(counts)} days, at most {most:,} in one"
@@ -224,7 +225,7 @@ def _wide_bar(n: int, height: float, title: str) -> str:
 
 def _label(at: datetime | str) -> str:
     """Return a day, or the hour that begins then, in UTC."""
-    return at if isinstance(at, str) else f"{at:%Y-%m-%d %H:%M}"
+    return at if isinstance(at, str) else f"{at:%Y-%m-%d %H:%M} UTC"
 
 
 def pretty(value: Any) -> str:

@@ -480,6 +480,7 @@ async def test_times_are_in_the_reader_s_zone(
             "UPDATE sequencer.enrollments SET wake_at = '2030-01-01 12:00Z' WHERE id = 1"
         )
         await page.goto("/console/enrollments/1")
+        assert "Times: Asia/Tokyo" in await text_of(page, ".account")
         text = await text_of(page, ".rows")
         assert "Tue 2030-01-01 21:00:00" in text
         assert "13:00:00" not in text

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import structlog
 
+from sequencerd.console import html
 from sequencerd.console.over_time import range_of
 from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.engine.retention import tidy
@@ -179,3 +180,15 @@ def test_a_range_has_full_hours_or_days() -> None:
     assert (found.since.hour, found.until.hour, len(list(found.units()))) == (9, 13, 4)
     found = range_of(Query({}), now)
     assert (found.since.day, found.until.day) == (18, 1)
+
+
+def test_only_days_on_which_something_happened_have_a_bar() -> None:
+    chart = html.days({"2026-03-01": 0, "2026-03-02": 4, "2026-03-03": 0})
+    assert chart.count("<rect") == 1
+    assert '<rect x="7" y="1" width="5" height="23"><title>2026-03-02: 4</title>' in chart
+    assert "4 in 3 days, at most 4 in one" in chart
+
+
+def test_hours_of_a_chart_are_named_as_utc() -> None:
+    hours = [(datetime(2026, 3, 2, n, tzinfo=UTC), n) for n in range(2)]
+    assert "<span>2026-03-02 01:00 UTC</span>" in html.bars(hours, "Sent", "hour")

@@ -7,6 +7,9 @@ const clock = new Intl.DateTimeFormat("sv-SE", {
 });
 const weekday = new Intl.DateTimeFormat("en-GB", { weekday: "short" });
 
+const zone = document.getElementById("zone");
+if (zone) zone.textContent = clock.resolvedOptions().timeZone;
+
 function showTimes(root) {
   for (const time of root.querySelectorAll("time[datetime]")) {
     const at = new Date(time.dateTime);
