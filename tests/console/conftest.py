@@ -351,5 +351,19 @@ async def writable(
         yield page
 
 
+async def report(connection: asyncpg.Connection, *problems: dict[str, Any]) -> None:
+    """Report problems as a daemon that is alive."""
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
+        " VALUES ('d', now(), now() + interval '1 hour')"
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.problems SELECT (jsonb_populate_record(NULL::sequencer.problems,"
+        " jsonb_build_object('daemon', 'd', 'since', now()) || problem)).*"
+        " FROM jsonb_array_elements($1) AS problem",
+        json.dumps(problems),
+    )
+
+
 FAILED = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE status = 'failed'"
 BEGUN = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE entered_at < wake_at"

@@ -39,6 +39,7 @@ from tests.console.conftest import (
     counted,
     page_once,
     page_with,
+    report,
     waiting_and_failing,
 )
 from tests.console.test_merging import NOTHING
@@ -261,13 +262,15 @@ async def test_problems_are_described_by_their_kind(
     database: str, connection: asyncpg.Connection
 ) -> None:
     await waiting_and_failing(connection)
+    at = {"since": "2026-03-02T00:00:00Z"}
+    note = {"sequence": "s", "step": "note"}
+    await report(
+        connection,
+        {"kind": "runner", "about": "Email", "message": "refused", "waiting": 1, **at},
+        {"kind": "quarantined", "about": "7", "message": "denied", **note, **at},
+        {"kind": "enroll", "about": "s", "sequence": "s", "message": "no view", **at},
+    )
     await connection.execute(
-        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
-        " VALUES ('d', now(), now() + interval '1 hour');"
-        "INSERT INTO sequencer.problems (daemon, kind, about, sequence, step, since, message,"
-        " waiting) VALUES ('d', 'runner', 'Email', NULL, NULL, '2026-03-02Z', 'refused', 1),"
-        " ('d', 'quarantined', '7', 's', 'note', '2026-03-02Z', 'denied', NULL),"
-        " ('d', 'enroll', 's', 's', NULL, '2026-03-02Z', 'no view', NULL);"
         "UPDATE sequencer.sequences SET brake_at_most = 1, brake_per = '1 hour'"
     )
     await connection.execute(
@@ -956,13 +959,14 @@ def test_counts_are_read_once_for_all_sequences() -> None:
 async def test_many_quarantined_enrollments_hide_no_outage(
     database: str, connection: asyncpg.Connection
 ) -> None:
-    await connection.execute(
-        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
-        " VALUES ('d', now(), now() + interval '1 hour');"
-        "INSERT INTO sequencer.problems (kind, about, daemon, message, since)"
-        " SELECT 'quarantined', n::text, 'd', 'refused', now() - interval '1 day'"
-        f" FROM generate_series(1, {summary.MAX_PROBLEMS}) AS n"
-        " UNION ALL SELECT 'runner', 'Email', 'd', 'connection refused', now()"
+    before = {"since": "2026-03-02T00:00:00Z"}
+    await report(
+        connection,
+        {"kind": "runner", "about": "Email", "message": "connection refused"},
+        *(
+            {"kind": "quarantined", "about": str(n), "message": "refused", **before}
+            for n in range(summary.MAX_PROBLEMS)
+        ),
     )
     async with console(database) as client:
         for path in ("/", "/health"):

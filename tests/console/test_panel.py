@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import asyncpg
 import httpx
 
+from sequencerd.console import funnel
+from sequencerd.console.tables import Table
 from tests.console.conftest import DAY, console, fixture, page_with
 from tests.console.test_pages import check
 from tests.helpers.engines import define, enroll, until
@@ -83,6 +86,20 @@ async def test_the_arms_of_a_split_and_the_cases_of_a_switch(database: str, arms
         assert second.startswith("next split 12 75%")
         (graph,) = re.findall(r"data-graph=\"([^\"]+)\"", page.text) or [page.text]
         assert "holdout" in graph
+
+
+def test_goals_of_an_arm_are_added_up() -> None:
+    rows: list[dict[str, Any]] = [
+        {"way": None, "arm": None, "entered": 9, "goals": 4},
+        {"way": None, "arm": "red", "entered": 5, "goals": 1},
+        {"way": None, "arm": "red", "entered": 3, "goals": 2},
+        {"way": "goal paid", "arm": "red", "entered": None, "goals": 2},
+        {"way": None, "arm": "blue", "entered": 0, "goals": 0},
+    ]
+    assert funnel.arms(Table("funnel", (), rows, {})).rows == [
+        {"arm": "blue", "enrollments": 0, "goals": 0, "share": 0.0},
+        {"arm": "red", "enrollments": 5, "goals": 3, "share": 0.6},
+    ]
 
 
 async def test_what_an_arm_brings(database: str, connection: asyncpg.Connection) -> None:

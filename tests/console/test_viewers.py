@@ -19,7 +19,7 @@ from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from sequencerd.settings_file import load
-from tests.console.conftest import DAY, console, counted, fixture, page_with, routes, token
+from tests.console.conftest import DAY, console, counted, fixture, page_with, report, routes, token
 from tests.helpers.engines import Recorder, define, until
 from tests.helpers.servers import HOST
 
@@ -96,15 +96,10 @@ async def journey(connection: asyncpg.Connection) -> tuple[int, int]:
         EMAIL,
         f"{EMAIL} called from +49 6652 123-4567",
     )
-    await connection.execute(
-        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
-        " VALUES ('d', now(), now() + interval '1 hour')"
-    )
-    await connection.execute(
-        "INSERT INTO sequencer.problems (daemon, kind, about, sequence, step, since, message)"
-        " VALUES ('d', 'quarantined', $1, 's', 'wait', now(), $2)",
-        str(waiting),
-        f"trigger: Konrad O'Zuse ({SUBJECT}-wait) is on legal hold",
+    message = f"trigger: Konrad O'Zuse ({SUBJECT}-wait) is on legal hold"
+    await report(
+        connection,
+        {"kind": "quarantined", "about": str(waiting), "sequence": "s", "message": message},
     )
     return waiting, failing
 
