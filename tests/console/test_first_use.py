@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from tests.console.conftest import DAY, FAILED, Fixable, console, waiting_and_failing, window
+from tests.console.conftest import (
+    DAY,
+    FAILED,
+    Fixable,
+    console,
+    report,
+    waiting_and_failing,
+    window,
+)
 from tests.console.test_browser import (
     LAYOUT,
     check_accessible,
@@ -47,6 +55,19 @@ async def test_a_row_is_opened_and_its_text_can_be_copied(
         await page.wait_for_url("**/enrollments/1")
 
 
+async def test_the_number_of_failures_leads_to_their_list(writable: Page) -> None:
+    await writable.goto("/console/")
+    await writable.locator("td.failed a", has_text="1").click()
+    await writable.wait_for_url("**/console/search?sequence=s&status=failed")
+    await shows(writable, "td.subject", "bob")
+    await writable.goto("/console/sequence?sequence=s")
+    await writable.locator("td.failed a", has_text="1").click()
+    await writable.wait_for_url("**/console/search?sequence=s&step=note&status=failed")
+    await writable.goto("/console/")
+    await writable.locator(".facts .failed a").click()
+    await writable.wait_for_url("**/console/failures")
+
+
 async def test_names_in_other_scripts(
     database: str, connection: asyncpg.Connection, browser: Browser
 ) -> None:
@@ -80,7 +101,7 @@ async def test_many_causes_and_codes_fit_the_page(
         await define(connection, name, ("wait-for-something", "WaitForDuration", DAY, None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, status, failure, last_error)"
-        " SELECT name, failure, 'failed', failure, '550 ' || repeat('y', 50)"
+        " SELECT name, failure, 'failed', failure, '550 no such user ' || name || '@example.com'"
         " FROM unnest($1::text[]) AS name,"
         " unnest('{bad_data,error,loop,refused,outcome_unknown}'::text[]) AS failure",
         names,
@@ -254,18 +275,14 @@ async def test_problems_come_before_many_sequences(
 ) -> None:
     for n in range(30):
         await define(connection, f"s{n}", ("wait", "WaitForDuration", DAY, None))
-    await connection.execute(
-        "INSERT INTO sequencer.daemons (name, started_at, alive_until)"
-        " VALUES ('d', now(), now() + interval '1 hour');"
-        "INSERT INTO sequencer.problems (kind, about, daemon, message, since)"
-        " VALUES ('runner', 'Email', 'd', 'the server refuses the login', now())"
-    )
+    message = "the server refuses the login"
+    await report(connection, {"kind": "runner", "about": "Email", "message": message})
     async with (
         console(database, is_served=True) as client,
         window(browser, client, viewport={"width": 360, "height": 780}) as page,
     ):
         await page.goto("/console/")
-        await shows(page, ".problems", "the server refuses the login")
+        await shows(page, ".problems", message)
         box = await page.locator(".problems").bounding_box()
         assert box is not None
         assert box["y"] + box["height"] < 780
