@@ -45,6 +45,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.schedule import EnrollConfig
 from sequencerd.core.step_types import BUILT_IN
+from sequencerd.core.step_types.condition_config import condition_calendars
 from sequencerd.core.step_types.effects import (
     EFFECT_KEYS,
     EffectConfig,
@@ -251,6 +252,9 @@ def calendars(step: Step, sequence: Sequence) -> set[str]:
     window = sequence.window_of(effect) if isinstance(effect, SideEffect) else None
     if window is not None and window.holidays is not None:
         found.add(window.holidays)
+    for exit_ in step.behaviour.exits:
+        if exit_.condition is not None:
+            found |= condition_calendars(exit_.condition)
     return found
 
 

@@ -200,6 +200,48 @@ def test_the_present_time_is_the_evaluation_s() -> None:
         assert advance(definitions, at("if", due_at), now).enrollment.step == leads
 
 
+def moved(operand: Mapping[str, object], amount: float, unit: str, **keys: str) -> dict[str, Any]:
+    return {**operand, "offset": {"amount": amount, "unit": unit, **keys}}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("2026-01-31T10:00:00Z", False),  # 30 days before 2 March is 31 January
+        ("2026-01-31T10:00:00.001Z", True),
+        ("2026-03-02", True),
+        (None, False),
+    ],
+)
+def test_a_time_is_compared_with_one_before_the_present(value: object, expected: bool) -> None:
+    recent = compare("isAfter", value, [])
+    recent |= {"value": get("data.at"), "compareTo": moved({"type": "now"}, -30, "days")}
+    assert holds(recent, {"at": value}) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "offset", "second"),
+    [
+        # days are calendar time: clocks are set on 29 March in Berlin
+        ("2026-03-28T10:00", (1, "day"), "2026-03-29T10:00+02:00"),
+        ("2026-03-28T10:00", (24, "hours"), "2026-03-29T11:00+02:00"),
+        ("2026-01-31", (1, "month"), "2026-02-28T00:00+01:00"),
+        ("2026-03-06T10:00", (1, "business day"), "2026-03-09T10:00+01:00"),
+    ],
+)
+def test_an_offset_moves_any_time(first: str, offset: tuple[int, str], second: str) -> None:
+    for operand in (raw(first), get("data.at")):
+        same = compare("isSame", second, []) | {"compareTo": moved(operand, *offset)}
+        assert holds(same, {"at": first}, "Europe/Berlin")
+    assert not holds(compare("isSame", second, first), timezone="Europe/Berlin")
+
+
+def test_an_offset_without_a_time_is_an_error() -> None:
+    several = {"lodashCommand": "gt", "value": moved(get("data.n"), 1, "day"), "compareTo": raw(1)}
+    with pytest.raises(DefinitionError, match=r"value\.offset: belongs to momentCommand"):
+        compile_condition(read_condition(several))
+
+
 @pytest.mark.parametrize("missing", [{}, {"due": None}])
 def test_without_a_date_a_comparison_is_false(missing: dict[str, None]) -> None:
     condition = {
@@ -258,6 +300,19 @@ def test_periods_are_in_the_order_of_time(
 
 
 # --- described
+
+
+def test_an_offset_is_described() -> None:
+    config = compare("isBetween", "2026-03-01", [moved(raw("2026-03-01"), 1, "day")])
+    config["value"] = get("data.at")
+    config["compareTo"].append(moved({"type": "now"}, -1.5, "hours"))
+    shown = 'isBetween(data.at, "2026-03-01" + 1 day, now - 1.5 hours)'
+    assert describe_wait("Goal", config) == f"waits until {shown} is true"
+    told = explain(read_condition(config), context({"at": "2026-03-02"}))
+    assert told == (
+        'isBetween(data.at = "2026-03-02", "2026-03-01" + 1 day,'
+        " now = 2026-03-02T10:00:00Z - 1.5 hours) is false"
+    )
 
 
 def test_a_combination_is_described() -> None:

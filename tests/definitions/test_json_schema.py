@@ -71,7 +71,10 @@ IS_PRO = {
 IS_DUE = {
     "momentCommand": "isBetween",
     "value": {"type": "now"},
-    "compareTo": [{"type": "get", "value": "data.a"}, {"type": "raw", "value": "2030-01-01"}],
+    "compareTo": [
+        {"type": "get", "value": "data.a", "offset": {"amount": -1, "unit": "day"}},
+        {"type": "raw", "value": "2030-01-01"},
+    ],
     "granularity": "day",
 }
 STEPS: list[dict[str, Any]] = [

@@ -63,6 +63,11 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "Note": [{}],
 }
 BUSINESS_DAYS = {"unit": "business days", "holidays": "DE"}
+SOON = {
+    "momentCommand": "isBefore",
+    "value": {"type": "get", "value": "data.due"},
+    "compareTo": {"type": "now", "offset": {"amount": 2, **BUSINESS_DAYS}},
+}
 CASES = [(type_, config) for type_, configs in CONFIGS.items() for config in configs]
 
 
@@ -190,6 +195,7 @@ def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
         ("WaitForDate", {"date": "2030-01-01", "offset": {"amount": 1, **BUSINESS_DAYS}}, True),
         ("WaitForCondition", {**IS_PRO, "timeout": {"amount": 1, **BUSINESS_DAYS}}, True),
         ("WaitForWindow", {"holidays": "DE"}, True),
+        ("Switch", {"cases": [{"when": {"not": SOON}, "step": None}]}, True),
         ("WaitForWindow", {"holidays": "FR"}, False),
         ("UpdateData", {"data": {"holidays": "DE"}}, False),  # a key of the user's
     ],

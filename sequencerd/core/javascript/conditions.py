@@ -179,7 +179,7 @@ def compile_predicate(command: str, value: Operand, compare_to: Operand | None) 
                 roots.add(first_key(operand))
     faults.check()
     given = {
-        name: operand.model_dump(exclude_unset=True)
+        name: operand.model_dump(include={"type", "value"}, exclude_unset=True)
         for name, operand in operands.items()
         if operand is not None
     }

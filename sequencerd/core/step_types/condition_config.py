@@ -22,6 +22,7 @@ from sequencerd.core.javascript.conditions import (
     known_command,
 )
 from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fault, KeyPath
+from sequencerd.core.step_types.durations import FixedOffset, compile_move, in_words
 from sequencerd.core.step_types.template_config import no_date, parse_date, shown
 
 MAX_DEPTH = 50
@@ -44,6 +45,13 @@ def _granularity(name: str) -> str:
     if name not in GRANULARITIES:
         raise ValueError(f"must be one of {', '.join(GRANULARITIES)}")
     return name
+
+
+class ConditionOperand(Operand):
+    """An operand of a condition."""
+
+    offset: FixedOffset | None = None
+    """For momentCommand: time to add to the operand, such as {amount: -30, unit: days}."""
 
 
 class ConditionConfig(Config):
@@ -74,9 +82,9 @@ class ConditionConfig(Config):
     """lodash's command, such as eq, gte, isEqual, includes."""
     moment_command: MomentCommand | None = None
     """moment's command, which compares points in time, also across time zones."""
-    value: Operand | None = None
+    value: ConditionOperand | None = None
     """The first operand."""
-    compare_to: Operand | list[Operand] | None = None
+    compare_to: ConditionOperand | list[ConditionOperand] | None = None
     """The second operand, if the command takes one; for isBetween a list of two."""
     granularity: (
         Annotated[
@@ -108,11 +116,13 @@ class ConditionConfig(Config):
             parts += [((key, number), one) for number, one in enumerate(conditions or ())]
         return [*parts, (("not",), self.not_)] if self.not_ else parts
 
-    def operands(self) -> list[tuple[KeyPath, Operand]]:
+    def operands(self) -> list[tuple[KeyPath, ConditionOperand]]:
         """Return its own operands, with their paths."""
-        found: list[tuple[KeyPath, Operand]] = [(("value",), self.value)] if self.value else []
+        found: list[tuple[KeyPath, ConditionOperand]] = []
+        if self.value:
+            found.append((("value",), self.value))
         match self.compare_to:
-            case Operand():
+            case ConditionOperand():
                 found.append((("compareTo",), self.compare_to))
             case list():
                 found += [(("compareTo", n), operand) for n, operand in enumerate(self.compare_to)]
@@ -143,6 +153,12 @@ def condition_roots(config: ConditionConfig) -> frozenset[str]:
     read = [operand for _, one in commands(config) for _, operand in one.operands()]
     roots = {first_key(operand) for operand in read if operand.type == "get"}
     return frozenset(root for root in roots if root is not None)
+
+
+def condition_calendars(config: ConditionConfig) -> frozenset[str]:
+    """Return the calendars of holidays that a condition names."""
+    offsets = [operand.offset for _, one in commands(config) for _, operand in one.operands()]
+    return frozenset(offset.holidays for offset in offsets if offset and offset.holidays)
 
 
 # --- compiled
@@ -214,6 +230,10 @@ def _check_keys(config: ConditionConfig, faults: Faults, *, waits: bool) -> None
             faults.found.append(Fault((*path, "type"), _NOT_WOKEN))
         elif operand.type == "raw" and is_moment and _instant(operand.value) is None:
             faults.found.append(Fault((*path, "value"), no_date(operand.value)))
+        if operand.offset is not None and kind == "lodashCommand":
+            faults.found.append(
+                Fault((*path, "offset"), f"belongs to momentCommand, not to {kind}")
+            )
 
 
 _NOT_WOKEN = (
@@ -227,7 +247,7 @@ def _instant(value: object, timezone: str = "UTC") -> datetime | None:
 
 
 def _compile_moment(config: ConditionConfig) -> Holds:
-    readers = [_compile_instant(config, path, operand) for path, operand in config.operands()]
+    readers = [_compile_operand(config, path, operand) for path, operand in config.operands()]
     unit = config.granularity or "millisecond"
 
     def holds(context: Context) -> bool:
@@ -242,6 +262,22 @@ def _compile_moment(config: ConditionConfig) -> Holds:
         return _COMPARISONS[config.moment_command or ""](value, others[0])
 
     return holds
+
+
+def _compile_operand(
+    config: ConditionConfig, path: KeyPath, operand: ConditionOperand
+) -> Callable[[Context], datetime | None]:
+    """Compile the time in an operand, moved by its offset; None if it has no value."""
+    instant = _compile_instant(config, path, operand)
+    if operand.offset is None:
+        return instant
+    offset = compile_move(operand.offset, (*path, "offset"))
+
+    def moved(context: Context) -> datetime | None:
+        found = instant(context)
+        return None if found is None else offset(context)(found)
+
+    return moved
 
 
 def _compile_instant(
@@ -288,13 +324,16 @@ def _with_values(config: ConditionConfig, context: Context) -> str:
     return f"{name}({', '.join(texts)})"
 
 
-def _operand_with_value(operand: Operand, context: Context) -> str:
+def _operand_with_value(operand: ConditionOperand, context: Context) -> str:
+    moved = ""
+    if operand.offset is not None:
+        moved = _describe_offset(operand.offset.amount, operand.offset.unit)
     if operand.type == "now":
-        return f"now = {context.now:%Y-%m-%dT%H:%M:%SZ}"
+        return f"now = {context.now:%Y-%m-%dT%H:%M:%SZ}{moved}"
     predicate = compile_predicate("isNil", operand, None)
     text, _ = predicate.operands(context.json(predicate.roots))
     text = "missing" if text is None else shown(text)
-    return f"{operand.value} = {text}" if operand.type == "get" else text
+    return (f"{operand.value} = {text}" if operand.type == "get" else text) + moved
 
 
 def describe_wait(config: Mapping[str, Any]) -> str:
@@ -325,6 +364,8 @@ def describe_condition(config: Any) -> str:
 
 def _describe_operand(operand: object) -> str:
     match operand:
+        case {"offset": {"amount": int() | float() as amount, "unit": str(unit)}, **rest}:
+            return _describe_operand(rest) + _describe_offset(amount, unit)
         case {"type": "now"}:
             return "now"
         case {"type": "get", "value": path}:
@@ -332,3 +373,8 @@ def _describe_operand(operand: object) -> str:
         case {"value": value}:
             return json.dumps(value, ensure_ascii=False)
     return "?"
+
+
+def _describe_offset(amount: float, unit: str) -> str:
+    """Describe an offset, such as " - 30 days"."""
+    return f" {'-' if amount < 0 else '+'} {in_words(abs(amount), unit)}"

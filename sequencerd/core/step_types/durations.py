@@ -163,6 +163,13 @@ def in_words(amount: object, unit: str) -> str:
     return f"{number} {one}" if number == "1" else f"{number} {one}s"
 
 
+class FixedOffset(DurationConfig):
+    """How far an instant is moved: a fixed amount of a unit of time."""
+
+    amount: StrictInt | StrictFloat
+    """How many; negative for earlier."""
+
+
 class FixedDuration(DurationConfig):
     """A fixed amount of a unit of time."""
 
