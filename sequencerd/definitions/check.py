@@ -113,7 +113,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
         for exit_ in step.exits:
             if exit_.condition is not None:
                 yield from _check_condition(step, exit_, sequence)
-        for key in written_keys(step.type, step.config):
+        for key in written_keys(step.type, step.config) or ():
             if "." in key:
                 yield Remark(step.name, ("config", "data"), _dotted(key))
         if not isinstance(step.behaviour, SideEffect):
@@ -456,16 +456,18 @@ def known_paths(
 
 
 def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
-    """Yield paths that no example of data and no step of the sequence has. Custom runners may add
-    any data, so with one, only likely typing errors are reported.
+    """Yield paths that no example of data and no step of the sequence has. Custom runners, and
+    steps that copy an object, may add any data: with one, only likely typing errors are reported.
     """
     known = KnownPaths(set(known.objects), set(known.values))
     roots = {path for path in known.objects if "." not in path}
     is_open = False
     for step in sequence.steps.values():
+        written = written_keys(step.type, step.config)
         if isinstance(step.behaviour, SideEffect) and not is_message(step.type):
             is_open = True
-        known.values.update(f"data.{key}" for key in written_keys(step.type, step.config))
+        is_open = is_open or written is None
+        known.values.update(f"data.{key}" for key in written or ())
     for step in sequence.steps.values():
         for keys, path in _paths(step, sequence.shared):
             if path.split(".")[0] not in roots or known.has(path):

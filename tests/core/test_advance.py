@@ -1148,6 +1148,9 @@ def test_an_enrolled_subject_is_part_of_the_outcome() -> None:
     assert entry.executed == ("s/go",)
     assert (advanced.is_shared, advanced.is_tentative) == (False, True)
     assert advanced.events[0].message == "enrolled 'account-7' in other"
+    everything = sequence(step("go", "Enroll", {"sequence": "other", "data": {"get": "data"}}))
+    [entry] = advance(everything, at("go", data='{"n": 7, "a": [{}]}'), NOW).entries
+    assert entry.data == '{"n": 7, "a": [{}]}'
     own = sequence(step("go", "Enroll", {"sequence": "other"}))
     [entry] = advance(own, at("go")._replace(timezone="Asia/Tokyo"), NOW).entries
     assert (entry.subject, entry.timezone) == (at("go").subject, "Asia/Tokyo")

@@ -204,6 +204,31 @@ def test_an_operation_that_cannot_be_is_refused(change: dict[str, Any], message:
     assert message in str(fault)
 
 
+def test_all_keys_of_an_object_are_merged() -> None:
+    found = updated({"get": "data.new"}, {"a": 1, "new": {"a": 2, "b": [12345678901234567890]}})
+    assert found == {
+        "a": 2,
+        "b": [12345678901234567890],
+        "new": {"a": 2, "b": [12345678901234567890]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"data": {"get": "data.none"}}, "data is null, not a mapping"),
+        ({"data": {"get": "data.tags"}}, 'data is ["a", 1], not a mapping'),
+        ({"data": {"get": "data.x"}, "strict": True}, "the value is missing"),
+    ],
+)
+def test_what_is_not_an_object_is_bad_data(config: dict[str, Any], message: str) -> None:
+    definitions = sequence(step("set", "UpdateData", config))
+    decision = advance(definitions, at("set", json.dumps(DATA)), NOW).decision
+    assert isinstance(decision, Fail)
+    assert decision.failure == "bad_data"
+    assert message in decision.message
+
+
 def test_paths_of_the_lookup_that_are_read_are_known() -> None:
     assert "external" in (roots("UpdateData", {"data": {"a": [{"get": "external.plan"}]}}) or ())
     assert "external" not in (roots("UpdateData", {"data": {"a": {"get": "data.x"}}}) or ())

@@ -140,11 +140,13 @@ def has_languages(type_: str, config: Mapping[str, Any]) -> bool:
     return any(isinstance(text, dict) for text in language_texts(type_, config).values())
 
 
-def written_keys(type_: str, config: Mapping[str, Any]) -> list[str]:
-    """Return the keys of the data that a step writes."""
+def written_keys(type_: str, config: Mapping[str, Any]) -> list[str] | None:
+    """Return the keys of the data that a step writes; None if they may be any."""
     if type_ not in BUILT_IN:
         return []
     written = config.get(BUILT_IN[type_].writes)
+    if data.copies_object(written):
+        return None
     return [*BUILT_IN[type_].produces, *(written if isinstance(written, dict) else ())]
 
 

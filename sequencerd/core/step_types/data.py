@@ -41,12 +41,16 @@ class UpdateDataConfig(Config):
 
     data: dict[str, Any] = Field(min_length=1)
     """The values to merge; texts are templates. {get: path} copies a value with its type; {add: 1}
-    adds to a number, {append: x} to a list, and {remove: true} removes the key."""
+    adds to a number, {append: x} to a list, and {remove: true} removes the key. Instead of keys,
+    {get: path} merges all keys of the object at the path."""
     strict: StrictBool = False
     """Whether a missing value is an error. Default: it is empty, or null."""
 
 
 def _update_data(config: UpdateDataConfig) -> InstantStep:
+    if copies_object(config.data):
+        whole = compile_object(config.data, strict=config.strict)
+        return InstantStep(lambda context: Update(whole(context)))
     faults = Faults()
     changes: dict[str, NewValue] = {}
     for key, value in config.data.items():
@@ -67,6 +71,26 @@ def _operation(value: object) -> str | None:
     if isinstance(value, dict) and len(value) == 1 and (name := next(iter(value))) in OPERATIONS:
         return str(name)
     return None
+
+
+def copies_object(data: object) -> bool:
+    """Return whether the key `data` of a config is {get: path}: all keys of another object."""
+    return _operation(data) == "get"
+
+
+def compile_object(
+    data: Mapping[str, Any], *, strict: bool = False
+) -> Callable[[Context], dict[str, Any]]:
+    """Compile data that is {get: path}, and must be an object. Raises DefinitionError."""
+    made = compile_item(("data",), ("data",), data, strict=strict)
+
+    def whole(context: Context) -> dict[str, Any]:
+        found = made(context)
+        if not isinstance(found, dict):
+            raise _unsuitable(("data",), found, "mapping")
+        return found
+
+    return whole
 
 
 def _compile_change(path: KeyPath, value: Any, strict: bool) -> NewValue:

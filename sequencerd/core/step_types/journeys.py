@@ -28,7 +28,12 @@ from sequencerd.core.model import (
     Update,
     parse_data,
 )
-from sequencerd.core.step_types.data import compile_item, data_paths
+from sequencerd.core.step_types.data import (
+    compile_item,
+    compile_object,
+    copies_object,
+    data_paths,
+)
 from sequencerd.core.step_types.durations import Duration, compile_move, in_words, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
@@ -45,22 +50,28 @@ class EnrollStepConfig(Config):
     subject: str | None = None
     """The subject: a template. Default: the enrollment's own subject."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """The data of the new enrollment; texts are templates, and {get: path} copies a value."""
+    """The data of the new enrollment; texts are templates, and {get: path} copies a value. Instead
+    of keys, {get: data} copies all data."""
 
 
 def _enroll(config: EnrollStepConfig) -> InstantStep:
     faults = Faults()
+    whole: Callable[[Context], dict[str, Any]] | None = None
     data: dict[str, Callable[[Context], Any]] = {}
-    for key, value in config.data.items():
-        with faults.at("data", key):
-            data[key] = compile_item((), ("data", key), value)
+    if copies_object(config.data):
+        with faults.at():
+            whole = compile_object(config.data)
+    else:
+        for key, value in config.data.items():
+            with faults.at("data", key):
+                data[key] = compile_item((), ("data", key), value)
     subject = _subject(config.subject, faults)
     faults.check()
 
     def answer(context: Context) -> StepAnswer:
         own = context.enrollment
         timezone = own.timezone if config.subject is None else None
-        made = {key: value(context) for key, value in data.items()}
+        made = whole(context) if whole else {key: make(context) for key, make in data.items()}
         return Entry(config.sequence, subject(context), exact_json.dumps(made), timezone)
 
     refused = ALT_NEXT._replace(is_optional=True)
