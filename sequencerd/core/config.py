@@ -234,6 +234,10 @@ def _within(location: KeyPath, value: Any) -> KeyPath:
     return path
 
 
+_MEANT = {"and": "all", "or": "any", "if": "when", "condition": "when"}
+"""Keys of other languages, which may resemble a key with another meaning."""
+
+
 def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
     """Describe an unknown key, with the known keys of its place."""
     *outer, key = path
@@ -252,7 +256,9 @@ def _unknown_key(model: type[BaseModel], path: KeyPath, name: str) -> str:
         for holder in _models_at(model, path[:-1])
         for own, field in holder.model_fields.items()
     ]
-    return f"{message}; {nearest(str(key), known)}"
+    meant = _MEANT.get(str(key))
+    hint = f"did you mean {meant!r}?" if meant in known else nearest(str(key), known)
+    return f"{message}; {hint}"
 
 
 def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:

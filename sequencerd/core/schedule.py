@@ -58,6 +58,16 @@ class Span(Config):
     ]
     """Years to seconds. Days and longer units are calendar time, shorter ones are elapsed time."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_not_short(cls, value: Any) -> Any:
+        match value:
+            case dict() if len(value) == 1:
+                [(unit, amount)] = value.items()
+                if str(unit).removesuffix("s") in BASE_UNITS:
+                    raise ValueError(f"write {{amount: {amount}, unit: {unit}}}")
+        return value
+
     @model_validator(mode="after")
     def _ends_in_this_calendar(self) -> Span:
         factor, unit = BASE_UNITS[self.unit.removesuffix("s")]

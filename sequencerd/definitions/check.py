@@ -102,6 +102,7 @@ def check(sequence: Sequence, entered: Collection[str] = ()) -> Iterator[Remark]
             )
         yield from _check_templates(step, sequence)
         yield from _check_styles(step)
+        yield from _check_tags(step)
         if isinstance(step.behaviour, InvalidStep):
             continue
         yield from _check_languages(step)
@@ -388,6 +389,22 @@ def _check_styles(step: Step) -> Iterator[Remark]:
     for path, source in template_texts(step.type, step.config):
         for text, line in _in_css(source):
             yield Remark(step.name, ("config", *path), _css_without_effect(text, line))
+
+
+_LIQUID = re.compile(r"\{%.{0,200}?%\}")
+
+
+def _check_tags(step: Step) -> Iterator[Remark]:
+    """Yield tags of Liquid, Jinja or Twig in messages, which would be sent as they are."""
+    if is_message(step.type):
+        for path, source in template_texts(step.type, step.config):
+            if found := _LIQUID.search(source):
+                line = source.count("\n", 0, found.start()) + 1
+                message = (
+                    f"line {line}: {found[0]} is no tag here, and is sent as it is: write "
+                    "{{#if data.paid}}...{{/if}} or {{#each data.items}}...{{/each}}"
+                )
+                yield Remark(step.name, ("config", *path), message)
 
 
 def _css_without_effect(text: str, line: int) -> str:

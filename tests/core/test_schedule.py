@@ -186,6 +186,7 @@ def test_a_schedule_without_a_second_run_is_an_error_of_its_own() -> None:
         ({"schedule": "0 0 30 2 *"}, "schedule: is not a cron expression"),
         ({"schedule": "0 9 * * *", "at_most": 0}, "at_most"),
         ({"every": {"amount": 0, "unit": "hours"}}, "every.amount"),
+        ({"every": {"hours": 2}}, "every: write {amount: 2, unit: hours}"),
         ({"every": {"amount": 1001, "unit": "years"}}, "every: must be at most 1,000 years"),
         ({"every": {"amount": 12_001, "unit": "month"}}, "every: must be at most 1,000 years"),
         *(

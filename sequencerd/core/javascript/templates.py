@@ -58,7 +58,18 @@ USAGE: Mapping[str, str] = {
 """The helpers, with their syntax."""
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|0[xXoObB][0-9a-fA-F]+")
-_SYNTAX = re.compile(r"(?:Parse|Lexical) error on line (\d+)[:.].*?\n(.*)\n-*\^", re.DOTALL)
+_SYNTAX = re.compile(r"(?:Parse|Lexical) error on line (\d+)[:.].*?\n(.*)\n(-*)\^", re.DOTALL)
+_HINTS = (
+    (
+        re.compile(r"(?<=\.)-?[0-9]|[\w.-]*\["),
+        "write an index or a key in brackets, as in {{data.items.[0]}}",
+    ),
+    (
+        re.compile(r"[=!<>&|+*/?-]"),
+        'there are no operators: write a helper, such as (eq data.plan "pro")',
+    ),
+)
+"""What to write instead of what a template has at the place of a syntax error."""
 _AT_LINE = re.compile(r"(.*) - (\d+):\d+", re.DOTALL)
 
 
@@ -359,7 +370,9 @@ def _analysed(source: str) -> str:
 def _syntax(message: str) -> str:
     """Describe a syntax error of handlebars in a line."""
     if malformed := _SYNTAX.match(message):
-        return f"line {malformed[1]}: the template is malformed at {malformed[2][-60:]!r}"
+        line, source, column = malformed[1], malformed[2], len(malformed[3])
+        hints = (f"; {hint}" for wrong, hint in _HINTS if wrong.match(source, column))
+        return f"line {line}: the template is malformed at {source[-60:]!r}{next(hints, '')}"
     if at_line := _AT_LINE.fullmatch(message):
         return f"line {at_line[2]}: {at_line[1]}"
     return f"the template is malformed: {message[:200]}"

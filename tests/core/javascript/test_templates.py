@@ -306,6 +306,26 @@ def test_a_malformed_tag_is_shown_with_its_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("{{data.items.0}}", r"as in \{\{data\.items\.\[0\]\}\}"),
+        ("{{#if data.items.0}}x{{/if}}", "write an index or a key in brackets"),
+        ("{{data.items[0].name}}", "write an index or a key in brackets"),
+        ("{{data['a']}}", "write an index or a key in brackets"),
+        ("a\n{{#if data.a == 'x'}}y{{/if}}", r"line 2: .*; there are no operators: .*\(eq "),
+        ("{{data.name | upcase}}", "there are no operators"),
+        ("{{#if !data.a}}y{{/if}}", "there are no operators"),
+        ("{{data.a + 1}}", "there are no operators"),
+        ("{{#if (eq data.a 1}}x{{/if}}", r"x\{\{/if\}\}'$"),
+        ("{{data.", r"data\.'$"),
+    ],
+)
+def test_a_syntax_error_says_what_to_write(source: str, hint: str) -> None:
+    with pytest.raises(DefinitionError, match=hint):
+        compile_template(source, escape=False)
+
+
+@pytest.mark.parametrize(
     ("source", "expected"),
     [
         ('{{date due format="D MMMM YYYY"}}', "2 March 2024"),
