@@ -1440,7 +1440,8 @@ async def test_an_archived_sequence_is_not_entered_by_a_jump(
     await define_jump(connection)
     async with running_engine(database, {"Note": recorder}) as engine:
         # also where the daemon has not heard of it yet
-        engine.catalog.reload = lambda *_: asyncio.sleep(0, False)  # type: ignore[method-assign]
+        nothing: list[str] = []
+        engine.catalog.reload = lambda: asyncio.sleep(0, nothing)  # type: ignore[method-assign]
         await connection.execute(
             "UPDATE sequencer.sequences SET status = 'archived' WHERE name = 't'"
         )

@@ -241,7 +241,7 @@ async def test_throttling_is_no_hot_loop(
     async with endpoint(batch_size=1) as (server, runner):
         server.status = 429
         server.headers = {} if header is None else {"Retry-After": header}
-        async with running_engine(database, {"Score": runner}, pauses=Pauses(0.02, 10.0)):
+        async with running_engine(database, {"Score": runner}, pauses=Pauses(0.02, 1.0)):
             await define(connection, "s", ("score", "Score", TWICE, None))
             await connection.execute(ENROLL, 30)
             await server.called(12)
