@@ -173,19 +173,11 @@ class Claims:
             due = DueEnrollments(
                 *step_key, now, self._env.daemon, excluded, revision, limit, claim.start
             )
-            few = await self._move_few(step_key, due, claim)
-            if few is None:
-                batch = Batch()
-                async with self._leases.writing(batch) as connection:
-                    claimed, count, batch.places, batch.transaction = await locking.claim(
-                        connection, due
-                    )
-                    if count == limit:
-                        claimed_many()
-                    await self._move_all(connection, step_key, batch, claimed, now)
-                    self._env.metrics.claimed(step_key, self._due(step_key, claimed), now)
+            claimed = await self._move_few(step_key, due, claim)
+            if claimed is not None:
+                count = len(claimed)
             else:
-                claimed, count = few, len(few)
+                claimed, count = await self._move_locked(step_key, due, claimed_many)
             claim.found = count
             if claimed and len(claimed) == count:
                 claim.reached = claimed[-1].wake_at
@@ -211,6 +203,21 @@ class Claims:
                 soon = now + timedelta(seconds=LOCKED_PAUSE)
                 self._push(step_key, soon if is_locked else next_at)
         return count
+
+    async def _move_locked(
+        self, step_key: StepKey, due: DueEnrollments, claimed_many: Callable[[], None]
+    ) -> tuple[list[Enrollment], int]:
+        """Claim and advance due enrollments in one transaction. Return them, and how many rows it
+        has locked: some are left if their data, or their evaluations, take too much.
+        """
+        batch = Batch()
+        async with self._leases.writing(batch) as connection:
+            claimed, count, batch.places, batch.transaction = await locking.claim(connection, due)
+            if count == due.limit:
+                claimed_many()
+            await self._move_all(connection, step_key, batch, claimed, due.now)
+            self._env.metrics.claimed(step_key, self._due(step_key, claimed), due.now)
+        return claimed, count
 
     async def _move_few(
         self, step_key: StepKey, wanted: DueEnrollments, claim: Claim
