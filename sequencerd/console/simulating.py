@@ -25,7 +25,7 @@ from sequencerd.console.mask import read_data
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import Sequence, SideEffect
+from sequencerd.core.model import Enrollment, Sequence, SideEffect
 from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import (
@@ -248,8 +248,7 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
     asked = _read(context, query)
     present = context.simulator()
     simulator = Simulator(present.definitions, present.runners, asked.outcomes, MAX_ENTRIES_SHOWN)
-    known: Mapping[str, Any] = {}
-    subject = None
+    enrollment = None
     if query.get("enrollment"):
         id_ = query.number("enrollment", 0)
         async with connections.reading(context.pool) as connection:
@@ -257,7 +256,6 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
         if started is None:
             raise NotFoundError(f"Enrollment {id_} does not exist.")
         enrollment, enrolled = started
-        known, subject = read_data(enrollment.data), enrollment.subject
         work = partial(
             simulator.follow,
             enrollment,
@@ -282,11 +280,30 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
 
     async with context.simulating:  # one at a time, because it uses a core
         simulation = await asyncio.to_thread(work)
+    # with the start in it, an address always gives the same result
+    given = {"start": _shown(asked.start), **query.given}
+    simulated = _masked(context, simulation, enrollment, given)
+    key = _key(context, given)
+    context.simulated.pop(key, None)
+    context.simulated[key] = simulated
+    for old in list(context.simulated)[:-MAX_KEPT]:
+        del context.simulated[old]
+    return simulated
+
+
+def _masked(
+    context: PageContext,
+    simulation: Simulation,
+    enrollment: Enrollment | None,
+    given: Mapping[str, str],
+) -> ShownSimulation:
+    """Return a simulation, without the data to be masked if it is that of a real enrollment."""
+    known = {}
+    if enrollment is not None:
+        known = {"known": read_data(enrollment.data), "known_subject": enrollment.subject}
 
     def masked(text: str | None) -> Any:
-        if subject is None:
-            return text
-        return context.mask({"message": text, "known": known, "known_subject": subject})["message"]
+        return context.mask({"message": text, **known})["message"] if known else text
 
     rows = [
         {
@@ -296,17 +313,8 @@ async def run(context: PageContext, query: Query) -> ShownSimulation:
         }
         for entry in simulation.timeline
     ]
-    # with the start in it, an address always gives the same result
-    given = {"start": _shown(asked.start), **query.given}
-    simulated = ShownSimulation(
-        simulation, masked(simulation.end), Table("simulation", COLUMNS, rows, given)
-    )
-    key = _key(context, given)
-    context.simulated.pop(key, None)
-    context.simulated[key] = simulated
-    for old in list(context.simulated)[:-MAX_KEPT]:
-        del context.simulated[old]
-    return simulated
+    table = Table("simulation", COLUMNS, rows, given)
+    return ShownSimulation(simulation, masked(simulation.end), table)
 
 
 def _key(context: PageContext, given: Mapping[str, str]) -> str:
