@@ -10,12 +10,12 @@ import asyncio
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from shutil import get_terminal_size
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
@@ -159,16 +159,66 @@ _OPTIONAL_COLUMNS = ("type", "attempt", "revision", "daemon")
 """Columns that are left out if the names would not fit."""
 
 
+class _Printed(NamedTuple):
+    """A column as it is printed."""
+
+    title: str
+    cells: list[str]
+    size: int
+    is_number: bool
+
+    def fit(self, text: str) -> str:
+        """Return a text of the column's width: numbers are aligned on the right."""
+        if self.is_number:
+            return " " * (self.size - cell_len(text)) + text
+        if cell_len(text) > self.size:
+            return set_cell_size(text, self.size - 1) + "…"
+        return set_cell_size(text, self.size)
+
+
 def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
     """Yield rows as lines for a terminal: a section for each sequence, without columns that are
     empty or have the same status in all rows, with relative times, and sentences below. Names are
     not wrapped; if the width does not suffice, the longest are truncated.
     """
     found = [dict(row) for row in rows]
-    is_sectioned = len(found[0]) > 2 and any(row.get("sequence") is not None for row in found)
-    heads = ["sequence"] if is_sectioned else []
-    if is_sectioned and len({row.get("status") for row in found}) == 1 and "status" in found[0]:
-        heads.append("status")
+    heads = _heads(found)
+    indent = "  " if heads else ""
+    columns = _printed(found, heads, width - len(indent), now)
+
+    def line(texts: Iterable[str]) -> str:
+        fitted = (column.fit(text) for column, text in zip(columns, texts, strict=True))
+        return (indent + "  ".join(fitted)).rstrip()
+
+    sections: dict[object, list[int]] = {}
+    for number, row in enumerate(found):
+        sections.setdefault(row["sequence"] if heads else None, []).append(number)
+    for section, numbers in sections.items():
+        if numbers[0]:
+            yield ""
+        if section is not None:
+            yield ", ".join(visible(text(found[numbers[0]][name])) for name in heads)
+        yield line(column.title for column in columns)
+        for number in numbers:
+            yield line(column.cells[number] for column in columns)
+            for name in _TEXT_COLUMNS:
+                if found[number].get(name):
+                    prose = visible(text(found[number][name]))
+                    yield from _wrapped(prose, width, indent + "    ", indent + "    ")
+
+
+def _heads(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns whose values stand above a section; none if there are no sections."""
+    if len(found[0]) <= 2 or all(row.get("sequence") is None for row in found):
+        return []
+    has_one_status = "status" in found[0] and len({row["status"] for row in found}) == 1
+    return ["sequence", "status"] if has_one_status else ["sequence"]
+
+
+def _printed(
+    found: Sequence[Mapping[str, Any]], heads: Sequence[str], width: int, now: datetime
+) -> list[_Printed]:
+    """Return the columns below the heads, as far as they have values and fit."""
     names = [
         name
         for name in found[0]
@@ -176,44 +226,24 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
     ]
     if all(row.get("waits_until") in (None, row.get("wake_at")) for row in found):
         names = [name for name in names if name != "waits_until"]
-    indent = "  " if is_sectioned else ""
     for spare in (*_OPTIONAL_COLUMNS, None):
-        cells = [[_short(name, row[name], now) for name in names] for row in found]
+        cells = {name: [_short(name, row[name], now) for row in found] for name in names}
         titles = [_RELATIVE.get(name, name.replace("_", " ")) for name in names]
-        widths = [max(map(cell_len, column)) for column in zip(titles, *cells, strict=True)]
-        excess = len(indent) + sum(widths) + 2 * (len(widths) - 1) - width
+        widths = [
+            max(map(cell_len, (title, *cells[name])))
+            for name, title in zip(names, titles, strict=True)
+        ]
+        excess = sum(widths) + 2 * (len(widths) - 1) - width
         if excess <= 0 or spare is None:
             break
         names = [name for name in names if name != spare]
     while excess > 0 and max(widths) > _MIN_WIDTH:
         widths[widths.index(max(widths))] -= 1
         excess -= 1
-    numeric = [all(isinstance(row[name], int | None) for row in found) for name in names]
-
-    def line(texts: Sequence[str]) -> str:
-        fitted = (
-            " " * (size - cell_len(text)) + text if is_number else _fitted(text, size)
-            for text, size, is_number in zip(texts, widths, numeric, strict=True)
-        )
-        return (indent + "  ".join(fitted)).rstrip()
-
-    order = list(dict.fromkeys(row.get("sequence") for row in found)) if is_sectioned else [None]
-    for number, section in enumerate(order):
-        members = [
-            n for n, row in enumerate(found) if not is_sectioned or row["sequence"] == section
-        ]
-        if is_sectioned:
-            if number:
-                yield ""
-            if section is not None:
-                yield ", ".join(visible(text(found[members[0]][name])) for name in heads)
-        yield line(titles)
-        for n in members:
-            yield line(cells[n])
-            for name in _TEXT_COLUMNS:
-                if found[n].get(name):
-                    prose = visible(text(found[n][name]))
-                    yield from _wrapped(prose, width, indent + "    ", indent + "    ")
+    return [
+        _Printed(title, cells[name], size, all(isinstance(row[name], int | None) for row in found))
+        for name, title, size in zip(names, titles, widths, strict=True)
+    ]
 
 
 _EMPTY: tuple[object, ...] = (None, 0, "", [], ())
@@ -234,9 +264,3 @@ def relative(at: datetime, now: datetime) -> str:
         if count := abs(seconds) // size:
             return f"in {count} {unit}" if seconds > 0 else f"{count} {unit} ago"
     return "now"
-
-
-def _fitted(text: str, size: int) -> str:
-    if cell_len(text) > size:
-        return set_cell_size(text, size - 1) + "…"
-    return set_cell_size(text, size)
