@@ -22,9 +22,8 @@ from tests.helpers.clusters import stoppable
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import execute, with_login
 from tests.helpers.engines import ALL_ENDED, define, until
-from tests.helpers.servers import Answer, HttpServer, Request, http_server
+from tests.helpers.servers import Answer, HttpServer, Request, all_next, http_server
 from tests.helpers.waiting import PATIENCE, eventually
-from tests.runners.test_http import all_next
 
 STEPS = (
     ("first", "Call", "{}", "pause"),

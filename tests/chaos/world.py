@@ -34,7 +34,7 @@ from tests.helpers.databases import (
     with_database,
 )
 from tests.helpers.engines import define, until
-from tests.helpers.servers import Answer, Request, http_server
+from tests.helpers.servers import Answer, Request, all_next, http_server
 from tests.helpers.waiting import PATIENCE
 
 IS_SHORT = "CHAOS_SECONDS" not in os.environ
@@ -216,9 +216,7 @@ class Sink:
             self._took(self.calls, one["idempotencyKey"])
         if self._rng.random() < self.lose:
             return Answer(raw=b"")
-        return Answer(
-            body=json.dumps([{"id": r["id"], "action": "next"} for r in runners]).encode()
-        )
+        return await all_next(request)
 
 
 class Mail(SMTP):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import os
 import resource
 import socket
@@ -302,6 +303,7 @@ async def scripted(**options: Any) -> AsyncIterator[Script]:
 @asynccontextmanager
 async def serving(
     serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
     """Serve connections on a port of its own; those that are open end with the context."""
     connections: set[asyncio.Task[None]] = set()
@@ -313,7 +315,7 @@ async def serving(
         with suppress(asyncio.CancelledError, ConnectionError):  # the test is over
             await serve(reader, writer)
 
-    server = await asyncio.start_server(connected, HOST, 0)
+    server = await asyncio.start_server(connected, HOST, 0, ssl=tls)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
@@ -509,6 +511,12 @@ class Http2Server(HttpServer):
             writer.close()
 
 
+async def all_next(request: Request) -> Answer:
+    """Answers `next` for every enrollment that a custom runner gets."""
+    ids = [view["id"] for view in json.loads(request.body)["runners"]]
+    return Answer(body=json.dumps([{"id": id_, "action": "next"} for id_ in ids]).encode())
+
+
 @asynccontextmanager
 async def http_server(
     respond: Respond, tls: ssl.SSLContext | None = None
@@ -518,23 +526,10 @@ async def http_server(
     if tls is not None:
         tls.set_alpn_protocols(["h2", "http/1.1"])
     plain = partial(HttpServer.serve, made)
-    connections: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections.add(task)
         chosen = tls and writer.get_extra_info("ssl_object").selected_alpn_protocol()
-        with suppress(asyncio.CancelledError):  # the test is over
-            await (made.serve if chosen == "h2" else plain)(reader, writer)
+        await (made.serve if chosen == "h2" else plain)(reader, writer)
 
-    server = await asyncio.start_server(serve, HOST, 0, ssl=tls)
-    made.port = server.sockets[0].getsockname()[1]
-    try:
+    async with serving(serve, tls) as made.port:
         yield made
-    finally:
-        server.close()
-        for connection in connections:
-            connection.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
-        await server.wait_closed()

@@ -32,6 +32,7 @@ from tests.helpers.servers import (
     KEY,
     HttpServer,
     Request,
+    all_next,
     http_server,
     no_descriptors,
     not_accepting,
@@ -52,12 +53,6 @@ def fixed(answer: servers.Answer | Sequence[Any]) -> Any:
         return made
 
     return respond
-
-
-async def all_next(request: Request) -> servers.Answer:
-    """Answers `next` for every enrollment."""
-    ids = [view["id"] for view in json.loads(request.body)["runners"]]
-    return servers.Answer(body=json.dumps([{"id": i, "action": "next"} for i in ids]).encode())
 
 
 @asynccontextmanager

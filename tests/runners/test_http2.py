@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ from sequencerd.runners import http_client
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers
 from tests.helpers.runners import http_runner
-from tests.helpers.servers import HttpServer, Request, certificate, http_server, task
+from tests.helpers.servers import HttpServer, Request, all_next, certificate, http_server, task
 
 
 @pytest.fixture
@@ -39,11 +38,6 @@ async def call(
     return [one for (one,) in results]
 
 
-def answer(request: Request) -> servers.Answer:
-    ids = [one["id"] for one in json.loads(request.body)["runners"]]
-    return servers.Answer(body=json.dumps([{"id": id_, "action": "next"} for id_ in ids]).encode())
-
-
 @pytest.mark.parametrize("http2", [True, False])
 async def test_the_name_of_a_host_may_end_with_a_dot(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, http2: bool
@@ -58,7 +52,7 @@ async def test_the_name_of_a_host_may_end_with_a_dot(
     monkeypatch.setattr(loop, "getaddrinfo", found)
 
     async def respond(request: Request) -> servers.Answer:
-        return answer(request)
+        return await all_next(request)
 
     async with http_server(respond, tls) as server:
         results = await call(server, host="localhost.", allow_private=True, http2=http2)
@@ -82,7 +76,7 @@ async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:
         if len(server.requests) == 4:
             together.set()
         await together.wait()  # for ever, if they came one after the other
-        return answer(request)
+        return await all_next(request)
 
     async with http_server(respond, tls) as server:
         results = await call(server, 4)
@@ -102,7 +96,7 @@ async def test_a_connection_is_given_up_before_the_server_does(
         if len(server.requests) == 5:
             together.set()
         await together.wait()  # calls are under way on each connection
-        return answer(request)
+        return await all_next(request)
 
     async with http_server(respond, tls) as server:
         results = await call(server, 5)
@@ -112,7 +106,7 @@ async def test_a_connection_is_given_up_before_the_server_does(
 
 async def test_http2_can_be_disabled(tls: ssl.SSLContext) -> None:
     async def respond(request: Request) -> servers.Answer:
-        return answer(request)
+        return await all_next(request)
 
     async with http_server(respond, tls) as server:
         await call(server)
@@ -122,7 +116,7 @@ async def test_http2_can_be_disabled(tls: ssl.SSLContext) -> None:
 
 async def test_a_private_address_is_not_called(tls: ssl.SSLContext) -> None:
     async def respond(request: Request) -> servers.Answer:
-        return answer(request)
+        return await all_next(request)
 
     async with http_server(respond, tls) as server:
         (result,) = await call(server, host="127.1")
@@ -152,7 +146,7 @@ async def test_a_request_on_a_connection_that_the_server_closes_is_repeated_at_o
         if len(server.requests) <= 3:
             await given_up.wait()  # all are under way
             return servers.Answer(raw=servers.GOAWAY)
-        return answer(request)
+        return await all_next(request)
 
     given_up = asyncio.Event()
     async with http_server(respond, tls) as server:
@@ -201,7 +195,7 @@ async def test_an_untrusted_certificate_gets_no_request(
     tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def respond(request: Request) -> servers.Answer:
-        return answer(request)
+        return await all_next(request)
 
     monkeypatch.delenv("SSL_CERT_FILE")
     async with http_server(respond, tls) as server:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -15,17 +14,10 @@ from typing import Any
 import pytest
 
 from sequencerd.core.model import Answer, Result
-from tests.helpers import servers
 from tests.helpers.runners import failed, http_runner
-from tests.helpers.servers import HOST, Request, certificate, http_server, serving, task
+from tests.helpers.servers import HOST, all_next, certificate, http_server, serving, task
 
 HIDDEN = "user:hidden@"
-
-
-async def all_next(request: Request) -> servers.Answer:
-    """Answers `next` for every enrollment."""
-    ids = [view["id"] for view in json.loads(request.body)["runners"]]
-    return servers.Answer(body=json.dumps([{"id": i, "action": "next"} for i in ids]).encode())
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ from tests import test_daemon
 from tests.helpers import servers
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 from tests.helpers.runners import http_runner
-from tests.helpers.servers import Request, http_server
+from tests.helpers.servers import Request, all_next, http_server
 
 mailbox = test_daemon.mailbox
 
@@ -32,11 +31,6 @@ def spans() -> Iterator[InMemorySpanExporter]:
     yield exporter
     tracing.use(None)
     provider.shutdown()
-
-
-async def respond(request: Request) -> servers.Answer:
-    ids = [one["id"] for one in json.loads(request.body)["runners"]]
-    return servers.Answer(body=json.dumps([{"id": id_, "action": "next"} for id_ in ids]).encode())
 
 
 async def test_each_side_effect_has_a_span(
@@ -78,7 +72,7 @@ async def test_an_http_runner_gets_the_context(
     async with connection.transaction():
         for number in range(enrollments):
             await enroll(connection, "s", f"u{number}")
-    async with http_server(respond) as server:
+    async with http_server(all_next) as server:
         runner = http_runner(server.url, allow_private=True)
         async with running_engine(database, {"Crm": runner}):
             await until(connection, ALL_ENDED)
@@ -95,7 +89,7 @@ async def test_without_the_setting_nothing_is_sent(
 ) -> None:
     await define(connection, "s", ("call", "Crm", "{}", None))
     await enroll(connection, "s", "ada")
-    async with http_server(respond) as server:
+    async with http_server(all_next) as server:
         runner = http_runner(server.url, allow_private=True)
         async with running_engine(database, {"Crm": runner}):
             await until(connection, ALL_ENDED)

@@ -19,8 +19,7 @@ from sequencerd.service import dns
 from sequencerd.storage.connections import connect
 from tests.helpers.databases import shard
 from tests.helpers.runners import http_runner
-from tests.helpers.servers import HOST, http_server, not_accepting, smtp_server, task
-from tests.runners.test_http import all_next
+from tests.helpers.servers import HOST, all_next, http_server, not_accepting, smtp_server, task
 
 MAIL = Mail("shop@example.com", ("ada@example.com",), (), b"Subject: Hi\r\n\r\nHi\r\n")
 

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.databases import make_login
 from tests.helpers.engines import define, enroll, until
-from tests.helpers.servers import Answer, Request, http_server
+from tests.helpers.servers import Answer, Request, all_next, http_server
 from tests.helpers.waiting import PATIENCE
 
 ROLES = ("enroller", "editor", "daemon", "privacy")
@@ -311,14 +311,10 @@ async def test_an_editor_cannot_make_the_daemon_call_an_address(
 ) -> None:
     """Whatever a config holds: the address is the settings'."""
 
-    async def respond(request: Request) -> Answer:
-        ids = [one["id"] for one in json.loads(request.body)["runners"]]
-        return Answer(body=json.dumps([{"id": id_, "action": "next"} for id_ in ids]).encode())
-
     async def never(_: Request) -> Answer:
         raise AssertionError
 
-    async with http_server(respond) as server, http_server(never) as secret:
+    async with http_server(all_next) as server, http_server(never) as secret:
         settings = tmp_path / "settings.toml"
         settings.write_text(f'[runners.Crm]\nurl = "{server.url}/crm"\nallow_private = true\n')
         config = json.dumps(
