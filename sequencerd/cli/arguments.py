@@ -71,6 +71,14 @@ class _Parser(argparse.ArgumentParser):
 
         super().error(visible(message))
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Keep `--` as the value of an option, as in --subject=--, which argparse drops."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """Suggest what may be meant by a choice that does not exist, instead of naming all."""
         choices = [str(choice) for choice in action.choices or ()]

@@ -324,6 +324,16 @@ def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:
         assert [one.dest for one in command._actions if not one.help] == []
 
 
+def test_two_hyphens_after_an_equals_sign_are_a_value() -> None:
+    parser = make_parser()
+    parsed = parser.parse_args(["cancel", "--subject=--", "--reason=--"])
+    assert (parsed.subject, parsed.reason) == ("--", "--")
+    for argument in ("--status=--", "--limit=--"):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(["list", argument])
+        assert ended.value.code == 2
+
+
 def test_the_settings_may_be_named_before_and_after_a_command() -> None:
     parser = make_parser()
     for arguments, config, database in (
