@@ -16,6 +16,7 @@ import ssl
 from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlencode
@@ -119,9 +120,10 @@ def arguments(
     """Return asyncpg's arguments for a connection string. Raises SettingsError.
 
     `name` and `timeout` apply unless the string has an application_name or a connect_timeout;
-    `settings` are server settings.
+    `settings` are server settings. A password file is read for each connection that asyncpg opens,
+    as by libpq, so that the password of a running daemon can be changed.
     """
-    given = complete(text, environment)
+    given = _without_password_file(text, environment)
     made: dict[str, Any] = {
         "timeout": _timeout(given.get("connect_timeout"), timeout),
         "server_settings": {
@@ -139,6 +141,8 @@ def arguments(
     ):
         if key in given:
             made[argument] = given[key]
+    if "password" not in given and _password(given) is not None:
+        made["password"] = partial(_password, given)
     if given.get("sslrootcert") == "system":
         made["ssl"] = _system_context(given)
     elif query := {key: given[key] for key in _OF_ASYNCPG if key in given}:
@@ -150,6 +154,13 @@ def complete(text: str, environment: Mapping[str, str] | None = None) -> dict[st
     """Return the parameters of a connection string, with those of the service file, the environment
     and the password file. Raises SettingsError.
     """
+    given = _without_password_file(text, environment)
+    if "password" not in given and (password := _password(given)) is not None:
+        given["password"] = password
+    return given
+
+
+def _without_password_file(text: str, environment: Mapping[str, str] | None) -> dict[str, str]:
     variables = os.environ if environment is None else environment
     given = parse(text)
     if service := given.pop("service", None) or variables.get("PGSERVICE"):
@@ -159,8 +170,6 @@ def complete(text: str, environment: Mapping[str, str] | None = None) -> dict[st
     _check(given)
     if "user" not in given:
         given["user"] = _login()
-    if "password" not in given and (password := _password(given)) is not None:
-        given["password"] = password
     return given
 
 

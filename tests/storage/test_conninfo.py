@@ -127,10 +127,14 @@ def test_a_password_file_with_escapes(home: Path) -> None:
     )
     file.chmod(0o600)
     variables = {"PGPASSFILE": str(file), "PGUSER": "ada"}
-    assert arguments("postgresql://h/a%3Ab", **variables)["password"] == r"p:a\:s"
-    assert arguments("host=/own", **variables)["password"] == "own"
-    assert arguments("host=/run/pg", **variables)["password"] == "socket"
+    escaped = arguments("postgresql://h/a%3Ab", **variables)["password"]
+    assert escaped() == r"p:a\:s"
+    assert arguments("host=/own", **variables)["password"]() == "own"
+    assert arguments("host=/run/pg", **variables)["password"]() == "socket"
     assert "password" not in arguments("postgresql://other/a", **variables)
+    assert conninfo.complete("host=/own", variables)["password"] == "own"
+    file.write_text("h:*:*:*:changed\n")  # before the next connection of a pool
+    assert escaped() == "changed"
     file.chmod(0o644)
     assert "password" not in arguments("postgresql://h/a%3Ab", **variables)
 
