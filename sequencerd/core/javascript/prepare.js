@@ -34,4 +34,61 @@
     Object.defineProperty(bounded, "length", { value: native.length });
     Object.defineProperty(Array.prototype, name, { value: bounded });
   }
+
+  // At each place of a text, these may compare all of the other text: for 500,000 characters and
+  // 250,000, more than a minute. Then each character is read once, in a loop that can be stopped.
+  const MOST_COMPARED = 1e8;
+
+  // The places of a text in another one, by Knuth, Morris and Pratt.
+  function* places(text, wanted, from) {
+    const shorter = [0]; // for each beginning of `wanted`: how much of its end is a beginning as well
+    for (let at = 1, same = 0; at < wanted.length; at++) {
+      while (same > 0 && wanted[at] !== wanted[same]) same = shorter[same - 1];
+      if (wanted[at] === wanted[same]) same++;
+      shorter.push(same);
+    }
+    for (let at = from, same = 0; at < text.length; at++) {
+      while (same > 0 && text[at] !== wanted[same]) same = shorter[same - 1];
+      if (text[at] === wanted[same]) same++;
+      if (same < wanted.length) continue;
+      yield at - same + 1;
+      same = shorter[same - 1];
+    }
+  }
+
+  const SEARCHES = {
+    indexOf(text, wanted, from = 0) {
+      for (const place of places(text, wanted, Math.max(0, Math.trunc(from) || 0))) return place;
+      return -1;
+    },
+    lastIndexOf(text, wanted) {
+      let last = -1;
+      for (const place of places(text, wanted, 0)) last = place;
+      return last;
+    },
+    split(text, separator) {
+      const parts = [];
+      let begin = 0;
+      for (const place of places(text, separator, 0)) {
+        if (place < begin) continue;
+        parts.push(text.slice(begin, place));
+        begin = place + separator.length;
+      }
+      parts.push(text.slice(begin));
+      return parts;
+    },
+  };
+  for (const [name, search] of Object.entries(SEARCHES)) {
+    const native = String.prototype[name];
+    const bounded = {
+      [name](wanted, ...args) {
+        if (wanted?.length * this?.length > MOST_COMPARED && typeof wanted === "string") {
+          return search(String(this), wanted, ...args);
+        }
+        return Reflect.apply(native, this, [wanted, ...args]);
+      },
+    }[name];
+    Object.defineProperty(bounded, "length", { value: native.length });
+    Object.defineProperty(String.prototype, name, { value: bounded });
+  }
 })();

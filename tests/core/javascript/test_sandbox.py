@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _quickjs import Context
 
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.javascript.conditions import COMMANDS, Operand, compile_predicate
@@ -65,6 +66,9 @@ def everything_answers() -> None:
         ("words", "a" * 200_000 + "\u0301", None),
         ("trim", "a" + "\u0301" * 200_000, "a"),
         ("invokeMap", "x" * 2_000, "a." * 2_000),
+        ("includes", "a" * 300_000, "a" * 150_000 + "b"),
+        ("split", "a" * 300_000, "a" * 150_000 + "b"),
+        ("truncate", "a" * 300_000, {"length": 299_000, "separator": "a" * 150_000 + "b"}),
     ],
 )
 @pytest.mark.usefixtures("little_time")
@@ -96,6 +100,35 @@ def test_a_limit_is_reported_with_the_command() -> None:
         holds("range", 1e9, None)
     assert caught.value.failure == "bad_data"
     everything_answers()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("ab" * 10_000, "ab" * 5_000),
+        ("ab" * 10_000, "ba" * 5_000 + "b"),
+        ("aab" * 7_000 + "aaab" + "aab" * 5_000, "aab" * 4_000 + "aa"),
+        ("a" * 9_999 + "b" + "a" * 10_001, "a" * 10_000),
+        ("a" * 20_000, "a" * 10_000),
+        ("a" * 20_000, "a" * 10_000 + "b"),
+        ("xyz" + "\U0001f600" * 12_000 + "xyz", "\U0001f600" * 9_000 + "\ud83d"),
+    ],
+)
+def test_long_texts_are_searched_as_others(text: str, wanted: str) -> None:
+    assert len(text) * len(wanted) > 1e8  # then the sandbox searches by itself
+    context = sandbox._current()._context
+    text, wanted = json.dumps(text), json.dumps(wanted)
+    seen = context.eval(f"""(() => {{
+        const [text, wanted] = [{text}, {wanted}];
+        return JSON.stringify([text.indexOf(wanted), text.indexOf(wanted, 2),
+            text.lastIndexOf(wanted), text.split(wanted)]);
+    }})()""")
+    found = [
+        Context().eval(f"{text}.{call}")
+        for call in (f"indexOf({wanted})", f"indexOf({wanted}, 2)", f"lastIndexOf({wanted})")
+    ]
+    parts = Context().eval(f"JSON.stringify({text}.split({wanted}))")
+    assert json.loads(seen) == [*found, json.loads(parts)]
 
 
 @pytest.mark.parametrize(
