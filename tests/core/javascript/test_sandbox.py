@@ -66,6 +66,7 @@ def everything_answers() -> None:
         ("words", "a" * 200_000 + "\u0301", None),
         ("trim", "a" + "\u0301" * 200_000, "a"),
         ("invokeMap", "x" * 2_000, "a." * 2_000),
+        ("attempt", at("data.constructor.name.constructor.raw"), {"raw": LARGE[0]}),
         ("includes", "a" * 300_000, "a" * 150_000 + "b"),
         ("split", "a" * 300_000, "a" * 150_000 + "b"),
         ("truncate", "a" * 300_000, {"length": 299_000, "separator": "a" * 150_000 + "b"}),
