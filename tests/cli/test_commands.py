@@ -47,7 +47,7 @@ def test_from_a_file_to_a_history(applied: Command) -> None:
     assert "no events yet" in text
     shown = json.loads(applied("show", str(id_), "--json"))
     assert (shown["subject"], shown["step"], shown["history"]) == ("ada", "first", [])
-    assert "starts at" in shown["next"]
+    assert re.fullmatch("due since .*Z, then second", shown["next"])
 
 
 async def test_show_names_the_topic_of_a_side_effect(

@@ -927,7 +927,7 @@ async def test_many_rows_of_counts_are_shown_in_parts(
             check(page)
             found.append(page.text.count(f'<td class="{cell}'))
             if "<dt>Failed</dt>" in page.text:
-                assert "<dt>Failed</dt><dd>5</dd>" in page.text, "of all sequences"
+                assert re.search("<dt>Failed</dt><dd>(<.*>)?5<", page.text), "of all sequences"
             following = re.search(r'href="/console([^"]+)">Next page', page.text)
             path = following[1].replace("&amp;", "&") if following else ""
         assert found == [2, 2, 1]
