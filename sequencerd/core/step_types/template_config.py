@@ -116,10 +116,14 @@ def parse_date(text: str, timezone: str, unix: Literal["X", "x"] | None = None) 
     return None if dates.is_bare_number(text) else dates.parse(text, dates.zone(timezone))
 
 
+def literal(value: object) -> str:
+    """Return a value for a message as it is written in a file, limited in length."""
+    return repr(shown(value)) if isinstance(value, str) else shown(json.dumps(value))
+
+
 def no_date(value: object) -> str:
     """Return the error for a value that is not a date."""
-    text = repr(shown(value)) if isinstance(value, str) else shown(json.dumps(value))
-    return f"{text} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
+    return f"{literal(value)} is not an ISO 8601 date such as 2018-06-08T17:49:31+00:00"
 
 
 def _no_date(text: str, unix: Literal["X", "x"] | None) -> str:

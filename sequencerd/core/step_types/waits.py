@@ -48,6 +48,7 @@ from sequencerd.core.step_types.template_config import (
     compile_date,
     compile_number,
     compile_text,
+    literal,
     shown,
 )
 from sequencerd.core.window_config import WindowConfig, describe_window, parse_clock
@@ -300,7 +301,7 @@ def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> InstantSte
             if _is_template(value):
                 wanted.append(compile_number(("values", number), value))
             elif dates.impossible(attribute, [value]):
-                raise DefinitionError(f"{attribute} is never {value!r}: {hint}")
+                raise DefinitionError(f"{attribute} is never {literal(value)}: {hint}")
             else:
                 wanted.append(_constant(value))
     faults.check()
@@ -311,7 +312,9 @@ def _wait_for_date_comparison(config: WaitForDateComparisonConfig) -> InstantSte
         zone = dates.zone(context.timezone)
         values = [value(context) for value in wanted]
         if never := dates.impossible(attribute, values):
-            raise EvaluationError("bad_data", f"values: {attribute} is never {never[0]!r}: {hint}")
+            raise EvaluationError(
+                "bad_data", f"values: {attribute} is never {literal(never[0])}: {hint}"
+            )
         since: datetime | None = context.entered_at
         if config.occurrence == "next":
             since = dates.next_start(context.entered_at, attribute, values, zone)

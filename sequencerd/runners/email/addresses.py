@@ -50,9 +50,10 @@ class AddressField:
     many: bool
 
     @property
-    def is_empty(self) -> bool:
-        """Return whether no enrollment has an address in this field."""
-        return not any(self.parts)
+    def count(self) -> int | None:
+        """Return the number of addresses, if it is the same for every enrollment."""
+        literal = [part for part in self.parts if isinstance(part, tuple)]
+        return sum(map(len, literal)) if len(literal) == len(self.parts) else None
 
     def render(self, view: Mapping[str, Any]) -> list[Mailbox]:
         """Return the mailboxes for an enrollment. Raises RenderError, which names the field."""

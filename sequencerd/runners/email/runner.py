@@ -167,8 +167,11 @@ class EmailRunner:
                 addresses[name] = compile_addresses(
                     name, field, many=parsed.many, strict=parsed.strict
                 )
-                if name == "to" and addresses[name].is_empty:
+                count = addresses[name].count
+                if name == "to" and count == 0:
                     raise DefinitionError([Fault(("to",), "no address")])
+                if name == "from" and count not in (None, 1):
+                    raise DefinitionError([Fault(("from",), _not_one(count))])
         headers = {}
         for name, template in parsed.headers.items():
             with faults.at("headers"):
@@ -350,7 +353,7 @@ def write(
     for name in ("to", "cc", "bcc"):
         found[name] = [one for one in found[name] if one.address.lower() not in left_out]
     if len(found["from"]) != 1:
-        raise RenderError(f"from: {len(found['from'])} addresses instead of one")
+        raise RenderError(f"from: {_not_one(len(found['from']))}")
     if not found["to"]:
         raise RenderError("to: no address")
     sender = found["from"][0]
@@ -419,6 +422,10 @@ def _more_headers(program: EmailProgram, view: Mapping[str, Any]) -> list[str]:
 
 _URL = "%:/?#[]@!$&'()*+,;=~-._"
 _STRUCTURED = frozenset({"in-reply-to", "references", "feedback-id"})
+
+
+def _not_one(count: int | None) -> str:
+    return f"{count} addresses instead of one"
 
 
 def _is_list_header(name: str) -> bool:

@@ -81,7 +81,7 @@ class TwilioConfig(SmsConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TwilioConfig:
-        if self.from_ is None and self.messaging_service_sid is None:
+        if not self.from_ and not self.messaging_service_sid:
             raise ValueError("write from or messagingServiceSid, or both")
         return self
 

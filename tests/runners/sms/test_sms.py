@@ -208,6 +208,7 @@ async def test_empty_texts_fail() -> None:
     ("change", "says"),
     [
         ({"from": None}, "from or messagingServiceSid"),
+        ({"from": ""}, "from or messagingServiceSid"),
         ({"to": "0151"}, "to: "),
         ({"to": None}, "to"),
         ({"message": "{{#if"}, "message: "),
