@@ -62,12 +62,12 @@ class Mailbox:
         """Return the mailbox as written in a header."""
         if not self.name:
             return self.address
-        if not self.name.isascii() or "=?" in self.name or len(self.name) > MAX_WORD:
-            return f"{_encoded_words(self.name, 10)} <{self.address}>"
-        if _PLAIN_NAME.fullmatch(self.name):
-            return f"{self.name} <{self.address}>"
-        quoted = re.sub(r'(["\\])', r"\\\1", self.name)
-        return f'"{quoted}" <{self.address}>'
+        name = self.name
+        if not _PLAIN_NAME.fullmatch(name):
+            name = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
+        if not name.isascii() or "=?" in name or len(name) + len(self.address) > MAX_WORD:
+            name = _encoded_words(self.name, 10)
+        return f"{name} <{self.address}>"
 
 
 def parse_mailboxes(field: str, text: str) -> list[Mailbox]:

@@ -51,6 +51,17 @@ def test_addresses_that_are_read_can_be_written(name: str, rest: str) -> None:
     assert found == [box.address for box in boxes]
 
 
+@pytest.mark.parametrize("name", ["a" * 890, '"' * 600, "x," * 440, "Ada " * 220, "ü" * 890])
+def test_long_names_make_no_line_that_is_too_long(name: str) -> None:
+    box = mime.make_mailbox("to", name, f"{'a' * 64}@{'b' * 60}.{'c' * 60}.{'d' * 60}.example.org")
+    written = mime.message([mime.address_header("To", [box])], "x", None, "=_1")
+    assert max(map(len, written.split(b"\r\n"))) <= 998
+    (found,) = message_from_bytes(written, policy=policy.default)["To"].addresses
+    assert found.addr_spec == box.address
+    # the reader puts a blank between encoded words
+    assert found.display_name.replace(" ", "") == name.replace(" ", "")
+
+
 @given(st.text(max_size=500))
 def test_a_body_arrives_as_it_is(text: str) -> None:
     try:
