@@ -84,6 +84,12 @@ _OF_LIST = re.compile(r"https?://\S*(?:dnsbl|spamhaus|[?&]ip=)", re.IGNORECASE)
 LIST = "urloflist"
 """The word for a URL that tells why a host is listed."""
 
+_LISTS = (
+    rf"{LIST}|spamhaus|spamcop|dnsbl|\brbl\b|\b(?:black|block)[ -]?list"
+    r"|(?<!not )\blisted (?:at|by|in|on)\b|reputation"
+)
+"""Lists of hosts, and of domains, from which servers accept no mail."""
+
 # --- 1. enhanced codes
 
 _ADDRESS = frozenset({"1.1", "1.2", "1.3", "1.4", "1.6", "1.10", "2.1", "2.2", "2.3", "2.4"})
@@ -91,7 +97,10 @@ _RATE_OF_RECIPIENT = frozenset({"2.121", "2.122"})  # Microsoft: too much for a 
 _RULE_OF_RECIPIENT = frozenset(  # Microsoft: who may write to a group or mailbox
     {"7.12", "7.124", *(f"7.{n}" for n in range(129, 137))}
 )
-_RULE_OF_GROUP = re.compile(r"resolver\.rst|distribution|mailing list|members.only|\bgroup\b")
+_RULE_BY_TEXT = _any(
+    r"resolver\.rst|distribution|mailing list|members.only|\bgroup\b",
+    _near(r"\b(?:recipient's|user|customer)\b", _LISTS),
+)
 _RECIPIENTS = "5.3"
 _SIZE_CODES = frozenset({"2.3", "3.4"})
 _QUOTA_CODES = frozenset({"1.90", "1.91", "7.28", "7.508", "7.650", "7.651"})  # Microsoft, Gmail
@@ -123,7 +132,7 @@ _SIZE = _any(
     r"too (?:large|big|long)\b|zu gro(?:ß|ss)",
     _near(
         r"\b(?:length|lines?|bytes|[km]i?b|attachments?|headers?|hops?|hop count)\b",
-        r"exceed|limit|maximum",
+        r"exceed|(?<!rate )limit|maximum",
     ),
 )
 
@@ -192,7 +201,8 @@ _OUTGOING = _any(
     r"\b(?:send|sending|sender|sent|outgoing|outbound|submission|relay|e-?mails)\b", _PERIOD
 )
 _CONTENT = re.compile(
-    r"\b(?:spam|score|virus\w*|malware|phish\w*|content|keywords?|hops?|attachments?|archives?)\b"
+    r"\b(?:spam|score|virus\w*|malware|phish\w*|content|keywords?|hops?|attachments?|archives?"
+    r"|urls?|links?)\b"
 )
 
 # --- 6. what an operator has to correct
@@ -200,7 +210,7 @@ _CONTENT = re.compile(
 _NOT = (
     r"\b(?:reject\w*|not|no|\w+n't|denied|deny|block\w*|invalid\w*|un\w+ed|forbidden|fail\w*|refus\w*"
     r"|disallow\w*|prohibit\w*|black ?list\w*|suspend\w*|banned|disabled|must|need\w*|requir\w*"
-    r"|expired|incorrect|wrong|bad|listed|unable|cannot|unknown|mismatch\w*|first"
+    r"|expired|incorrect|wrong|bad|listed|unable|cannot|unknown|unresolvable|mismatch\w*|first"
     r"|turn on|erforderlich|requ?is\w*|requiere\w*|richiest\w*)\b"
 )
 _OPERATOR = _any(
@@ -220,6 +230,10 @@ _OPERATOR = _any(
         r"\bclient (?:host|ip|\[)|\b(?:your|sending|source|sender) (?:\w+ )?(?:ip|host|server)"
         r"|\bip address(?:es)?\b|\bfrom (?:this|your) ip\b|\bnetwork\b(?! messages)",
         rf"{_NOT}|reputation",
+    ),
+    _near(
+        r"\b(?:from|ip) ?[(\[]?\d{1,3}(?:\.\d{1,3}){3}\b",
+        r"reject|block|accept|defer|refus|den(?:y|ied)|banned",
     ),
     r"reverse (?:dns|host|lookup)|\brdns\b|\bptr\b|name lookup failed",
     _near(r"\byour access\b", _NOT),
@@ -246,14 +260,16 @@ _ACCOUNT = _any(
 
 _SENDER = _any(
     _near(
-        r"\bsender\b|\b(?:from|return.path|mail ?from|envelope.from)\b(?: address| header|:)"
-        r"|\bmailfrom\b|\bemetteur\b|\bsending (?:address|domain|account)|\bidentit(?:y|ies)",
+        r"\bsender\b|\b(?:from|return.path|mail ?from|envelope.from)\b"
+        r"(?: address| domain| header|:)|\bmailfrom\b|\bemetteur\b"
+        r"|\bsending (?:address|domain|account)|\bidentit(?:y|ies)",
         _NOT,
     ),
     r"(?:permissions?|allowed|permitted|authori[sz]ed|right) to (?:send|submit|perform)",
     r"send ?as ?denied|send.on.behalf|not owned by",
     _near(r"\b(?:e-?mail )?(?:address|domains?)\b", r"\b(?:not|un) ?verified|unregistered"),
     r"domain of (?:the )?sender|sandbox|verified sender",
+    _LISTS,
     # relaying
     _near(r"\brelay\w*\b(?!=)|rcpthosts", _NOT),
     r"open relay|as a relay",
@@ -309,8 +325,7 @@ _UNKNOWN = frozenset({"1.1", "1.2", "1.6", "1.10"})
 _POLICY = _any(
     _NOT_RELAYED.pattern,
     r"\bspam\b|\bscore\b|virus|malware|phish|unsolicited|content|polic(?:y|ies)\b",
-    r"r[eé]puta[tc]|\bblock|black ?list|\brbl\b|\bspf\b|\bdkim\b|\bdmarc\b|access denied",
-    rf"{LIST}|spamhaus|dnsbl|(?<!not )\blisted (?:at|by|on)\b",
+    rf"{_LISTS}|r[eé]puta[tc]|\bblock|\bspf\b|\bdkim\b|\bdmarc\b|access denied",
     r"\bsender (?:address )?(?:rejected|refused|denied|unknown)|\bsender ver|\bcallout\b",
     # the same in other languages
     r"\brichtlinie|\bpol[ií]tica|\bpolitique|unerw[uü]nscht|ind[eé]sirable|no desead|indesejad",
@@ -358,7 +373,7 @@ def _of_message(
     is_address = stage != "sender" and "submission" not in said and not _NOT_RELAYED.search(said)
     if about in _ADDRESS and is_address:
         return by_code
-    if about in _RULE_OF_RECIPIENT or _RULE_OF_GROUP.search(said):
+    if about in _RULE_OF_RECIPIENT or _RULE_BY_TEXT.search(said):
         return by_code
     is_passing = by_code is RefusalMeaning.PASSING
     if _GREYLISTED.search(said) or (is_passing and _SOON.search(said)):
