@@ -28,6 +28,7 @@ from sequencerd.runners.email.smtp_dialogue import (
     SmtpRefused,
     SmtpReply,
 )
+from sequencerd.runners.email.smtp_pool import ConnectionPool
 from sequencerd.runners.email.smtp_url import parse_url
 from sequencerd.runners.error_causes import cause_of_no_connection, is_exhausted
 from sequencerd.runners.fields import one_line
@@ -140,11 +141,8 @@ class MailTransport:
         )
         self._timeout = timeout
         self._tokens = tokens
-        self._idle_for = idle
         self._slots = asyncio.Semaphore(connections)
-        self._idle: list[tuple[Dialogue, float]] = []  # with the time at which each was last used
-        self._timer: asyncio.TimerHandle | None = None
-        self._quitting: set[asyncio.Task[None]] = set()
+        self._pool = ConnectionPool(self._connect, idle=idle)
         self._name = None if hello_name is None else smtp_connect.check_hello_name(hello_name)
         self._is_named = hello_name is not None
 
@@ -164,7 +162,7 @@ class MailTransport:
         return failed or Answer(message=f"{self._place} is ready for mail")
 
     async def _greet(self, attempt: _DeliveryAttempt) -> None:
-        attempt.dialogue = await self._connect()
+        attempt.dialogue, _ = await self._pool.acquire()
         await self._give_back(attempt)
 
     async def _try(
@@ -194,7 +192,7 @@ class MailTransport:
                 cause = "refused" if is_wrong else cause_of_no_connection(error)
                 failed = Failed(text, fault=fault, cause=cause)
         finally:
-            attempt.end()
+            self._end(attempt)
         if failed is None:
             return None
         message = self._hide(one_line(failed.message, 500))
@@ -212,15 +210,17 @@ class MailTransport:
         while attempt.rest and not failed:
             if _now() - since > OFFER_TIMEOUT:
                 raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
-            attempt.dialogue = dialogue = self._take()
             before = [*attempt.rest], {**attempt.refused}, {**attempt.unknown}
             try:
                 failed = await self._transact(mail, attempt)
             except (SmtpError, OSError) as error:
-                if dialogue is None or attempt.handed_over or not _ends_connection(error):
+                if attempt.dialogue is None or attempt.handed_over:
                     raise
-                dialogue.close()  # the server closed the idle connection: nothing has been sent yet
-                attempt.begun = False
+                is_old = attempt.is_reused and _ends_connection(error)
+                is_limit = not is_old and self._pool.is_limit(error)
+                if not (is_old or is_limit):
+                    raise
+                self._end(attempt, has_room=not is_limit)  # nothing has been sent yet
                 attempt.rest, attempt.refused, attempt.unknown = before
             else:
                 await self._give_back(attempt)
@@ -230,10 +230,9 @@ class MailTransport:
         """Send one transaction to the remaining recipients, and remove those that it reaches."""
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
-                within = REUSE_TIMEOUT
-                if attempt.dialogue is None:
-                    attempt.dialogue, within = await self._connect(), self._timeout
-                dialogue = attempt.dialogue
+                dialogue, attempt.is_reused = await self._pool.acquire()
+                attempt.dialogue = dialogue
+                within = REUSE_TIMEOUT if attempt.is_reused else self._timeout
                 if mail.utf8 and "smtputf8" not in dialogue.extensions:
                     text = f"{self._place} accepts only ASCII addresses (no SMTPUTF8)"
                     refused = Failed(text, permanent=True)
@@ -251,8 +250,7 @@ class MailTransport:
                 is_cut = len(replies) < len(attempt.rest)
                 taken = attempt.sort(mail, replies)
                 if is_cut and not attempt.waits(mail):
-                    attempt.begun = False  # the others follow on another connection
-                    return None
+                    return None  # the others follow on another connection
                 if not taken:
                     return attempt.failure(mail)
                 reply = await dialogue.say("DATA")
@@ -282,61 +280,27 @@ class MailTransport:
             self._server, name=self._name, reply_timeout=self._timeout, tokens=self._tokens
         )
 
-    # Keeping connections
-
-    def _take(self) -> Dialogue | None:
-        while self._idle:
-            dialogue, since = self._idle.pop()
-            if dialogue.is_open and _now() - since < self._idle_for:
-                return dialogue
-            self._quit(dialogue)
-        return None
-
     async def _give_back(self, attempt: _DeliveryAttempt) -> None:
         """Keep the connection for the next message; reset it first if a message was begun."""
         dialogue = attempt.dialogue
         if dialogue is None:
             return
-        if attempt.begun:
-            try:
-                reply = await dialogue.say("RSET")
-            except (SmtpError, OSError):
-                return
-            if reply.is_refusal:  # the server still has the envelope
-                return
-            attempt.begun = False
-        attempt.dialogue = None
-        if dialogue.is_open:
-            self._idle.append((dialogue, _now()))
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
+        with suppress(SmtpError, OSError):
+            if not (attempt.begun and (await dialogue.say("RSET")).is_refusal):
+                attempt.dialogue = None
+                self._pool.release(dialogue)
+        self._end(attempt)  # unless it was released
 
-    def _drop(self) -> None:
-        """Close connections that have been idle too long."""
-        kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
-        for entry in self._idle:
-            if entry not in kept:
-                self._quit(entry[0])
-        self._idle = kept
-        self._timer = None
-        if kept:
-            wait = kept[0][1] + self._idle_for - _now()
-            self._timer = asyncio.get_running_loop().call_later(wait, self._drop)
-
-    def _quit(self, dialogue: Dialogue) -> None:
-        task = asyncio.get_running_loop().create_task(_say_goodbye(dialogue))
-        self._quitting.add(task)
-        task.add_done_callback(self._quitting.discard)
+    def _end(self, attempt: _DeliveryAttempt, *, has_room: bool = True) -> None:
+        """Close a connection whose state is unknown."""
+        attempt.begun = False
+        dialogue, attempt.dialogue = attempt.dialogue, None
+        if dialogue is not None:
+            self._pool.discard(dialogue, has_room=has_room)
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for dialogue, _ in self._idle:
-            self._quit(dialogue)
-        self._idle.clear()
-        await asyncio.gather(*self._quitting)
+        await self._pool.close()
 
 
 @dataclass(slots=True)
@@ -344,6 +308,7 @@ class _DeliveryAttempt:
     """The progress of a delivery."""
 
     dialogue: Dialogue | None = None  # until the connection is given back
+    is_reused: bool = False  # the connection was idle, so the server may have closed it
     begun: bool = False  # the server has the envelope of a message that was not sent yet
     handed_over: bool = False  # a message was sent, and not answered yet
     rest: list[str] = field(default_factory=list)  # recipients not sent to the server, or not yet
@@ -415,11 +380,6 @@ class _DeliveryAttempt:
             message += f"; refused: {_list_refusals(refused)}"
         return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
 
-    def end(self) -> None:
-        """Close a connection whose state is unknown."""
-        if self.dialogue is not None:
-            self.dialogue.close()
-
 
 _LEFT = Failed("too many recipients at a time")
 
@@ -450,13 +410,6 @@ def _ends_connection(error: Exception) -> bool:
     if not isinstance(error, SmtpRefused):
         return True
     return error.reply.code == SHUTTING_DOWN or error.stage == "sender"
-
-
-async def _say_goodbye(dialogue: Dialogue) -> None:
-    with suppress(SmtpError, OSError):
-        async with asyncio.timeout(2):
-            await dialogue.quit()
-    dialogue.close()
 
 
 def _now() -> float:

@@ -1,0 +1,157 @@
+"""Connections to a mail server: kept and reused, and no more than the server allows at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from sequencerd.runners.email.refusals import SHORT_WAIT, RefusalMeaning, read_refusal
+from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused
+
+_CONNECTIONS = re.compile(r"\b(?:connections?|concurrent|sessions?|threads?)\b", re.IGNORECASE)
+
+
+class ConnectionPool:
+    """Connections, opened by `connect` and closed when they were idle for `idle` seconds.
+
+    If the server refuses a connection while others are open, it allows no more at the moment: the
+    message waits for one of the others, and no further one is opened for a while.
+    """
+
+    def __init__(self, connect: Callable[[], Awaitable[Dialogue]], *, idle: float) -> None:
+        self._connect = connect
+        self._idle_for = idle
+        self._idle: list[tuple[Dialogue, float]] = []  # with the time at which each was last used
+        self._used = 0  # connections in use, or being opened
+        self._waiting: deque[asyncio.Future[Dialogue | None]] = deque()
+        self._full_until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._quitting: set[asyncio.Task[None]] = set()
+
+    async def acquire(self) -> tuple[Dialogue, bool]:
+        """Return a connection, and whether it was used before. Raises SmtpError or OSError."""
+        is_refused = False
+        while True:
+            if (idle := self._take()) is not None:
+                return idle, True
+            if self._used and (is_refused or _now() < self._full_until):
+                released = await self._next_released()
+                if released is not None:
+                    return released, True
+            self._used += 1
+            try:
+                return await self._connect(), False
+            except BaseException as error:
+                is_refused = self.is_limit(error)
+                self._lost(has_room=False)
+                if not is_refused:
+                    raise
+
+    def _take(self) -> Dialogue | None:
+        while self._idle:
+            dialogue, since = self._idle.pop()
+            if dialogue.is_open and _now() - since < self._idle_for:
+                self._used += 1
+                return dialogue
+            self._quit(dialogue)
+        return None
+
+    def release(self, dialogue: Dialogue) -> None:
+        """Take back a connection that can be used again."""
+        if not dialogue.is_open:
+            self.discard(dialogue)
+        elif not self._pass_on(dialogue):
+            self._used -= 1
+            self._idle.append((dialogue, _now()))
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
+
+    def discard(self, dialogue: Dialogue, *, has_room: bool = True) -> None:
+        """Close a connection. `has_room`: the server allows another one in its place."""
+        dialogue.close()
+        self._lost(has_room=has_room)
+
+    def is_limit(self, error: BaseException) -> bool:
+        """Return whether the server refuses this connection because of the others."""
+        if not isinstance(error, SmtpRefused):
+            return False
+        meaning, wait = read_refusal(*error.reply, error.stage)
+        if error.stage == "connection":
+            is_limit = meaning in (RefusalMeaning.QUOTA, RefusalMeaning.UNAVAILABLE)
+        else:
+            is_limit = meaning is RefusalMeaning.QUOTA and bool(_CONNECTIONS.search(str(error)))
+        others = self._used - 1 + len(self._idle)
+        if not is_limit or not others:
+            return False
+        self._full_until = _now() + (SHORT_WAIT if wait is None else wait).total_seconds()
+        return True
+
+    async def _next_released(self) -> Dialogue | None:
+        """Return the next connection that is released; None if there is room for another one."""
+        released: asyncio.Future[Dialogue | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(released)
+        try:
+            return await released
+        except asyncio.CancelledError:
+            if released.done() and not released.cancelled():
+                dialogue = released.result()
+                if dialogue is not None:
+                    self.release(dialogue)
+                else:
+                    self._pass_on(None)
+            raise
+
+    def _pass_on(self, dialogue: Dialogue | None) -> bool:
+        """Give a connection, or the room for one, to the message that has waited longest."""
+        while self._waiting:
+            released = self._waiting.popleft()
+            if not released.done():
+                released.set_result(dialogue)
+                return True
+        return False
+
+    def _lost(self, *, has_room: bool) -> None:
+        self._used -= 1
+        if has_room or not self._used:  # without any, the next one finds out why
+            self._pass_on(None)
+
+    def _drop(self) -> None:
+        """Close connections that have been idle too long."""
+        kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
+        for entry in self._idle:
+            if entry not in kept:
+                self._quit(entry[0])
+        self._idle = kept
+        self._timer = None
+        if kept:
+            wait = kept[0][1] + self._idle_for - _now()
+            self._timer = asyncio.get_running_loop().call_later(wait, self._drop)
+
+    def _quit(self, dialogue: Dialogue) -> None:
+        task = asyncio.get_running_loop().create_task(_say_goodbye(dialogue))
+        self._quitting.add(task)
+        task.add_done_callback(self._quitting.discard)
+
+    async def close(self) -> None:
+        """Close the idle connections."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for dialogue, _ in self._idle:
+            self._quit(dialogue)
+        self._idle.clear()
+        await asyncio.gather(*self._quitting)
+
+
+async def _say_goodbye(dialogue: Dialogue) -> None:
+    with suppress(SmtpError, OSError):
+        async with asyncio.timeout(2):
+            await dialogue.quit()
+    dialogue.close()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
