@@ -247,10 +247,11 @@ class MailTransport:
                     text = f"{self._place} accepts messages of at most {limit} bytes, not {size}"
                     return Failed(text, permanent=True)
                 replies = await _begin(mail, attempt, within)
-                is_cut = len(replies) < len(attempt.rest)
+                is_lost = len(replies) < len(attempt.rest[: attempt.at_once])
+                are_left = len(replies) < len(attempt.rest)
                 taken = attempt.sort(mail, replies)
-                if is_cut and not attempt.waits(mail):
-                    return None  # the others follow on another connection
+                if not attempt.waits(mail) and (is_lost or (are_left and not taken)):
+                    return None  # the others follow, if it is lost on another connection
                 if not taken:
                     return attempt.failure(mail)
                 reply = await dialogue.say("DATA")
@@ -265,6 +266,10 @@ class MailTransport:
         elif reply.code == SHUTTING_DOWN:  # of the message, it knows nothing yet
             raise SmtpRefused(reply, "recipient")
         if reply.is_refusal:
+            if len(replies) > 1 and _is_recipient_limit(reply):
+                all_taken = len(taken) == len(replies)
+                attempt.at_once = len(taken) // 2 if all_taken else len(taken)
+                return None
             raise SmtpRefused(reply, "message")
         attempt.begun = False
         attempt.sent.extend(taken)
@@ -312,6 +317,7 @@ class _DeliveryAttempt:
     begun: bool = False  # the server has the envelope of a message that was not sent yet
     handed_over: bool = False  # a message was sent, and not answered yet
     rest: list[str] = field(default_factory=list)  # recipients not sent to the server, or not yet
+    at_once: int | None = None  # how many of them the server accepts in a transaction
     sent: list[str] = field(default_factory=list)
     refused: dict[str, Failed] = field(default_factory=dict)
     said: str = ""  # the server's reply to the last message that it accepted
@@ -338,7 +344,7 @@ class _DeliveryAttempt:
             self.note_unknown(address, reply)
             if not reply.is_refusal:
                 taken.append(address)
-            elif read_refusal(*reply, "recipient").meaning is RefusalMeaning.RECIPIENTS:
+            elif _is_recipient_limit(reply):
                 left.append(address)
                 self.refused[address] = judge(reply, "recipient")
             else:
@@ -384,6 +390,11 @@ class _DeliveryAttempt:
 _LEFT = Failed("too many recipients at a time")
 
 
+def _is_recipient_limit(reply: SmtpReply) -> bool:
+    """Return whether a transaction has too many recipients. Some servers say so of the message."""
+    return read_refusal(*reply, "recipient").meaning is RefusalMeaning.RECIPIENTS
+
+
 async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> list[SmtpReply]:
     """Send the sender and the recipients, and return the replies to the recipients. Raises
     SmtpRefused.
@@ -393,7 +404,7 @@ async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> 
     options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
     if mail.utf8:
         options += " SMTPUTF8 BODY=8BITMIME"
-    recipients = [f"RCPT TO:<{address}>" for address in attempt.rest]
+    recipients = [f"RCPT TO:<{address}>" for address in attempt.rest[: attempt.at_once]]
     attempt.begun = True
     sender, *replies = await dialogue.ask(
         f"MAIL FROM:<{mail.sender}>{options}", *recipients, first_within=first_within

@@ -340,6 +340,38 @@ async def test_too_many_recipients_are_sent_to_in_several_transactions() -> None
     assert server.connections == 1
 
 
+async def test_a_server_may_count_recipients_when_it_gets_the_message() -> None:
+    """Exim refuses all of it, with recipients_max_reject."""
+    everybody = [f"a{n}@x.org" for n in range(5)]
+    answers = {
+        "RCPT": ["250 ok", "250 ok", *["552 too many recipients"] * 3],
+        "DATA": ["554 Too many recipients"],
+        ".": ["250 queued", "550 5.5.3 Too many recipients in a message"],
+    }
+    async with scripted(answers=answers) as server, runner(server) as made:
+        result = await send(made, {"to": everybody[:3], "cc": everybody[3:]})
+        answers["RCPT"] = ["550 no such user", "250 ok", "552 too many recipients"]
+        answers["DATA"] = ["554 Too many recipients"]
+        await send(made, {"to": everybody[:3]})
+    sent = [recipients for recipients, _ in server.messages]
+    assert sent == [
+        everybody[:2],
+        [everybody[2]],
+        [everybody[3]],
+        [everybody[4]],
+        *[[everybody[1]], [everybody[2]]],
+    ]
+    assert isinstance(result, Answer)
+    assert result.action is Action.NEXT
+    assert server.connections == 1
+
+
+async def test_a_single_recipient_that_is_too_many_is_refused() -> None:
+    answers = {".": ["554 Too many recipients"]}
+    async with scripted(answers=answers) as server, runner(server) as made:
+        assert failed(await send(made)).permanent
+
+
 async def test_a_broken_connection_leaves_only_the_remaining_recipients() -> None:
     full = "452 4.5.3 Error: too many recipients"
     answers = {"RCPT": ["250 ok", full], ".": ["250 queued", None]}
