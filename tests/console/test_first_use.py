@@ -101,9 +101,9 @@ async def test_many_causes_and_codes_fit_the_page(
         await define(connection, name, ("wait-for-something", "WaitForDuration", DAY, None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, status, failure, last_error)"
-        " SELECT name, failure, 'failed', failure, '550 no such user ' || name || '@example.com'"
+        " SELECT name, failure, 'failed', failure, '550 no such user: ' || name || '@a-domain.example'"
         " FROM unnest($1::text[]) AS name,"
-        " unnest('{bad_data,error,loop,refused,outcome_unknown}'::text[]) AS failure",
+        " unnest('{bad_data,error,already_enrolled,loop,outcome_unknown}'::text[]) AS failure",
         names,
     )
     async with (
@@ -119,6 +119,9 @@ async def test_many_causes_and_codes_fit_the_page(
                 "(one) => one.scrollWidth - one.clientWidth"
             )
             assert scroll <= 0, "all columns are seen"
+        await page.set_viewport_size({"width": 1000, "height": 844})
+        for time in await page.locator(".failures time").all():  # a day and an hour
+            assert len(await time.evaluate("(one) => [...one.getClientRects()]")) <= 2
         await page.set_viewport_size({"width": 360, "height": 780})
         assert await page.evaluate(LAYOUT, True) == []
         # the question is seen before what it is about
