@@ -101,7 +101,7 @@ async def test_many_causes_and_codes_fit_the_page(
         await define(connection, name, ("wait-for-something", "WaitForDuration", DAY, None))
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, status, failure, last_error)"
-        " SELECT name, failure, 'failed', failure, '550 no such user: ' || name || '@a-domain.example'"
+        " SELECT name, failure, 'failed', failure, '550 no such user: ' || name || '@home.example'"
         " FROM unnest($1::text[]) AS name,"
         " unnest('{bad_data,error,already_enrolled,loop,outcome_unknown}'::text[]) AS failure",
         names,

@@ -69,6 +69,9 @@ async def test_the_journey_of_a_sequence(
         async with window(browser, client) as page:
             await page.goto(SEQUENCE)
             await shows(page, "#graph .count", "320")
+            box = await page.locator(".tools > a").bounding_box()
+            assert box is not None
+            assert box["height"] >= 24
             monkeypatch.setattr(summary, "MIN_PAUSE", PATIENCE)
             await _opens_beside_the_graph(page)
             await _zooms_and_moves(page)
