@@ -61,7 +61,7 @@ def overview(counts: Counts, query: Query) -> Table:
             "soon": sum(step["soon"] for step in steps[name]),
             "overdue": sum(step["overdue"] for step in steps[name]),
             "failed": failed[name],
-            "failed_url": at("/search", sequence=name, status="failed"),
+            "failed_url": at("/search", sequence=name, status="failed") if failed[name] else None,
             "goals": goals[name],
             "completed": {text: completed[name][day] for day, text in days},
             "problems": sum(step["problem"] is not None for step in steps[name]),
