@@ -234,7 +234,13 @@ def _within(location: KeyPath, value: Any) -> KeyPath:
     return path
 
 
-_MEANT = {"and": "all", "or": "any", "if": "when", "condition": "when"}
+_MEANT = {
+    "and": "all",
+    "command": "lodashCommand",
+    "condition": "when",
+    "if": "when",
+    "or": "any",
+}
 """Keys of other languages, which may resemble a key with another meaning."""
 
 

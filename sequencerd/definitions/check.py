@@ -14,7 +14,13 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from sequencerd.core import graph
-from sequencerd.core.javascript.conditions import ALWAYS_TRUE, Operand, first_key, path_keys
+from sequencerd.core.javascript.conditions import (
+    ALWAYS_FALSE,
+    ALWAYS_TRUE,
+    Operand,
+    first_key,
+    path_keys,
+)
 from sequencerd.core.javascript.templates import (
     compile_template,
     missing_layouts,
@@ -259,9 +265,11 @@ def _constant_command(
         and other.type == "raw"
     ):
         return False, "eq is never true for a list or an object: write isEqual"
-    if config.lodash_command in ALWAYS_TRUE:
-        return True, f"the result of {config.lodash_command} is true, even when it is empty"
     if not (_is_constant(config.value, sequence) and _is_constant(other, sequence)):
+        if config.lodash_command in ALWAYS_TRUE:
+            return True, f"the result of {config.lodash_command} is true, even when it is empty"
+        if config.lodash_command in ALWAYS_FALSE:
+            return False, f"{config.lodash_command} is false for all data"
         return None
     asked = config.lodash_command or ""
     try:

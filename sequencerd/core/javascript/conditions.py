@@ -63,18 +63,30 @@ LEFT_OUT = {
 """The commands of lodash that a definition may not name, with the reason."""
 
 _ALWAYS_TRUE = """
-    assign assignIn assignInWith assignWith attempt bindKey castArray chain compact concat conforms
-    constant create defaults defaultsDeep difference differenceBy differenceWith entries entriesIn
-    extend extendWith fill flatten flattenDeep functions functionsIn initial intersection
-    intersectionBy intersectionWith invert keys keysIn matches merge mergeWith method methodOf
-    nthArg orderBy over overArgs overEvery overSome propertyOf sampleSize shuffle slice sortBy
-    sortedUniq stubArray stubObject stubTrue tail toArray toPairs toPairsIn toPlainObject union
-    unionBy unionWith uniq uniqWith unzip values valuesIn without wrap xor xorBy xorWith zip
-    zipObject zipObjectDeep zipWith
+    assign assignIn assignInWith assignWith at attempt bindKey castArray chain chunk compact concat
+    cond conforms constant countBy create defaults defaultsDeep difference differenceBy
+    differenceWith drop dropRight dropRightWhile dropWhile entries entriesIn extend extendWith fill
+    filter flatMap flatMapDeep flatMapDepth flatten flattenDeep flattenDepth flow flowRight
+    fromPairs functions functionsIn groupBy initial intersection intersectionBy intersectionWith
+    invert invertBy invokeMap iteratee keyBy keys keysIn map mapKeys mapValues matches
+    matchesProperty merge mergeWith method methodOf nthArg omit omitBy orderBy over overArgs
+    overEvery overSome partition pick pickBy property propertyOf pullAt range rangeRight reject
+    remove sampleSize shuffle slice sortBy sortedUniq sortedUniqBy split stubArray stubObject
+    stubTrue tail take takeRight takeRightWhile takeWhile times toArray toPairs toPairsIn toPath
+    toPlainObject transform union unionBy unionWith uniq uniqBy uniqWith uniqueId unzip unzipWith
+    values valuesIn without words wrap xor xorBy xorWith zip zipObject zipObjectDeep zipWith
 """
 
 ALWAYS_TRUE = frozenset(_ALWAYS_TRUE.split())
 """Commands that return a list, an object or a function, which is true even if it is empty."""
+
+_ALWAYS_FALSE = """
+    isArguments isArrayBuffer isBuffer isDate isElement isError isMap isNaN isRegExp isSet isSymbol
+    isTypedArray isWeakMap isWeakSet noop stubFalse stubString
+"""
+
+ALWAYS_FALSE = frozenset(_ALWAYS_FALSE.split())
+"""Commands that test for what JSON cannot contain, such as a date, or return nothing."""
 
 _OTHER_NAMES = {
     "eq": "= == === equal equals equalto false is isfalse istrue same sameas true",
@@ -116,6 +128,9 @@ _OPPOSITES = {
     "endsWith": "notendswith doesnotendwith",
 }
 """Names of conditions for which lodash has only the opposite."""
+
+_OF_TIMES = ("isAfter", "isBefore", "isBetween", "isSame", "isSameOrAfter", "isSameOrBefore")
+"""Commands of moment, which compares times."""
 
 PLAIN_PATH = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 """A path of names separated by dots, the usual form."""
@@ -197,7 +212,11 @@ def known_command(command: str) -> str:
     if reason := LEFT_OUT.get(command):
         meant = f"; {_meant(command)}" if command in ("after", "before") else ""
         raise DefinitionError(f"{command!r} is not available, because {reason}{meant}")
-    raise DefinitionError(f"{command!r} is not known; {_meant(command)}")
+    meant = _meant(command)
+    for one in _OF_TIMES:
+        if one.lower() == command.lower():
+            meant += f" For times, write momentCommand: {one}"
+    raise DefinitionError(f"{command!r} is not known; {meant}")
 
 
 def _meant(command: str) -> str:

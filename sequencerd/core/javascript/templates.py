@@ -33,7 +33,7 @@ USAGE: Mapping[str, str] = {
     "capitalize": "{{capitalize value}}",
     "date": '{{date value format="D MMMM YYYY" zone="Europe/Berlin" locale="de"}}',
     "default": '{{default value "otherwise"}}',
-    "each": "{{#each list}}...{{/each}}",
+    "each": "{{#each list}}...{{/each}} or {{#each list as |item|}}...{{/each}}",
     "eq": "(eq value value)",
     "gt": "(gt value value)",
     "gte": "(gte value value)",
@@ -58,7 +58,25 @@ USAGE: Mapping[str, str] = {
 """The helpers, with their syntax."""
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|0[xXoObB][0-9a-fA-F]+")
-_SYNTAX = re.compile(r"(?:Parse|Lexical) error on line (\d+)[:.].*?\n(.*)\n(-*)\^", re.DOTALL)
+_SYNTAX = re.compile(
+    r"(?:Parse|Lexical) error on line (?P<line>\d+)[:.].*?\n(?P<shown>.*)\n(?P<before>-*)\^"
+    r"(?:\nExpecting (?P<expected>.*), got '(?P<got>\w+)')?",
+    re.DOTALL,
+)
+_TOKENS = (
+    ("OPEN_ENDBLOCK", "", "there is no block to close here"),
+    ("INVERSE", "OPEN_ENDBLOCK", "a block may have only one {{else}}"),
+    ("INVERSE", "", "{{else}} belongs into a block such as {{#if}}"),
+    ("OPEN_INVERSE_CHAIN", "OPEN_ENDBLOCK", "{{else}} must be the last part of a block"),
+    ("OPEN_INVERSE_CHAIN", "", "{{else}} belongs into a block such as {{#if}}"),
+    ("CLOSE_UNESCAPED", "", "a tag ends with as many braces as it begins with"),
+    ("CLOSE", "CLOSE_UNESCAPED", "a tag ends with as many braces as it begins with"),
+    ("CLOSE", "CLOSE_SEXPR", "a parenthesis is not closed"),
+    ("CLOSE", "CLOSE_BLOCK_PARAMS", "write names between two bars, as in {{#each list as |item|}}"),
+    ("CLOSE", "", "the tag has no name"),
+    ("EOF", "", "the tag is not closed: write }}"),
+)
+"""What is wrong where handlebars finds a token while it expects another one."""
 _HINTS = (
     (
         re.compile(r"(?<=\.)-?[0-9]|[\w.-]*\["),
@@ -71,6 +89,10 @@ _HINTS = (
 )
 """What to write instead of what a template has at the place of a syntax error."""
 _AT_LINE = re.compile(r"(.*) - (\d+):\d+", re.DOTALL)
+_MISMATCH = re.compile(r"(.*) doesn't match (.*)", re.DOTALL)
+# A brace, or the end of the template; handlebars shows 20 characters, and "..." if there are more.
+_UNFINISHED = re.compile(r"\}.*|[\w.-]*(?<!\.\.\.)", re.DOTALL)
+_NO_NAME = "{{/[ ]}}"  # closes the last block that is open, by a name that no block has
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +375,7 @@ def with_renamed_keys(source: str, names: Mapping[str, str]) -> str:
     try:
         return sandbox.ask("rename", json.dumps({"source": source, "names": dict(names)}))
     except (sandbox.ThrownError, sandbox.LimitError) as error:
-        raise DefinitionError(_syntax(str(error))) from error
+        raise DefinitionError(_syntax(str(error), source)) from error
 
 
 @lru_cache(maxsize=1000)  # a template is compiled and checked several times, and parsed once
@@ -362,20 +384,56 @@ def _analysed(source: str) -> str:
     try:
         return sandbox.ask("analyse", json.dumps(source))
     except sandbox.ThrownError as error:
-        raise DefinitionError(_syntax(str(error))) from error
+        raise DefinitionError(_syntax(str(error), source)) from error
     except sandbox.LimitError as error:
         raise DefinitionError(f"the template cannot be read: {error}") from error
 
 
-def _syntax(message: str) -> str:
+def _syntax(message: str, source: str) -> str:
     """Describe a syntax error of handlebars in a line."""
     if malformed := _SYNTAX.match(message):
-        line, source, column = malformed[1], malformed[2], len(malformed[3])
-        hints = (f"; {hint}" for wrong, hint in _HINTS if wrong.match(source, column))
-        return f"line {line}: the template is malformed at {source[-60:]!r}{next(hints, '')}"
+        if malformed["got"] == "EOF" and "OPEN_ENDBLOCK" in malformed["expected"]:
+            return _not_closed(source)
+        shown, hint = malformed["shown"], _hint(malformed)
+        return f"line {malformed['line']}: the template is malformed at {shown[-60:]!r}; {hint}"
     if at_line := _AT_LINE.fullmatch(message):
+        if names := _MISMATCH.fullmatch(at_line[1]):
+            opened, closed = names.groups()
+            if opened == "else":
+                return f"line {at_line[2]}: write {{{{else}}}} without #"
+            return (
+                f"line {at_line[2]}: the block {opened[:60]} is closed by {{{{/{closed[:60]}}}}}: "
+                f"write {{{{/{opened[:60]}}}}}"
+            )
         return f"line {at_line[2]}: {at_line[1]}"
     return f"the template is malformed: {message[:200]}"
+
+
+def _not_closed(source: str) -> str:
+    """Describe the last block that is open at the end of a template: handlebars knows its line."""
+    try:
+        sandbox.ask("analyse", json.dumps(source + _NO_NAME))
+    except (sandbox.ThrownError, sandbox.LimitError) as error:
+        found = _AT_LINE.fullmatch(str(error))
+        if found and (names := _MISMATCH.fullmatch(found[1])):
+            name = names[1][:60]
+            return f"line {found[2]}: the block {name} is not closed: write {{{{/{name}}}}}"
+    return "the template ends within a block: close it, as in {{/if}}"
+
+
+def _hint(malformed: re.Match[str]) -> str:
+    """Say what to do about a syntax error."""
+    got, expected = malformed["got"] or "", malformed["expected"] or ""
+    shown, column = malformed["shown"], len(malformed["before"])
+    if not got:
+        return "the comment or the raw block is not closed"
+    for token, instead, hint in _TOKENS:
+        if token == got and instead in expected:
+            return hint
+    if _UNFINISHED.fullmatch(shown, column):
+        return "the tag is not closed: write }}"
+    hints = (hint for wrong, hint in _HINTS if wrong.match(shown, column))
+    return next(hints, f"{shown[column : column + 20]!r} is not expected here")
 
 
 def _described(kind: str, name: str) -> str:
@@ -383,6 +441,10 @@ def _described(kind: str, name: str) -> str:
         case "helper":
             near = get_close_matches(name, USAGE, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(USAGE)}"
+            if "." in name:
+                hint = "a path takes no arguments; write other keys as in data.[first name]"
+            elif name in ("elif", "elseif", "elsif"):
+                hint = "write {{else if value}}"
             return f"the template calls the unknown helper {name[:60]!r}: {hint}"
         case "decorator":
             return f"{name[:60]!r} is not a decorator: there is {{{{#*inline}}}}"

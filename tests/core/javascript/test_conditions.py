@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sequencerd.core.javascript.conditions import (
+    ALWAYS_FALSE,
     ALWAYS_TRUE,
     COMMANDS,
     LEFT_OUT,
@@ -150,6 +151,8 @@ def test_get_never_fails(view: object, path: str) -> None:
         ("write the opposite of 'eq'", "notEqual not_equals neq ne != isNotEqual doesNotEqual"),
         ("write the opposite of 'includes'", "notIncludes does_not_contain notIn nin"),
         ("write the opposite of 'isNil'", "isNotNull notNil isDefined"),
+        ("did you mean 'gt'? For times, write momentCommand: isAfter", "isAfter isafter"),
+        ("For times, write momentCommand: isBetween", "isBetween"),
         ("write a function of lodash such as eq, gt", "xyzzy \u00e4 ''"),
     ],
 )
@@ -174,6 +177,25 @@ def test_the_commands_are_those_of_lodash() -> None:
 def test_conditions_that_are_always_true(command: str, value: object, other: object) -> None:
     with suppress(EvaluationError):
         assert holds(command, raw(value), raw(other)) is True
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(ALWAYS_FALSE)), json_values, json_values)
+def test_conditions_that_are_always_false(command: str, value: object, other: object) -> None:
+    assert holds(command, raw(value), raw(other)) is False
+
+
+def test_every_command_that_is_always_true_is_known_as_such() -> None:
+    """A `filter` that is meant as a condition is always true: so is an empty list."""
+    values = [None, False, 0, 1, "", "a", "0", [], [1], [{"a": 1}], {}, {"a": {"b": 2}}]
+    views = [{"a": value, "b": other} for value in values for other in values]
+    for command in COMMANDS - ALWAYS_TRUE:
+        predicate = compile_predicate(command, at("a"), at("b"))
+        answers = set()
+        for view in views:
+            with suppress(EvaluationError):
+                answers.add(predicate(json.dumps(view)))
+        assert False in answers, command
 
 
 def test_a_path_that_has_no_text_is_rejected() -> None:

@@ -61,7 +61,7 @@ def test_partials_as_in_handlebars() -> None:
         ("x\n{{> foter}}", "^line 2: .* no partial 'foter': did you mean 'footer'"),
         ("{{> nothing}}", 'write it under partials, or {{#\\*inline "nothing"}}'),
         ("{{> page}}", "^partial 'page': line 1: .* no partial 'content'"),
-        ("{{> broken}}", "^partial 'broken': line 2: the template is malformed"),
+        ("{{> broken}}", "^partial 'broken': line 2: the block if is not closed"),
         ("{{#> layout}}{{> broken}}{{/layout}}", "^partial 'broken': line 2"),
     ],
 )
@@ -73,7 +73,7 @@ def test_missing_and_broken_partials_are_refused(source: str, says: str) -> None
 def test_a_partial_by_itself() -> None:
     check_partial("no tags")
     check_partial(PARTIALS["page"])  # what it lacks may be defined by a template
-    with pytest.raises(DefinitionError, match="line 2: the template is malformed"):
+    with pytest.raises(DefinitionError, match="line 2: the block if is not closed"):
         check_partial(BROKEN["broken"])
     with pytest.raises(DefinitionError, match="write at most"):
         check_partial("x" * 300_000)
