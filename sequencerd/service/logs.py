@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO, cast
 
-import asyncpg
 import structlog
 from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
@@ -22,6 +21,7 @@ from sequencerd.core.describe import visible
 from sequencerd.service.redaction import make_redaction
 from sequencerd.service.systemd import is_journal
 from sequencerd.settings import Settings
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
@@ -109,7 +109,7 @@ class _Forward(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger().bind(logger=record.name)
         error = record.exc_info and record.exc_info[1]
-        if isinstance(error, OSError | asyncpg.PostgresError):  # temporary: one line is enough
+        if isinstance(error, TRANSIENT_ERRORS):  # one line is enough
             log.log(record.levelno, record.getMessage(), error=type(error).__name__)
         else:
             log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
