@@ -154,7 +154,9 @@ class Moves:
         result_only: bool = False,
         full: model.LimitReached | None = None,
     ) -> Advanced:
-        """Advance an enrollment by the present definitions. An internal error lets it fail."""
+        """Advance an enrollment by the present definitions. An internal error lets it fail. Raises
+        MemoryError.
+        """
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
             advanced = advance(
@@ -169,6 +171,8 @@ class Moves:
                 result_only=result_only,
                 full=full,
             )
+        except MemoryError:
+            raise  # that of the machine is exhausted, which may pass
         except Exception as error:
             self._env.log.exception("enrollment could not be evaluated", enrollment=enrollment.id)
             text = f"internal error: {type(error).__name__}: {error}"

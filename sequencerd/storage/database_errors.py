@@ -52,7 +52,7 @@ def is_environment(error: BaseException) -> bool:
     """Return whether the cause of an error is a lock, a timeout, a resource or a connection."""
     if isinstance(error, asyncpg.PostgresError):
         return _class(error) in _ENVIRONMENT
-    return isinstance(error, LOST_ERRORS) and not is_data_error(error)
+    return isinstance(error, (*LOST_ERRORS, MemoryError)) and not is_data_error(error)
 
 
 def _class(error: asyncpg.PostgresError) -> str:

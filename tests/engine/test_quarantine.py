@@ -16,8 +16,9 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from sequencerd.core.model import Answer, Result, Task
-from sequencerd.engine import quarantine
+from sequencerd.core.advance import advance
+from sequencerd.core.model import Advanced, Answer, Enrollment, Result, Task
+from sequencerd.engine import moves, quarantine
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED
 from sequencerd.engine.clock import Clock
@@ -92,6 +93,30 @@ async def gate() -> AsyncIterator[Gate]:
 
 async def until_begun(gate: Gate, count: int) -> None:
     await eventually(lambda: gate.begun >= count)
+
+
+async def test_exhausted_memory_fails_no_enrollment(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may pass: an enrollment whose evaluation meets it is tried again."""
+    is_exhausted = True
+
+    def advanced(definitions: Any, enrollment: Enrollment, *rest: Any, **more: Any) -> Advanced:
+        if is_exhausted and enrollment.subject == "large":
+            raise MemoryError
+        return advance(definitions, enrollment, *rest, **more)
+
+    monkeypatch.setattr(moves, "advance", advanced)
+    await define(connection, "s", ("note", "Note", "{}", None))
+    async with running_engine(database, {"Note": Recorder()}):
+        async with connection.transaction():
+            for subject in ("large", "small"):
+                await enroll(connection, "s", subject, json.dumps({"a": subject}))
+        await until(connection, DONE, 1)
+        await until(connection, QUARANTINED, 1)
+        is_exhausted = False
+        await until(connection, DONE, 2)
+        await until(connection, QUARANTINED, 0)
 
 
 async def test_a_row_that_a_trigger_refuses_is_quarantined_and_others_complete_once(

@@ -191,7 +191,9 @@ def _check(text: str) -> None:
 
 
 def _judge(sandbox: _Sandbox, text: str, error: Exception) -> None:
-    """Raise the error that an exception means, unless earlier evaluations used up the memory."""
+    """Raise the error that an exception means, unless earlier evaluations used up the memory.
+    Raises MemoryError if it is the machine's that is exhausted.
+    """
     from _quickjs import JSException, StackOverflow  # noqa: PLC0415 -- as above
 
     if not isinstance(error, JSException):
@@ -206,6 +208,8 @@ def _judge(sandbox: _Sandbox, text: str, error: Exception) -> None:
     else:
         raise ThrownError(re.sub(r"^(?:\w*Error|Exception): ", "", message)) from None
     _THREAD.sandbox = None
+    if "memory" in reached:
+        bytearray(MEMORY_LIMIT)  # raises MemoryError if the limit could not be reached
     if sandbox.is_new or "memory" not in reached:
         if sandbox.seconds != EVALUATION_SECONDS:
             _THREAD.refusals += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -151,6 +152,21 @@ def test_every_evaluation_can_be_stopped(code: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(sandbox.LimitError):
         sandbox._judge(made, code, caught.value)
     assert sandbox._current() is not made
+    everything_answers()
+
+
+def test_exhausted_memory_of_the_machine_is_not_the_fault_of_the_data() -> None:
+    template = compile_template("{{n}}", escape=True)
+    large = '{"n":1,"text":"' + "x" * 40_000_000 + '"}'
+    assert template.render(large) == "1"
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 16_000_000, hard))
+    try:
+        with pytest.raises(MemoryError):
+            template.render(large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     everything_answers()
 
 
