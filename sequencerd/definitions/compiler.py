@@ -377,9 +377,12 @@ def make_sequence(row: asyncpg.Record, steps: Iterable[Step]) -> Sequence:
 
 
 def shared_of(row: asyncpg.Record) -> MessageContext:
-    """Return the shared parts of a sequence's messages, from its row in sequencer.sequences."""
+    """Return the shared parts of a sequence's messages, from its row in sequencer.sequences. A
+    partial that is no text, as the table allows lists of texts, counts as missing.
+    """
     partials = parse_json(row["partials"]) if row["partials"] else {}
-    return MessageContext(row["locale"], tuple(partials.items()))
+    texts = [(name, text) for name, text in partials.items() if isinstance(text, str)]
+    return MessageContext(row["locale"], tuple(texts))
 
 
 @lru_cache(maxsize=8)  # all sequences that are read together have the same value

@@ -198,6 +198,10 @@ async def listen(
             await watch.keep()
         except TRANSIENT_ERRORS as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
+        except (
+            Exception
+        ):  # of `connected`: what is loaded goes on, and the next attempt may succeed
+            log.exception("internal error")
         finally:
             heard(False)
             connection.terminate()
@@ -221,6 +225,9 @@ async def poll(
         except TRANSIENT_ERRORS as error:
             heard(False)
             log.warning("poll failed, trying again", error=brief(error))
+        except Exception:
+            heard(False)
+            log.exception("internal error")
         await asyncio.sleep(POLL_INTERVAL)
 
 

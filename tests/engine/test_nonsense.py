@@ -14,7 +14,7 @@ from sequencerd.engine.loop import Engine
 from sequencerd.storage import connections
 from tests.engine.test_enrolling import HOURLY, Daemon
 from tests.helpers.databases import shard
-from tests.helpers.engines import ALL_ENDED, Recorder, enroll, running_engine, until
+from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
 NOBODY = "no such thing"
 LONG = "x" * 100_000
@@ -201,6 +201,22 @@ async def _remove(connection: asyncpg.Connection) -> None:
         assert row["failure"]
         assert row["last_error"]
     await connection.execute(REMOVE)
+
+
+@pytest.mark.parametrize("partials", ['{"footer": ["x"]}', '{"footer": []}'])
+async def test_partials_that_are_lists_concern_only_their_messages(
+    database: str, connection: asyncpg.Connection, partials: str
+) -> None:
+    """The table allows them. No definition could be loaded, and no daemon started."""
+    await define(connection, "witness", ("a", "Note", "{}", None))
+    await define(connection, "victim", ("a", "Note", '{"text": "{{> footer}}"}', None))
+    await connection.execute(
+        "UPDATE sequencer.sequences SET partials = $1 WHERE name = 'victim'", partials
+    )
+    async with running_engine(database, {"Note": Recorder()}):
+        await enroll(connection, "witness", "ada")
+        await enroll(connection, "victim", "ada")
+        await until(connection, ALL_ENDED)
 
 
 async def test_of_a_long_time_zone_only_the_beginning_is_read(

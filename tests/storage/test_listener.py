@@ -21,15 +21,17 @@ from sequencerd.engine import background, moves, reschedule
 from sequencerd.storage import evaluations, listener, locking, sequences
 from sequencerd.storage.listener import (
     DefinitionsChanged,
+    DueSteps,
     EnrollmentDue,
     Notification,
     Reevaluate,
     listen,
     parse,
+    poll,
 )
 from tests.helpers.databases import shard
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import PATIENCE, eventually
 
 DAYS = '{"amount": 3, "unit": "days"}'
 NOTIFY = "SELECT pg_notify('sequencer', $1)"
@@ -361,6 +363,38 @@ async def test_an_unknown_name_is_searched_once(
         await connection.execute("DELETE FROM sequencer.sequences WHERE name = 'later'")
         await one.reload()
         assert one.catalog.should_load("later")
+
+
+@pytest.mark.parametrize("polls", [False, True])
+async def test_an_unexpected_error_ends_no_daemon(
+    database: str, monkeypatch: pytest.MonkeyPatch, polls: bool
+) -> None:
+    """What is loaded goes on, and the next attempt may succeed."""
+    monkeypatch.setattr(listener, "POLL_INTERVAL", 0.01)
+    again = asyncio.Event()
+    failures = iter([OverflowError("date value out of range")])
+
+    async def connected() -> None:
+        for failure in failures:
+            raise failure
+        again.set()
+
+    async def find_due(_whole: bool) -> DueSteps:
+        return DueSteps(0, frozenset())
+
+    with capture_logs() as logs:
+        log = structlog.get_logger()
+        work = (
+            poll(connected, connected, log, lambda _: None)
+            if polls
+            else listen(shard(database), lambda _: None, connected, find_due, log=log)
+        )
+        listening = asyncio.create_task(work)
+        await asyncio.wait_for(again.wait(), PATIENCE)
+        listening.cancel()
+        with suppress(asyncio.CancelledError):
+            await listening
+    assert "internal error" in [line["event"] for line in logs]
 
 
 def test_one_slow_poll_does_not_delay_the_next() -> None:
