@@ -152,7 +152,10 @@ class Template:
                 )
             if found.startswith("="):
                 return str(found[1:])
-            answers.update((question, _answer(question)) for question in json.loads(found)[1:])
+            for question in json.loads(found)[1:]:
+                answers[question] = answer = _answer(question)
+                if not isinstance(answer, str):
+                    break  # the rendering fails there, unless it does not come there again
         raise EvaluationError(
             "bad_data", f"dates depend on other dates, more than {MAX_ROUNDS} levels deep"
         )

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.calendar.date_format import compile_format
+from sequencerd.core.javascript import templates
 from sequencerd.core.javascript.templates import (
     MAX_SOURCE,
     MAX_TAGS,
@@ -458,6 +459,20 @@ def test_rendering_does_not_change_its_input() -> None:
         '{{#each list}}{{this}}{{/each}}{{json o}}{{> p o b=2}}{{#*inline "p"}}{{b}}{{/inline}}'
     )
     assert render(source, context) == render(source, context) == '31{"a":1}2'
+
+
+def test_the_first_zone_that_does_not_exist_is_the_only_one_searched() -> None:
+    """The search for a similar name takes a millisecond, and data may contain thousands."""
+    zones = [f"Europe/Nowhere{number}" for number in range(1_000)]
+    searched = templates._answer.cache_info().misses
+    with pytest.raises(EvaluationError, match="'Europe/Nowhere0' is not a time zone"):
+        render("{{#each zones}}{{date '2026-03-01' zone=this}}{{/each}}", {"zones": zones})
+    assert templates._answer.cache_info().misses - searched < 10
+
+
+def test_a_date_that_only_seemed_to_be_printed_cannot_fail() -> None:
+    block = "{{#unless (eq (date '2026-03-01' format='D') '1')}}{{date due zone=bad}}{{/unless}}"
+    assert render(f"{block}{{{{date due format='D'}}}}", {"due": "2026-03-02", "bad": "x"}) == "2"
 
 
 def test_a_date_without_a_zone_is_in_utc() -> None:
