@@ -160,7 +160,7 @@ _ADVERBS = (
     r"|\bpar (?:heure|jour)|\bpro (?:stunde|tag)|\bpor (?:hora|d[ií]a)|\ba day\b"
     r"|\b(?:tages|di[aá]ri[oa]|giornalier[oi]|journali[eè]re?|quotidien|mensual|mensal|mensile)"
 )
-_LONG = rf"{_WITHIN}(?:hour|day|24|week|month)|{_ADVERBS}"
+_LONG = rf"{_WITHIN}(?:h(?:our|\b)|day|24|week|month)|{_ADVERBS}"
 _PERIOD = rf"{_WITHIN}(?:second|sec\b|minute|min\b)|{_LONG}"
 _BOUND = (
     r"\blimits?\b|\blimited\b|\bquotas?\b|\bcredits?\b|threshold|allowance|\bmax(?:imum)?\b"
@@ -180,7 +180,7 @@ _COUNTED = (
 _RATE = _any(
     r"throttl|submissionquota|submission quota|refusequota",
     r"\brate[- ]?limit|\bratelimit",
-    _near(r"\brate\b", r"exceed|over ?limit|too high|unusual|excessive|\bhigh\b|\blimit"),
+    _near(r"\brate\b", rf"exceed|over ?limit|unusual|excessive|\bhigh\b|\blimit|{_PERIOD}"),
     r"too (?:fast|quick|frequent|often)|slow(?:er| down)\b|frequency (?:is )?limit|高频|频繁",
     r"too (?:many|much) (?:[\w-]+ ){0,2}?(?:connections?|sessions?|messages?|e?-?mails?|requests?"
     r"|log-?ins?|attempts?|submissions?|transactions?|concurrent|volume|traffic)\b",
