@@ -40,6 +40,7 @@ from sequencerd.console.context import (
     CONTENT_SECURITY_POLICY,
     PageContext,
     context_of,
+    lost,
     message_page,
     missing,
     render,
@@ -247,6 +248,7 @@ class WithHeaders:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         missing.set({})
+        lost.set({})
 
         async def send_more(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":

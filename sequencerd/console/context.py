@@ -42,6 +42,9 @@ WITH_FRAMES = {"Content-Security-Policy": f"{CONTENT_SECURITY_POLICY}; frame-src
 missing: ContextVar[dict[str, str]] = ContextVar("missing")
 """The shards that did not answer this request, with the reasons."""
 
+lost: ContextVar[dict[str, Exception]] = ContextVar("lost")
+"""Those whose connection was lost or timed out: the request waits for each of them once."""
+
 
 class SentTest(NamedTuple):
     """A test message that was sent: its recipient, and a sentence about the result."""

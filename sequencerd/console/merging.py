@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from sequencerd.console import views
-from sequencerd.console.context import PageContext, missing
+from sequencerd.console.context import PageContext, lost, missing
 from sequencerd.console.lists import MAX_ID, EnrollmentPage, comparable
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import (
@@ -23,7 +23,7 @@ from sequencerd.console.summary import (
 from sequencerd.console.tables import Table, at_shard
 from sequencerd.core.describe import plain
 from sequencerd.core.model import StepKey
-from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
+from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_lost
 
 _T = TypeVar("_T")
 
@@ -158,9 +158,14 @@ async def in_all(
     if not context.parts:
         return {None: await work(context)}
     names = [name for name in context.parts if only is None or name in only]
-    answers = await asyncio.gather(
-        *(work(context.parts[name]) for name in names), return_exceptions=True
-    )
+    known = lost.get({})
+
+    async def ask(name: str) -> _T:
+        if name in known:
+            raise known[name]
+        return await work(context.parts[name])
+
+    answers = await asyncio.gather(*map(ask, names), return_exceptions=True)
     found: dict[str | None, _T] = {}
     failed: list[BaseException] = []
     for name, answer in zip(names, answers, strict=True):
@@ -170,6 +175,8 @@ async def in_all(
         failed.append(answer)
         if isinstance(answer, TRANSIENT_ERRORS):
             missing.get()[name] = brief(answer)
+            if is_lost(answer):
+                known[name] = answer
         elif not isinstance(answer, NotFoundError):  # only some may have a sequence
             raise answer
     if not found:

@@ -8,9 +8,11 @@ from datetime import UTC, date, datetime, timedelta
 from types import SimpleNamespace
 from typing import cast
 
-from sequencerd.console.context import PageContext, missing
+import asyncpg
+
+from sequencerd.console.context import PageContext, lost, missing
 from sequencerd.console.lists import EnrollmentPage
-from sequencerd.console.merging import found_in_all, merge_counts
+from sequencerd.console.merging import found_in_all, in_all, merge_counts
 from sequencerd.console.query import Query
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Table
@@ -74,3 +76,25 @@ async def test_a_page_ends_where_a_shard_may_have_more() -> None:
     assert found.table.more == {"before": "7"}
     assert [row["id"] for row in few.table.rows] == ["a/9", "a/8"]
     assert few.table.more == {"before": "a/8"}
+
+
+async def test_a_request_waits_once_for_a_shard_that_does_not_answer() -> None:
+    parts = {name: SimpleNamespace(shard=Shard("", name=name)) for name in "abc"}
+    context = cast("PageContext", SimpleNamespace(parts=parts))
+    asked: Counter[str | None] = Counter()
+
+    async def work(part: PageContext) -> str | None:
+        asked[part.shard.name] += 1
+        if part.shard.name == "b":
+            raise TimeoutError
+        if part.shard.name == "c":
+            raise asyncpg.InsufficientPrivilegeError("permission denied")
+        return part.shard.name
+
+    for requests in (1, 2):
+        missing.set({})
+        lost.set({})
+        for _ in range(2):
+            assert await in_all(context, work) == {"a": "a"}
+            assert missing.get() == {"b": "TimeoutError", "c": "permission denied"}
+        assert asked == {"a": 2 * requests, "b": requests, "c": 2 * requests}
