@@ -247,6 +247,7 @@
       this.reads = new Set();
       this.surelyReads = new Set(); // certainly from the view itself
       this.fromView = []; // the paths that certainly begin at the view
+      this.closed = new Map(); // the ends of the blocks that begin with a path
       this.depth = 0; // how many ../ lead to it
       this.names = []; // of block parameters in scope
       this.atRoot = true; // the current value may be the view itself
@@ -345,6 +346,7 @@
 
     BlockStatement(block) {
       const name = this.call(block, true);
+      this.closed.set(block.path, block.loc.end);
       this.within(block.program, {
         atRoot: this.atRoot && name !== "with" && name !== "each",
         surely: this.surely && (name === "if" || name === "unless"),
@@ -404,17 +406,25 @@
     reader.read(source);
     const lines = [0, ..._.map([...source.matchAll(/\r\n?|\n/g)], (end) => end.index + end[0].length)];
     const offset = ({ line, column }) => lines[line - 1] + column;
-    const places = _.map(reader.fromView, ({ data, parts, loc }) =>
-      [offset(loc.start), offset(loc.end), parts[data ? 1 : 0]]);
-    let made = source;
-    for (const [start, end, key] of _.sortBy(places, ([start]) => -start)) {
+    const places = _.flatMap(reader.fromView, (path) => {
+      const key = path.parts[path.data ? 1 : 0];
+      const found = [[offset(path.loc.start), offset(path.loc.end), key]];
+      const end = reader.closed.has(path) ? offset(reader.closed.get(path)) : 0;
+      const close = source.lastIndexOf("{{", end - 2);
+      if (/^\{\{~?\//.test(source.slice(close, end))) found.push([close, end, key]);
+      return found;
+    });
+    const parts = [];
+    let rest = 0;
+    for (const [start, end, key] of _.sortBy(places, 0)) {
       if (!Object.hasOwn(names, key)) continue;
       const path = source.slice(start, end);
       const at = path.search(new RegExp(`(?<![\\w$-])${key}(?![\\w$-])`));
       if (at < 0) continue;
-      made = made.slice(0, start + at) + names[key] + made.slice(start + at + key.length);
+      parts.push(source.slice(rest, start + at), names[key]);
+      rest = start + at + key.length;
     }
-    return made;
+    return [...parts, source.slice(rest)].join(""); // a sum of long texts is none for Python
   }
 
   // --- rendering

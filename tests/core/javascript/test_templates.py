@@ -676,6 +676,10 @@ def test_the_paths_that_a_template_reads_are_known(source: str, expected: set[st
             "{{#with external}}{{#each l}}{{../id}}{{../../ID}}{{/each}}{{/with}}",
         ),
         ("{{#each data.l as |id|}}{{id}}{{/each}}",) * 2,
+        ("{{#id}}{{#../id}}{{/../id}}{{/id}}", "{{#ID}}{{#../ID}}{{/../ID}}{{/ID}}"),
+        ("{{~^ id ~}}x{{~/ id ~}} {{#[id]}}{{/id}}", "{{~^ ID ~}}x{{~/ ID ~}} {{#[ID]}}{{/ID}}"),
+        ("{{#if x}}{{else id}}{{x}}{{/if}}", "{{#if x}}{{else ID}}{{x}}{{/if}}"),
+        ("x" * 9_000 + "{{id}}" + "y" * 9_000, "x" * 9_000 + "{{ID}}" + "y" * 9_000),
         (
             "{{#if id}}\U0001f600{{id}}\n\r\n\u00e4{{eq id 'id'}}{{/if}}",
             "{{#if ID}}\U0001f600{{ID}}\n\r\n\u00e4{{eq ID 'id'}}{{/if}}",
