@@ -309,7 +309,10 @@ async def test_the_original_may_be_in_another_database(
         " ALTER TABLE steps SET SCHEMA old; ALTER TABLE runners SET SCHEMA old"
     )
     sequencerd("import-original", "--database", database, code=1)
-    assert "public.sequences has no column firstStep, id, title" in sequencerd.errors
+    assert "there is no table public.sequences: name the schema" in sequencerd.errors
+    await original.execute("CREATE TABLE sequences (id integer)")
+    sequencerd("import-original", "--database", database, code=1)
+    assert "public.sequences has no column firstStep, title: name" in sequencerd.errors
     await original.execute('UPDATE old.steps SET "requiresExternalData" = true')
     text = sequencerd(
         "import-original",

@@ -73,11 +73,14 @@ class ImportSource:
         """Return the optional columns that exist. Raises UsageError for a missing required one."""
         rows = await self.connection.fetch(QUERIES["original_columns"], self.schema)
         present = {(row["table"], row["column"]) for row in rows}
+        tables = {table for table, _ in present}
         for table, columns in _TABLES.items():
             if missing := sorted(c for c in columns if (table, c) not in present):
+                name = f"{self.schema}.{table}"
+                fault = f"{name} has no column {', '.join(missing)}"
                 raise UsageError(
-                    f"{self.schema}.{table} has no column {', '.join(missing)}: name the schema of "
-                    "the original's tables with --schema, and their database with --database"
+                    f"{fault if table in tables else f'there is no table {name}'}: name the schema "
+                    "of the original's tables with --schema, and their database with --database"
                 )
         has_created = ("runners", "createdAt") in present
         has_description = ("sequences", "description") in present
