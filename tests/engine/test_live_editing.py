@@ -283,6 +283,23 @@ async def test_another_time_zone_reschedules(
         assert await connection.fetchval(wake_at, id_) == datetime(2090, 1, 1, hour, tzinfo=UTC)
 
 
+async def test_an_enrollment_follows_its_own_time_zone(
+    apply: Applying, connection: asyncpg.Connection, note: Recorder
+) -> None:
+    await apply(
+        SEQUENCE.replace(
+            "WaitForDuration, config: {amount: 3, unit: days}",
+            "WaitForDate, config: {date: '2090-01-01'}",
+        )
+    )
+    id_ = await enroll(connection, "s", "ada")
+    wakes = "SELECT wake_at = $2 FROM sequencer.enrollments WHERE id = $1"
+    await until(connection, wakes, id_, datetime(2090, 1, 1, tzinfo=UTC))
+    await until(connection, RETIMED)
+    await connection.execute("UPDATE sequencer.enrollments SET timezone = 'America/New_York'")
+    await until(connection, wakes, id_, datetime(2090, 1, 1, 5, tzinfo=UTC))
+
+
 SHORT = """
 name: s
 steps:
