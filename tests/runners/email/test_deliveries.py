@@ -12,6 +12,7 @@ from tests.helpers import servers
 from tests.helpers.engines import define, enroll, running_engine, until
 from tests.helpers.runners import http_runner
 from tests.helpers.servers import Request, http_server, scripted
+from tests.runners.email.test_smtp_pool import limited
 
 CONFIG = json.dumps(
     {
@@ -49,6 +50,20 @@ async def test_a_greylisted_copy_outlives_a_restart(
     actions = await connection.fetch("SELECT action, message FROM sequencer.events ORDER BY at")
     said = [str(row["message"]) for row in actions if row["action"] in ("noop", "next")]
     assert "bob@x.org (450 4.2.0 Greylisted); sent to 1 later" in said[0]
+
+
+async def test_a_wave_against_a_limit_of_connections(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("mail", "Email", CONFIG, "end"), ("end", "GoTo", "{}", None))
+    async with limited(2) as server:
+        runner = EmailRunner(server.url)
+        async with running_engine(database, {"Email": runner}):
+            for number in range(30):
+                await enroll(connection, "s", f"u{number}", f'{{"email": "a{number}@x.org"}}')
+            await until(connection, ALL_ENDED)
+        await runner.close()
+    assert len(server.messages) == 30
 
 
 async def test_a_wave_against_a_limit_of_a_request(
