@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sequencerd.core.model import Action, Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import Action, Answer, Failed, NotStarted, Result, RetryPolicy, Task
 from sequencerd.core.retry import doubled
 from sequencerd.runners.email.smtp import Delivery
 
@@ -56,6 +56,8 @@ def follow_up(
     """Return the result of the task after a delivery."""
     result = delivery.result
     later = delivery.later
+    if isinstance(result, NotStarted):
+        return result
     if isinstance(result, Failed):
         if left is None or result.fault != "enrollment":
             return result

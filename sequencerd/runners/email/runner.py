@@ -287,7 +287,9 @@ class EmailRunner:
             mail = mail.only(left.to)
             if not mail.recipients:
                 return left.end("not sent to others: they are no longer recipients")
-        delivery = await self._transport.deliver(mail)
+        delivery = await self._transport.deliver(
+            mail, lambda: task.is_late(asyncio.get_running_loop().time())
+        )
         result = pending.follow_up(task, left, delivery, self.retry, now)
         if isinstance(result, Answer | Failed) and self._suppress_bounces:
             gone = tuple(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from sequencerd.core.model import Answer, Attribution, Failed, Result
+from sequencerd.core.model import Answer, Attribution, Failed, NotStarted, Result
 from sequencerd.runners.email import smtp_connect
 from sequencerd.runners.email.oauth import AccessTokens, TokenError
 from sequencerd.runners.email.refusals import (
@@ -89,7 +89,7 @@ class Delivery:
     when others already have the message.
     """
 
-    result: Answer | Failed
+    result: Answer | Failed | NotStarted
     later: tuple[str, ...] = ()
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Addresses that do not exist according to the server, with its replies."""
@@ -146,10 +146,16 @@ class MailTransport:
         self._name = None if hello_name is None else smtp_connect.check_hello_name(hello_name)
         self._is_named = hello_name is not None
 
-    async def deliver(self, mail: Mail) -> Delivery:
-        """Deliver a message to the server. Errors of the server are returned, not raised."""
+    async def deliver(self, mail: Mail, is_late: Callable[[], bool] = lambda: False) -> Delivery:
+        """Deliver a message to the server. Errors of the server are returned, not raised.
+
+        `is_late` returns whether it is too late to begin, as it may be when a connection is free.
+        """
         attempt = _DeliveryAttempt()
-        failed = await self._try(partial(self._deliver, mail), attempt)
+        try:
+            failed = await self._try(partial(self._deliver, mail, is_late), attempt)
+        except _TooLateError:
+            return Delivery(NotStarted())
         delivery = attempt.delivery(failed)
         unknown = {address: self._hide(said) for address, said in attempt.unknown.items()}
         return replace(delivery, unknown=unknown)
@@ -202,7 +208,9 @@ class MailTransport:
         text = self._server.hide(text)
         return text if self._tokens is None else self._tokens.hide(text)
 
-    async def _deliver(self, mail: Mail, attempt: _DeliveryAttempt) -> Failed | None:
+    async def _deliver(
+        self, mail: Mail, is_late: Callable[[], bool], attempt: _DeliveryAttempt
+    ) -> Failed | None:
         """Send a message in as many transactions as the server requires."""
         failed = None
         attempt.rest = list(mail.recipients)
@@ -212,7 +220,7 @@ class MailTransport:
                 raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
             before = [*attempt.rest], {**attempt.refused}, {**attempt.unknown}
             try:
-                failed = await self._transact(mail, attempt)
+                failed = await self._transact(mail, is_late, attempt)
             except (SmtpError, OSError) as error:
                 if attempt.dialogue is None or attempt.handed_over:
                     raise
@@ -226,12 +234,17 @@ class MailTransport:
                 await self._give_back(attempt)
         return failed
 
-    async def _transact(self, mail: Mail, attempt: _DeliveryAttempt) -> Failed | None:
+    async def _transact(
+        self, mail: Mail, is_late: Callable[[], bool], attempt: _DeliveryAttempt
+    ) -> Failed | None:
         """Send one transaction to the remaining recipients, and remove those that it reaches."""
         try:
             async with asyncio.timeout(OFFER_TIMEOUT):
                 dialogue, attempt.is_reused = await self._pool.acquire()
                 attempt.dialogue = dialogue
+                if not attempt.sent and is_late():
+                    await self._give_back(attempt)
+                    raise _TooLateError
                 within = REUSE_TIMEOUT if attempt.is_reused else self._timeout
                 if mail.utf8 and "smtputf8" not in dialogue.extensions:
                     text = f"{self._place} accepts only ASCII addresses (no SMTPUTF8)"
@@ -306,6 +319,10 @@ class MailTransport:
     async def close(self) -> None:
         """Close all connections."""
         await self._pool.close()
+
+
+class _TooLateError(Exception):
+    """It is too late to begin."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.core.model import Answer, Failed, NotStarted, Result
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.runners import failed
 from tests.helpers.servers import Script, serving, task
@@ -168,6 +168,19 @@ async def test_a_connection_that_the_server_closes_makes_room_for_another() -> N
         assert not_answered(await send(made)) == []
     assert recipients(server) == ALL
     assert server.connections == COUNT / 2
+
+
+async def test_a_message_that_has_waited_for_too_long_is_not_sent() -> None:
+    async with limited(1) as server, runner(server) as made:
+        first = asyncio.create_task(send(made, 1))
+        await eventually(lambda: server.used)
+        late = task(1, email="b@x.org")._replace(lease_expired=lambda _: server.refusals > 0)
+        (result,) = await made.run(made.compile(CONFIG), [late])
+        assert not_answered(await first) == []
+        assert not_answered(await send(made, 1)) == []
+    assert result == NotStarted()
+    assert recipients(server) == ["a0@x.org"] * 2
+    assert server.connections == 1
 
 
 async def test_messages_that_no_longer_wait_keep_no_connection() -> None:
