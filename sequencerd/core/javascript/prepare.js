@@ -82,11 +82,11 @@
   for (const [name, search] of Object.entries(SEARCHES)) {
     const native = String.prototype[name];
     const bounded = {
-      [name](wanted, ...args) {
-        if (wanted?.length * this?.length > MOST_COMPARED && typeof wanted === "string") {
-          return search(String(this), wanted, ...args);
+      [name](wanted, other) {
+        if (typeof wanted === "string" && wanted.length * this.length > MOST_COMPARED) {
+          return search(String(this), wanted, other);
         }
-        return Reflect.apply(native, this, [wanted, ...args]);
+        return native.call(this, wanted, other);
       },
     }[name];
     Object.defineProperty(bounded, "length", { value: native.length });
