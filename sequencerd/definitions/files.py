@@ -520,6 +520,10 @@ def _renamed_in_a_circle(
     return False
 
 
+_ENDS = ("end", "exit", "stop", "done", "finish", "none")
+"""Names of steps that other tools have for the end."""
+
+
 def _check_target(
     source: _SequenceSource, keys: KeyPath, target: str, there: _SequenceSource
 ) -> None:
@@ -528,6 +532,8 @@ def _check_target(
         known = [name for name in there.step_names if name is not None]
         # a file full of errors must not take minutes
         hint = f"; {nearest(target, known)}" if len(source.findings) < MAX_HINTS else ""
+        if target.lower() in _ENDS:
+            hint = "; write null to end the enrollment"
         source.add_finding(keys, f"step {target!r} does not exist{where}{hint}")
 
 
