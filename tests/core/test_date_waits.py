@@ -223,6 +223,7 @@ def test_data_that_do_not_fit_fail_with_the_value(
     ("type_", "config", "message"),
     [
         ("WaitForDate", {"date": "1767225600"}, "date: '1767225600' is not an ISO 8601 date"),
+        ("WaitForDate", {"date": "data.due"}, "+00:00; write {{data.due}} for a value"),
         ("WaitForDate", {"date": "2026-12-01", "format": "X"}, "'2026-12-01' is not a number"),
         ("WaitForDate", {**DUE, "format": "YYYY"}, "format: must be 'X' or 'x'"),
         ("WaitForDate", {**DUE, "at": "noon"}, "at: must be a time of day"),
@@ -234,6 +235,10 @@ def test_data_that_do_not_fit_fail_with_the_value(
             "offset: holidays are for the unit business days",
         ),
         ("WaitForDuration", {"amount": 1.5, "unit": "business days"}, "must be a whole number"),
+        *[
+            ("WaitForDuration", {"amount": 3, "unit": unit}, "did you mean 'business days'?")
+            for unit in ("workdays", "business_days", "working day", "weekdays", "Business Days")
+        ],
         ("WaitForDuration", {"amount": "{{#if}}", "unit": "days"}, "amount: line 1"),
         ("WaitForDateComparison", {"attribute": "hour", "values": [9, "9"]}, "values.1: hour is"),
         ("WaitForDateComparison", {"attribute": "hour", "values": ["{{x"]}, "values.0: line 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -39,8 +40,14 @@ def spelled(names: Iterable[str], others: Iterable[str] = ()) -> JsonDict:
     return {"anyOf": [{"enum": known}, {"pattern": f"^(?:{'|'.join(letters)})$"}]}
 
 
+_BUSINESS_DAYS = re.compile(r"(business|work|working|week)[ _-]?days?", re.IGNORECASE)
+"""What others call business days, which must not be taken for days or weeks."""
+
+
 def _unit(name: str) -> str:
     if name not in BUSINESS_DAYS:
+        if _BUSINESS_DAYS.fullmatch(name):
+            raise ValueError(f"{name!r} is not a unit of time, did you mean 'business days'?")
         dates.normalise_unit(name)
     return name
 

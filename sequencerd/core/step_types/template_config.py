@@ -31,6 +31,7 @@ TemplateText = Annotated[
 MAX_SHOWN = 100  # characters of a value
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_PATH = re.compile(r"(?:data|external)\.[\w.]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,30}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
@@ -92,7 +93,8 @@ def compile_date(
     faults = Faults()
     with faults.at(key):
         if "{{" not in source and parse_date(source, "UTC", unix) is None:
-            raise DefinitionError(_no_date(source, unix))
+            hint = f"; write {{{{{source}}}}} for a value" if _PATH.fullmatch(source) else ""
+            raise DefinitionError(f"{_no_date(source, unix)}{hint}")
         render = compile_text((key,), source)
     faults.check()
 
