@@ -20,6 +20,9 @@ EXHAUSTION_ERRORS = frozenset(
     }
 )
 
+TLS_END_ERRORS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""The server has closed a connection with TLS, properly or not."""
+
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error, its cause, and so on; for several attempts, the causes of each. The last one
@@ -43,9 +46,9 @@ def cause_of_no_connection(error: BaseException) -> OutageCause:
     """Return why there is no connection. A server whose certificate is not accepted, or that does
     not speak TLS, is there: someone must correct it, or a setting.
     """
-    gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
     is_wrong = any(
-        isinstance(one, ssl.SSLError) and not isinstance(one, gone) for one in causes(error)
+        isinstance(one, ssl.SSLError) and not isinstance(one, TLS_END_ERRORS)
+        for one in causes(error)
     )
     return "refused" if is_wrong else "unreachable"
 

@@ -34,7 +34,12 @@ import httpx
 
 from sequencerd.core.model import Attribution, Failed, OutageCause
 from sequencerd.runners.encodings import EncodingError, decode
-from sequencerd.runners.error_causes import cause_of_no_connection, causes, is_exhausted
+from sequencerd.runners.error_causes import (
+    TLS_END_ERRORS,
+    cause_of_no_connection,
+    causes,
+    is_exhausted,
+)
 from sequencerd.runners.fields import one_line
 
 # httpcore imports it several times for each call; a search that finds nothing takes 30 us each time
@@ -447,8 +452,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and cause.errno:
         # asyncio repeats the address
         return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
-    # errors of anyio without a text say that the connection has ended, as during the TLS handshake
-    return one_line(str(cause)) or "the server has closed the connection"
+    # an error of anyio without a text also says that the connection has ended
+    text = "" if isinstance(cause, TLS_END_ERRORS) else one_line(str(cause))
+    return text or "the server has closed the connection"
 
 
 @dataclass(slots=True)
