@@ -198,9 +198,7 @@ async def listen(
             await watch.keep()
         except TRANSIENT_ERRORS as error:
             log.warning("listener lost its connection", error=str(error) or type(error).__name__)
-        except (
-            Exception
-        ):  # of `connected`: what is loaded goes on, and the next attempt may succeed
+        except Exception:  # of `connected`: the next attempt may succeed
             log.exception("internal error")
         finally:
             heard(False)
