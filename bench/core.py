@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from sequencerd.core.calendar.dates import next_match
 from sequencerd.core.javascript.conditions import Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import View, parse_data
+from sequencerd.core.view import View, parse_data
 
 BERLIN = ZoneInfo("Europe/Berlin")
 AFTER = datetime(2026, 3, 2, 10, 17, 30, tzinfo=UTC)

@@ -10,7 +10,7 @@
     └── UsageError             wrong use of a command
         └── ArgumentError      by its arguments alone
 
-`DefinitionError` and `EvaluationError` belong to the core: core/model.py.
+`DefinitionError` and `EvaluationError` belong to the core: core/faults.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sequencerd.core.config import faults
-from sequencerd.core.model import Fault
+from sequencerd.core.faults import Fault
 from sequencerd.errors import SettingsError
 from sequencerd.settings import SECTIONS, Section, Settings, read_secret_file
 

@@ -25,7 +25,8 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from sequencerd.core.model import DEFAULT_RETRY, Limits, Result, Task
+from sequencerd.core.model import DEFAULT_RETRY, Limits
+from sequencerd.core.task import Result, Task
 from sequencerd.definitions import files
 from sequencerd.definitions.simulate import Simulation, TimelineEntry
 from sequencerd.definitions.simulator import Outcome, Simulator

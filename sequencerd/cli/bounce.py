@@ -10,7 +10,7 @@ import asyncpg
 
 from sequencerd.cli.commands import connected, explain, on_shards
 from sequencerd.cli.output import say
-from sequencerd.core.model import Undeliverable
+from sequencerd.core.task import Undeliverable
 from sequencerd.errors import ShardsError
 from sequencerd.runners.email.bounces import MAX_READ, BounceReport, UnknownAddress, read_report
 from sequencerd.runners.email.mime import as_written

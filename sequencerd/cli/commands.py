@@ -22,7 +22,7 @@ from pydantic import SecretStr
 
 from sequencerd.cli.output import busy, warn
 from sequencerd.core.config import nearest
-from sequencerd.core.model import FAILURES
+from sequencerd.core.faults import FAILURES
 from sequencerd.errors import (
     ArgumentError,
     DatabaseError,

@@ -6,8 +6,8 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import entry_points
 
-from sequencerd.core.model import Failed
 from sequencerd.core.step_types.effects import EMAIL, SMS
+from sequencerd.core.task import Failed
 from sequencerd.engine import lookups
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction

@@ -27,7 +27,7 @@ from sequencerd.cli.ids import Id, labelled, shard_of_id
 from sequencerd.cli.output import laid_out, say, say_json, show, warn
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import text
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 from sequencerd.errors import UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import connections

@@ -17,8 +17,10 @@ from sequencerd.cli.commands import connected, explain, on_shards, read_settings
 from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_lines, say_raw
 from sequencerd.cli.preview import check_one_sequence, is_file, merged_definitions, warn_of_paths
+from sequencerd.core.enrollment import Enrollment
 from sequencerd.core.languages import DEFAULT_LOCALE
-from sequencerd.core.model import Enrollment, Sequence, parse_data
+from sequencerd.core.model import Sequence
+from sequencerd.core.view import parse_data
 from sequencerd.definitions import files, step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import check_lookup, choose

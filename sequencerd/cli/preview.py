@@ -28,7 +28,7 @@ from sequencerd.cli.ids import shard_of_id
 from sequencerd.cli.output import say, say_json, say_lines, warn
 from sequencerd.core import describe, model
 from sequencerd.core.config import nearest
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.core.step_types import is_instant
 from sequencerd.definitions import drawing, files
 from sequencerd.definitions.check import known_paths, unknown_paths

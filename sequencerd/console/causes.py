@@ -13,7 +13,7 @@ from typing import Any
 
 from sequencerd.console.mask import MaskedRow
 from sequencerd.console.summary import Counts
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 
 NO_ERROR = "no error recorded"
 

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from sequencerd.console.tables import ROOT_PATH, at, at_shard, labelled
 from sequencerd.core import describe
 from sequencerd.core.calendar.dates import zone as find_zone
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 
 STATIC = files("sequencerd.console") / "static"
 

@@ -26,7 +26,8 @@ from sequencerd.console.context import (
 from sequencerd.console.mask import read_data
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import at
-from sequencerd.core.model import Enrollment, SideEffect
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.model import SideEffect
 from sequencerd.definitions import step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError

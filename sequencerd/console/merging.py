@@ -22,7 +22,7 @@ from sequencerd.console.summary import (
 )
 from sequencerd.console.tables import Table, at_shard
 from sequencerd.core.describe import plain
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_lost
 
 _T = TypeVar("_T")

@@ -10,7 +10,7 @@ from itsdangerous import BadSignature, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sequencerd.core.model import printable
+from sequencerd.core.faults import printable
 from sequencerd.settings import OidcSettings
 
 COOKIE = "sequencerd_login"

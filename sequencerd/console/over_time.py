@@ -19,7 +19,8 @@ from sequencerd.console.merging import in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError, as_sentence
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Column, Table, at
-from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, SideEffect, Step, StepKey
+from sequencerd.core.enrollment import StepKey
+from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, SideEffect, Step
 from sequencerd.core.step_types import is_instant
 from sequencerd.definitions import drawing
 from sequencerd.storage import connections

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sequencerd.core.model import NEVER
+from sequencerd.core.enrollment import NEVER
 
 _ID = re.compile(r"([^/\s]+)/[0-9]+")
 

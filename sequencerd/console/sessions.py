@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import asyncpg
 
-from sequencerd.core.model import printable
+from sequencerd.core.faults import printable
 from sequencerd.storage import connections
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, affected

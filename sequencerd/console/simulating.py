@@ -25,7 +25,8 @@ from sequencerd.console.mask import read_data
 from sequencerd.console.query import NotFoundError, Query, as_sentence
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import Enrollment, Sequence, SideEffect
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.model import Sequence, SideEffect
 from sequencerd.definitions.options import read_object, read_zone
 from sequencerd.definitions.simulate import Simulation
 from sequencerd.definitions.simulator import (

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from sequencerd.console import editing
 from sequencerd.console.context import context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
-from sequencerd.core.model import KeyPath
+from sequencerd.core.faults import KeyPath
 from sequencerd.definitions import yaml_edit, yaml_reader
 from sequencerd.definitions.form_fields import UNITS, FormField, fields
 

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.service.diagnosis import CHECKS, Diagnosis, run_check
 from sequencerd.storage.connections import borrow, counting, read, reading
 from sequencerd.storage.database_errors import LOST_ERRORS, brief

@@ -19,7 +19,7 @@ from sequencerd.console.mask import MASKED_VALUE, MaskedRow
 from sequencerd.console.merging import in_all, matching_rows, say_where_missing
 from sequencerd.console.query import LAST_CHARACTER, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
-from sequencerd.core.model import Undeliverable
+from sequencerd.core.task import Undeliverable
 from sequencerd.runners.sms.numbers import normalise
 from sequencerd.runners.suppression_check import EVERYTHING, forms
 from sequencerd.storage import bulk, connections, suppressions

@@ -17,7 +17,7 @@ from sequencerd.console.query import LAST_CHARACTER, MAX_ROWS, NotFoundError, Qu
 from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts, SummaryRow
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.describe import plain
-from sequencerd.core.model import NEVER
+from sequencerd.core.enrollment import NEVER
 from sequencerd.definitions import drawing
 from sequencerd.definitions.diff import describe_revision
 from sequencerd.service.diagnosis import EMAIL_INDEX, EMAILS_SEARCHED

@@ -13,54 +13,50 @@ from typing import Any, TypeVar, assert_never
 
 from sequencerd.core import exact_json, retry
 from sequencerd.core.calendar import dates, windows
-from sequencerd.core.model import (
-    LIMIT_REACHED,
-    NEVER,
-    NEXT,
-    Action,
+from sequencerd.core.decision import (
     Advanced,
-    Answer,
-    Cancellation,
-    Condition,
-    Context,
     Decision,
-    DefinitionError,
-    Definitions,
     End,
-    Enrollment,
-    Entry,
-    EvaluationError,
     Event,
     Execute,
-    Exit,
-    External,
     Fail,
-    Failed,
+    QueryLookup,
+    Wait,
+)
+from sequencerd.core.enrollment import NEVER, Enrollment, effect_key
+from sequencerd.core.faults import DefinitionError, EvaluationError, printable
+from sequencerd.core.model import (
+    LIMIT_REACHED,
+    NEXT,
+    Action,
+    Cancellation,
+    Definitions,
+    Entry,
+    Exit,
     InstantStep,
     InvalidStep,
     Limit,
     LimitReached,
-    LookupAnswer,
-    NotStarted,
-    QueryLookup,
     Refusals,
-    Result,
     Sequence,
     ServedElsewhere,
     SideEffect,
     Skip,
     Stay,
     Step,
-    Suppressed,
     Update,
-    Wait,
     Window,
-    describe_result,
-    effect_key,
-    merge_data,
-    parse_data,
-    printable,
 )
+from sequencerd.core.task import (
+    Answer,
+    Failed,
+    LookupAnswer,
+    NotStarted,
+    Result,
+    Suppressed,
+    describe_result,
+)
+from sequencerd.core.view import Condition, Context, External, merge_data, parse_data
 
 T = TypeVar("T")
 

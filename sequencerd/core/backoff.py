@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sequencerd.core.model import Attribution
 from sequencerd.core.retry import doubled
+from sequencerd.core.task import Attribution
 
 SUCCESS_COUNTS_FOR = 60.0  # seconds for which a success proves that the server works
 MAX_COINCIDENCE = 3  # consecutive failures of enrollments that are no coincidence

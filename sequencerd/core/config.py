@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
 from sequencerd.core import exact_json
-from sequencerd.core.model import DefinitionError, Fault, KeyPath
+from sequencerd.core.faults import DefinitionError, Fault, KeyPath
 
 MAX_KNOWN = 20  # names in a hint
 MAPPING = "must be a mapping, key: value"

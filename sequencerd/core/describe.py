@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime
 from unicodedata import category
 
-from sequencerd.core.model import NEVER
+from sequencerd.core.enrollment import NEVER
 
 
 def text(value: object) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from sequencerd.core.model import Failed, RetryPolicy
+from sequencerd.core.model import RetryPolicy
+from sequencerd.core.task import Failed
 
 DEFAULT_PAUSE = timedelta(seconds=5)
 """After a failure of the server that does not say how long it lasts."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import is_never, text
-from sequencerd.core.model import LIMIT_REACHED, DefinitionError
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import LIMIT_REACHED
 from sequencerd.core.step_types import describe_wait
 from sequencerd.core.window_config import describe_window
 

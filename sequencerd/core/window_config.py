@@ -11,7 +11,8 @@ from pydantic import AfterValidator, Field, StrictFloat, StrictInt, model_valida
 
 from sequencerd.core.calendar.windows import WEEKDAYS
 from sequencerd.core.config import Config
-from sequencerd.core.model import MAX_NAME, Window
+from sequencerd.core.enrollment import MAX_NAME
+from sequencerd.core.model import Window
 
 _CLOCK = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9]))?")
 

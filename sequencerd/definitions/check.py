@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from sequencerd.core import graph
+from sequencerd.core.faults import DefinitionError, EvaluationError, KeyPath
 from sequencerd.core.javascript.conditions import (
     ALWAYS_FALSE,
     ALWAYS_TRUE,
@@ -29,11 +30,8 @@ from sequencerd.core.javascript.templates import (
 from sequencerd.core.languages import DEFAULT, fallback, normalised
 from sequencerd.core.model import (
     ALT_NEXT,
-    DefinitionError,
-    EvaluationError,
     Exit,
     InvalidStep,
-    KeyPath,
     MessageContext,
     Sequence,
     SideEffect,

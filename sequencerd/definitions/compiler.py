@@ -18,16 +18,15 @@ import asyncpg
 from sequencerd.core import graph, step_types
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Faults, nearest, parse_config, parse_json
+from sequencerd.core.enrollment import StepKey
+from sequencerd.core.faults import DefinitionError, Fault, printable
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.model import (
     ALT_NEXT,
     NEXT_AND_ALT_NEXT,
     NOTHING_SHARED,
     Behaviour,
-    DefinitionError,
     Exit,
-    Fault,
-    Holidays,
     InstantStep,
     InvalidStep,
     Limit,
@@ -36,12 +35,9 @@ from sequencerd.core.model import (
     ServedElsewhere,
     SideEffect,
     Step,
-    StepKey,
     StoredConfig,
     TopicLimits,
     Window,
-    no_holidays,
-    printable,
 )
 from sequencerd.core.schedule import EnrollConfig
 from sequencerd.core.step_types import BUILT_IN
@@ -53,6 +49,7 @@ from sequencerd.core.step_types.effects import (
     compile_expiry,
     effect_exits,
 )
+from sequencerd.core.view import Holidays, no_holidays
 from sequencerd.core.window_config import WindowConfig
 from sequencerd.runners import Runner
 from sequencerd.runners.protocol import MessageRunner

@@ -8,7 +8,7 @@ from typing import Any
 
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import counted
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.step_types import is_seeded, language_texts, rename_steps, used_partials
 from sequencerd.core.step_types.durations import in_words
 from sequencerd.errors import PlanError

@@ -24,20 +24,11 @@ from sequencerd.core import model
 from sequencerd.core.brake import MAX_BRAKE
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, faults, nearest
+from sequencerd.core.enrollment import MAX_NAME
+from sequencerd.core.faults import DefinitionError, Fault, KeyPath, printable
 from sequencerd.core.javascript.templates import check_partial
 from sequencerd.core.languages import FILE, TEXT_SCHEMA, check_locale_path
-from sequencerd.core.model import (
-    MAX_NAME,
-    NEXT,
-    DefinitionError,
-    Fault,
-    InvalidStep,
-    KeyPath,
-    MessageContext,
-    SideEffect,
-    Step,
-    printable,
-)
+from sequencerd.core.model import NEXT, InvalidStep, MessageContext, SideEffect, Step
 from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import (
     is_goal,

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.business_days import BUSINESS_DAYS
+from sequencerd.core.faults import KeyPath
 from sequencerd.core.languages import FILE
-from sequencerd.core.model import KeyPath
 from sequencerd.core.step_types import is_instant
 
 UNITS = ("minutes", "hours", "days", "business days", "weeks", "months", "years")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sequencerd.core.faults import KeyPath
 from sequencerd.core.javascript.templates import MAX_SOURCE
 from sequencerd.core.languages import FILE
-from sequencerd.core.model import KeyPath
 from sequencerd.core.step_types import localised_keys, used_partials
 
 FOLDER = "partials"

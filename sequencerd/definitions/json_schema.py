@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sequencerd.core.model import MAX_NAME
+from sequencerd.core.enrollment import MAX_NAME
 from sequencerd.core.step_types import BUILT_IN, is_message
 from sequencerd.core.step_types.effects import EffectConfig
 from sequencerd.definitions.files import FileSequence

@@ -7,7 +7,7 @@ from typing import Any
 
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 from sequencerd.errors import UsageError
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")

@@ -14,21 +14,13 @@ import asyncpg
 
 from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
+from sequencerd.core.decision import Execute, Fail, QueryLookup, Wait
 from sequencerd.core.describe import counted, text
-from sequencerd.core.model import (
-    Definitions,
-    Enrollment,
-    Execute,
-    Fail,
-    InvalidStep,
-    Limit,
-    QueryLookup,
-    SideEffect,
-    Wait,
-    no_holidays,
-)
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.model import Definitions, InvalidStep, Limit, SideEffect
 from sequencerd.core.schedule import SOURCE
 from sequencerd.core.step_types import is_instant
+from sequencerd.core.view import no_holidays
 from sequencerd.definitions.compiler import (
     Definition,
     Runners,

@@ -17,38 +17,13 @@ from zoneinfo import ZoneInfo
 from sequencerd.core import exact_json
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import (
-    NEVER,
-    REMOVED,
-    Action,
-    Advanced,
-    Answer,
-    Context,
-    DefinitionError,
-    End,
-    Enrollment,
-    EvaluationError,
-    Event,
-    Execute,
-    Fail,
-    Failed,
-    InstantStep,
-    LimitReached,
-    LookupAnswer,
-    QueryLookup,
-    Result,
-    Sequence,
-    Stay,
-    Step,
-    Task,
-    Update,
-    Wait,
-    may_have_taken_place,
-    merge_data,
-    parse_data,
-    view,
-)
+from sequencerd.core.decision import Advanced, End, Event, Execute, Fail, QueryLookup, Wait
+from sequencerd.core.enrollment import NEVER, Enrollment
+from sequencerd.core.faults import DefinitionError, EvaluationError
+from sequencerd.core.model import Action, InstantStep, LimitReached, Sequence, Stay, Step, Update
 from sequencerd.core.step_types.condition_config import ConditionConfig, explain
+from sequencerd.core.task import Answer, Failed, LookupAnswer, Result, Task, may_have_taken_place
+from sequencerd.core.view import REMOVED, Context, merge_data, parse_data, view
 
 MAX_ENTRIES = 10_000
 """The number of entries after which a simulation ends, because a sequence may loop for ever."""

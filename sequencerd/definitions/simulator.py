@@ -14,16 +14,11 @@ from zoneinfo import ZoneInfo
 from sequencerd.core import exact_json, model
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import nearest
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.faults import EvaluationError
 from sequencerd.core.graph import reach
-from sequencerd.core.model import (
-    Answer,
-    Enrollment,
-    EvaluationError,
-    Failed,
-    SideEffect,
-    Step,
-    Task,
-)
+from sequencerd.core.model import SideEffect, Step
+from sequencerd.core.task import Answer, Failed, Task
 from sequencerd.definitions.options import read_zone
 from sequencerd.definitions.simulate import MAX_ENTRIES, DataChange, Simulation, simulate, zone_of
 from sequencerd.errors import UsageError

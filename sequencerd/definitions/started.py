@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment
+from sequencerd.core.enrollment import Enrollment
 from sequencerd.errors import UsageError
 from sequencerd.storage.statements import QUERIES
 

@@ -8,18 +8,11 @@ from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 from sequencerd.core.config import nearest
-from sequencerd.core.model import (
-    Enrollment,
-    EvaluationError,
-    Failed,
-    InvalidStep,
-    Sequence,
-    SideEffect,
-    Step,
-    Suppressed,
-    Task,
-    view,
-)
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.faults import EvaluationError
+from sequencerd.core.model import InvalidStep, Sequence, SideEffect, Step
+from sequencerd.core.task import Failed, Suppressed, Task
+from sequencerd.core.view import view
 from sequencerd.definitions.compiler import compile_behaviour
 from sequencerd.definitions.options import read_zone
 from sequencerd.errors import UsageError

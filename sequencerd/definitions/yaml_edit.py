@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import yaml
 
-from sequencerd.core.model import KeyPath
+from sequencerd.core.faults import KeyPath
 from sequencerd.definitions import yaml_reader
 from sequencerd.definitions.yaml_writer import flow_scalar, quoted
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from sequencerd.core.model import KeyPath
+from sequencerd.core.faults import KeyPath
 
 MAX_SIZE = 1024 * 1024  # bytes
 MAX_VALUES = 50_000  # values of a file, including those that aliases repeat

@@ -11,17 +11,9 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from sequencerd.core.model import (
-    Decision,
-    End,
-    Enrollment,
-    Entry,
-    Event,
-    Execute,
-    Fail,
-    StepKey,
-    Wait,
-)
+from sequencerd.core.decision import Decision, End, Event, Execute, Fail, Wait
+from sequencerd.core.enrollment import Enrollment, StepKey
+from sequencerd.core.model import Entry
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.jumps import PendingMove
 from sequencerd.engine.shared_outcome import SharedOutcomes

@@ -13,8 +13,8 @@ from dataclasses import replace
 from datetime import timedelta
 
 from sequencerd.core.backoff import MAX_COINCIDENCE, OPEN_GATE, Gate, Pauses, Suspects, VisitKey
-from sequencerd.core.model import Answer, Failed, OutageCause, Result
 from sequencerd.core.retry import MAX_PAUSE
+from sequencerd.core.task import Answer, Failed, OutageCause, Result
 
 TIMER_TOLERANCE = 0.001  # seconds by which timers may be early
 

@@ -11,7 +11,8 @@ from functools import partial
 import asyncpg
 
 from sequencerd.core import model
-from sequencerd.core.model import StepKey, StoredConfig
+from sequencerd.core.enrollment import StepKey
+from sequencerd.core.model import StoredConfig
 from sequencerd.definitions.compiler import (
     Runners,
     compile_row,

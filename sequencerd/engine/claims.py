@@ -12,7 +12,8 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from sequencerd.core.model import NEVER, Enrollment, ServedElsewhere, StepKey
+from sequencerd.core.enrollment import NEVER, Enrollment, StepKey
+from sequencerd.core.model import ServedElsewhere
 from sequencerd.core.retry import doubled
 from sequencerd.engine.background import LOCKED_PAUSE
 from sequencerd.engine.backpressure import Backlog

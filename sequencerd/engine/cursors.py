@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from sequencerd.core.model import NEVER, StepKey
+from sequencerd.core.enrollment import NEVER, StepKey
 from sequencerd.storage.wakes import LeftAtStep
 
 EARLIEST_WAKE = datetime(1900, 1, 1, tzinfo=UTC)  # no row wakes before this time

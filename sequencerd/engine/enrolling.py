@@ -20,7 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.config import parse_config, parse_json
 from sequencerd.core.describe import counted
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.retry import doubled
 from sequencerd.core.schedule import EnrollConfig
 from sequencerd.engine.clock import Clock

@@ -14,21 +14,16 @@ from typing import NamedTuple, Protocol
 
 from sequencerd.core.backoff import Pauses, VisitKey
 from sequencerd.core.describe import counted
-from sequencerd.core.model import (
+from sequencerd.core.enrollment import Enrollment, Fence, StepKey
+from sequencerd.core.model import Limits, Reservation, SideEffect, Step
+from sequencerd.core.task import (
     Answer,
     Attribution,
-    Enrollment,
     Failed,
-    Fence,
-    Limits,
     LookupAnswer,
     NotStarted,
     OutageCause,
-    Reservation,
     Result,
-    SideEffect,
-    Step,
-    StepKey,
     Task,
 )
 from sequencerd.definitions.compiler import Runners

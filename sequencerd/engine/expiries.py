@@ -10,7 +10,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sequencerd.core.model import SideEffect, StepKey
+from sequencerd.core.enrollment import StepKey
+from sequencerd.core.model import SideEffect
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.claims import Claims
 from sequencerd.engine.environment import Environment

@@ -14,15 +14,9 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import (
-    Advanced,
-    Cancellation,
-    Definitions,
-    End,
-    Enrollment,
-    Fail,
-    RefusalKey,
-)
+from sequencerd.core.decision import Advanced, End, Fail
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.model import Cancellation, Definitions, RefusalKey
 from sequencerd.storage.entries import lock_cancelled, refusals
 
 UNKNOWN_SEQUENCE = ("always", None, None)  # what `refusals` returns if there is no such sequence

@@ -12,7 +12,7 @@ from datetime import datetime
 
 import asyncpg
 
-from sequencerd.core.model import Fence, StepKey
+from sequencerd.core.enrollment import Fence, StepKey
 from sequencerd.engine.background import ERROR_PAUSE
 from sequencerd.engine.batch import Batch, Failure
 from sequencerd.engine.environment import Environment

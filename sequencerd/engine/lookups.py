@@ -16,7 +16,9 @@ from typing import Any
 import asyncpg
 
 from sequencerd.core import exact_json
-from sequencerd.core.model import LOOKUP_LIMITS, External, Limits, LookupAnswer, Task
+from sequencerd.core.model import LOOKUP_LIMITS, Limits
+from sequencerd.core.task import LookupAnswer, Task
+from sequencerd.core.view import External
 from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.http import Endpoint, read_id, read_list
 from sequencerd.runners.http_client import TOO_LARGE, AnswerTooLarge, judge

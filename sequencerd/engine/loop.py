@@ -22,7 +22,8 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import NEVER, StepKey, outcome
+from sequencerd.core.enrollment import NEVER, StepKey
+from sequencerd.core.task import outcome
 from sequencerd.definitions.compiler import Runners
 from sequencerd.engine.background import ERROR_PAUSE, Background, Repeating, concurrently
 from sequencerd.engine.backpressure import Backlog

@@ -18,23 +18,21 @@ import asyncpg
 
 from sequencerd.core import model
 from sequencerd.core.advance import advance
-from sequencerd.core.model import (
+from sequencerd.core.decision import (
     Advanced,
     Decision,
     End,
-    Enrollment,
-    EvaluationError,
     Event,
     Execute,
     Fail,
     QueryLookup,
-    Refusals,
-    Result,
-    SideEffect,
-    StepKey,
-    Task,
     Wait,
 )
+from sequencerd.core.enrollment import Enrollment, StepKey
+from sequencerd.core.faults import EvaluationError, printable
+from sequencerd.core.model import Refusals, SideEffect
+from sequencerd.core.task import Result, Task
+from sequencerd.core.view import state_view, view_in_state
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.breaker import TIMER_TOLERANCE
 from sequencerd.engine.environment import Environment
@@ -285,7 +283,7 @@ class Moves:
         """Return how the side effect of an enrollment that is leased until a time is started."""
         step, effect, timezone, external, revision, expires_at, closes_at, topic, places = execute
         assert leased.entered_at is not None
-        view = model.state_view(leased, timezone, leased.entered_at, external)
+        view = state_view(leased, timezone, leased.entered_at, external)
         time = asyncio.get_running_loop().time()
         expires = None
         if expires_at or closes_at:
@@ -363,8 +361,8 @@ def _reserved(advanced: Advanced) -> Reserved:
 
 def _lease(batch: Batch, leased: Enrollment, start: Start) -> None:
     """Lease an enrollment for its side effect. Raises EvaluationError for unreadable data."""
-    executor, step, program, state_view, expires, topic, revision, places, lease_expired = start
-    task = Task(leased.key, model.view_in_state(leased, state_view), expires, topic, lease_expired)
+    executor, step, program, of_state, expires, topic, revision, places, lease_expired = start
+    task = Task(leased.key, view_in_state(leased, of_state), expires, topic, lease_expired)
     batch.lease(Leased(leased, step, executor, program, task, revision, places))
 
 
@@ -377,7 +375,7 @@ def _due_since(before: Enrollment, at: Enrollment, now: datetime) -> datetime:
 
 def _failed(enrollment: Enrollment, now: datetime, message: str, failure: str) -> Advanced:
     """Return the outcome of an enrollment that fails for a reason outside of `advance`."""
-    text = model.printable(message)
+    text = printable(message)
     here = enrollment
     seconds = None if here.entered_at is None else (now - here.entered_at).total_seconds()
     event = Event(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executor

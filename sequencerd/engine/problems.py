@@ -9,7 +9,7 @@ import asyncio
 from datetime import datetime
 from typing import NamedTuple
 
-from sequencerd.core.model import printable
+from sequencerd.core.faults import printable
 
 MAX_PROBLEMS = 1000
 """The greatest number of problems that are written, for the sake of operators, who read them."""

@@ -17,8 +17,9 @@ from typing import TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
-from sequencerd.core.model import Result, StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.core.retry import doubled
+from sequencerd.core.task import Result
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.problems import OF_ENROLLMENT, Problems

@@ -13,7 +13,8 @@ from contextlib import aclosing, nullcontext, suppress
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sequencerd.core.model import Enrollment, Sequence, StepKey
+from sequencerd.core.enrollment import Enrollment, StepKey
+from sequencerd.core.model import Sequence
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.catalog import Catalog

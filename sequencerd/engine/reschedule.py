@@ -16,7 +16,7 @@ from functools import partial
 
 from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.environment import Environment

@@ -12,13 +12,15 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 
 from sequencerd.core import model
-from sequencerd.core.model import (
+from sequencerd.core.decision import Event
+from sequencerd.core.enrollment import StepKey
+from sequencerd.core.faults import printable
+from sequencerd.core.task import (
     Answer,
-    Event,
     Failed,
     Result,
-    StepKey,
     Undeliverable,
+    describe_result,
     may_have_taken_place,
 )
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE
@@ -270,13 +272,13 @@ def _unwritten(result: Result) -> str:
 
 def _stale(leased: Leased, result: Result, now: datetime) -> Event:
     """Return the event for a result whose enrollment has moved in the meantime."""
-    was, text = leased.enrollment, model.describe_result(result)
+    was, text = leased.enrollment, describe_result(result)
     return Event(
         now,
         was.sequence,
         was.step,
         was.visit,
         "stale_result",
-        model.printable(f"attempt {was.attempt} came too late to move it: {text}"),
+        printable(f"attempt {was.attempt} came too late to move it: {text}"),
         leased.revision,
     )

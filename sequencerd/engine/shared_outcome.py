@@ -12,19 +12,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sequencerd.core.model import (
-    Answer,
-    Condition,
-    Enrollment,
-    EvaluationError,
-    NotStarted,
-    Reservation,
-    Result,
-    StateView,
-    Step,
-    Suppressed,
-    data_view,
-)
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.faults import EvaluationError
+from sequencerd.core.model import Reservation, Step
+from sequencerd.core.task import Answer, NotStarted, Result, Suppressed
+from sequencerd.core.view import Condition, StateView, data_view
 from sequencerd.engine.executors import Executor
 
 OutcomeKey = tuple[Hashable, ...]

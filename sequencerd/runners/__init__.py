@@ -5,16 +5,9 @@ object implements `Runner`. Everything else in this package is private: `registr
 of the settings. Imports the core, settings and errors; never storage.
 """
 
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    DefinitionError,
-    Failed,
-    Limits,
-    Result,
-    RetryPolicy,
-    Task,
-)
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Action, Limits, RetryPolicy
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.runners.protocol import Refused, Runner
 from sequencerd.runners.python import runner
 

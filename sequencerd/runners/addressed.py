@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sequencerd.core.config import Config, Faults, parse_config
 from sequencerd.core.javascript.templates import Template
-from sequencerd.core.model import Failed, NotStarted, Result, Suppressed, Task
+from sequencerd.core.task import Failed, NotStarted, Result, Suppressed, Task
 from sequencerd.runners.fields import RenderError, compile_field, render
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.suppression_check import Suppressions, describe

@@ -14,15 +14,8 @@ from pydantic.alias_generators import to_camel
 
 from sequencerd.core import exact_json
 from sequencerd.core.config import faults
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    Attribution,
-    Failed,
-    OutageCause,
-    Result,
-    Undeliverable,
-)
+from sequencerd.core.model import Action
+from sequencerd.core.task import Answer, Attribution, Failed, OutageCause, Result, Undeliverable
 from sequencerd.runners.fields import one_line
 
 MAX_RETRY_AFTER = 10 * 366 * 86_400  # seconds

@@ -7,7 +7,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 
-from sequencerd.core.model import OutageCause
+from sequencerd.core.task import OutageCause
 
 EXHAUSTION_ERRORS = frozenset(
     {

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sequencerd.core.config import Faults
+from sequencerd.core.faults import DefinitionError, EvaluationError, Fault
 from sequencerd.core.javascript.templates import NO_PARTIALS, Template, compile_template
 from sequencerd.core.languages import DEFAULT_LOCALE, choose, read_locale
-from sequencerd.core.model import (
-    NOTHING_SHARED,
-    DefinitionError,
-    EvaluationError,
-    Fault,
-    MessageContext,
-)
+from sequencerd.core.model import NOTHING_SHARED, MessageContext
 
 MAX_SHOWN = 300  # characters of a server's text
 

@@ -14,18 +14,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from sequencerd.core import exact_json
-from sequencerd.core.model import (
-    DEFAULT_RETRY,
-    Answer,
-    DefinitionError,
-    Failed,
-    Limits,
-    NotStarted,
-    Result,
-    RetryPolicy,
-    Task,
-    View,
-)
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import DEFAULT_RETRY, Limits, RetryPolicy
+from sequencerd.core.task import Answer, Failed, NotStarted, Result, Task
+from sequencerd.core.view import View
 from sequencerd.runners import tracing
 from sequencerd.runners.answers import ANSWERS_OF_WORDS, check_json, read_outcome
 from sequencerd.runners.fields import one_line

@@ -32,7 +32,7 @@ import h2.events
 import h2.exceptions
 import httpx
 
-from sequencerd.core.model import Attribution, Failed, OutageCause
+from sequencerd.core.task import Attribution, Failed, OutageCause
 from sequencerd.runners.encodings import EncodingError, decode
 from sequencerd.runners.error_causes import (
     TLS_END_ERRORS,

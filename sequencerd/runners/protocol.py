@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from sequencerd.core.model import NOTHING_SHARED, Limits, MessageContext, Result, RetryPolicy, Task
+from sequencerd.core.model import NOTHING_SHARED, Limits, MessageContext, RetryPolicy
+from sequencerd.core.task import Result, Task
 
 
 class Refused(Exception):  # noqa: N818 - what an author raises reads as what has happened

@@ -31,16 +31,8 @@ from pydantic import BaseModel
 
 from sequencerd.core.config import parse_config
 from sequencerd.core.describe import counted
-from sequencerd.core.model import (
-    DEFAULT_RETRY,
-    Answer,
-    Attribution,
-    Failed,
-    Limits,
-    Result,
-    RetryPolicy,
-    Task,
-)
+from sequencerd.core.model import DEFAULT_RETRY, Limits, RetryPolicy
+from sequencerd.core.task import Answer, Attribution, Failed, Result, Task
 from sequencerd.runners.answers import (
     ANSWERS_OF_WORDS,
     StrictActionAnswer,

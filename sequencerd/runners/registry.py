@@ -10,17 +10,11 @@ from typing import Any, NoReturn
 from pydantic import SecretStr
 
 from sequencerd.core.config import Faults, parse_config
-from sequencerd.core.model import (
-    DEFAULT_RETRY,
-    DefinitionError,
-    Failed,
-    Fault,
-    Limits,
-    Result,
-    Task,
-)
+from sequencerd.core.faults import DefinitionError, Fault
+from sequencerd.core.model import DEFAULT_RETRY, Limits
 from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
+from sequencerd.core.task import Failed, Result, Task
 from sequencerd.errors import SettingsError
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from sequencerd.core.faults import EvaluationError
 from sequencerd.core.javascript.sandbox import SLOW_SECONDS
 from sequencerd.core.javascript.templates import Template
-from sequencerd.core.model import EvaluationError
 from sequencerd.runners.fields import RenderError, Translations, chosen
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sequencerd.core.model import Enrollment, Failed, Result, outcome
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.task import Failed, Result, outcome
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from itsdangerous import BadData, URLSafeSerializer
 
+from sequencerd.core.faults import DefinitionError, Fault
 from sequencerd.core.javascript.templates import NO_PARTIALS, Template, surely_read
 from sequencerd.core.languages import read_locale
-from sequencerd.core.model import DefinitionError, Fault, View
+from sequencerd.core.view import View
 from sequencerd.runners.email.mime import with_ascii_host
 from sequencerd.runners.fields import Translations
 from sequencerd.runners.suppression_check import EVERYTHING

@@ -26,7 +26,8 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from prometheus_client.registry import Collector
 
 from sequencerd import __version__
-from sequencerd.core.model import Event, Result, outcome
+from sequencerd.core.decision import Event
+from sequencerd.core.task import Result, outcome
 
 MAX_PLACES = 1000
 OTHER_LABELS = ("other", "other")

@@ -25,7 +25,7 @@ from starlette.routing import BaseRoute, Route
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.core.languages import choose, normalised
-from sequencerd.core.model import Undeliverable
+from sequencerd.core.task import Undeliverable
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.email.mime import as_written
 from sequencerd.runners.registry import make_links

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import asyncpg
 
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.storage.statements import QUERIES, affected
 
 COUNTING_DELAYS = (timedelta(minutes=10), timedelta(hours=25))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core.describe import counted
-from sequencerd.core.model import MAX_SUBJECT
+from sequencerd.core.enrollment import MAX_SUBJECT
 from sequencerd.errors import UsageError
 from sequencerd.storage.connections import batches, counting
 from sequencerd.storage.database_errors import with_hint

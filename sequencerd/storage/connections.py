@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import NEVER
+from sequencerd.core.enrollment import NEVER
 from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import DatabaseError, SettingsError
 from sequencerd.settings import SCHEMA

@@ -9,7 +9,8 @@ from datetime import datetime
 
 import asyncpg
 
-from sequencerd.core.model import Entry, StepKey
+from sequencerd.core.enrollment import StepKey
+from sequencerd.core.model import Entry
 from sequencerd.storage.statements import QUERIES
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import asyncpg
 
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.storage.statements import QUERIES, columns
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import NEVER, Enrollment, Fence, StepKey
+from sequencerd.core.enrollment import NEVER, Enrollment, Fence, StepKey
 from sequencerd.storage import connections
 from sequencerd.storage.sequences import read_revisions
 from sequencerd.storage.statements import QUERIES, columns

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import asyncpg
 
-from sequencerd.core.model import StepKey
+from sequencerd.core.enrollment import StepKey
 from sequencerd.storage.connections import transaction
 from sequencerd.storage.statements import QUERIES, affected, columns
 

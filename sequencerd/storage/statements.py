@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from importlib.resources import files
 
-from sequencerd.core.model import Enrollment, StepKey
+from sequencerd.core.enrollment import Enrollment, StepKey
 from sequencerd.storage.schemas import LOCK_CLASS
 
 

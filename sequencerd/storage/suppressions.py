@@ -7,7 +7,8 @@ from collections.abc import Sequence as Rows
 
 import asyncpg
 
-from sequencerd.core.model import Undeliverable, printable
+from sequencerd.core.faults import printable
+from sequencerd.core.task import Undeliverable
 from sequencerd.storage import bulk
 from sequencerd.storage.statements import QUERIES, affected
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from sequencerd.core.model import NEVER, StepKey
+from sequencerd.core.enrollment import NEVER, StepKey
 from sequencerd.storage.statements import QUERIES, columns
 
 STEPS_PER_SEARCH = 20_000

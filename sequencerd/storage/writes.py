@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from sequencerd.core import exact_json
-from sequencerd.core.model import REMOVED, Event, merge_data
+from sequencerd.core.decision import Event
+from sequencerd.core.view import REMOVED, merge_data
 from sequencerd.storage.statements import QUERIES
 
 

@@ -18,8 +18,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sequencerd.core.model import Answer, Failed, Limits, Result
+from sequencerd.core.model import Limits
 from sequencerd.core.step_types import BUILT_IN
+from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner

@@ -29,7 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sequencerd.core.model import Action, Answer, Failed, Limits, Result, RetryPolicy, Task
+from sequencerd.core.model import Action, Limits, RetryPolicy
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.daemon import daemon_name
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups

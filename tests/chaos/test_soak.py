@@ -17,7 +17,7 @@ from statistics import median
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.engine.loop import Engine
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from tests.chaos.world import CONNECT, SECONDS, World

@@ -16,7 +16,7 @@ import pytest
 
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
-from sequencerd.core.model import FAILURES
+from sequencerd.core.faults import FAILURES
 from tests.helpers.command_line import Command, beside, start_sequencerd
 from tests.helpers.databases import server_folder
 from tests.helpers.engines import define, enroll

@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.storage import bulk
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import Held, Recorder, define, enroll, running_engine, until, way

@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from sequencerd.console import actions, summary
 from sequencerd.console.app import ServedShard, make_console
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.definitions.simulator import Simulator
 from sequencerd.runners import Runner
 from sequencerd.service.http_server import make_app, serving

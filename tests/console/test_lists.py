@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from sequencerd.console import lists
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.storage.bulk import Selection
 from sequencerd.storage.statements import QUERIES
 from tests.console.conftest import (

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from sequencerd.console.mask import MASKED_VALUE, make_mask
-from sequencerd.core.model import Failed, Result, Task
+from sequencerd.core.task import Failed, Result, Task
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner

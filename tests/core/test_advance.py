@@ -20,37 +20,25 @@ from sequencerd.core.advance import (
     MAX_MOVES,
     advance,
 )
+from sequencerd.core.decision import Decision, End, Execute, Fail, QueryLookup, Wait
+from sequencerd.core.enrollment import NEVER, Enrollment, effect_key
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.model import (
-    NEVER,
     Action,
-    Answer,
-    Context,
-    Decision,
-    DefinitionError,
-    End,
-    Enrollment,
-    Execute,
-    Fail,
-    Failed,
     InvalidStep,
     LimitReached,
-    LookupAnswer,
-    QueryLookup,
-    Result,
     RetryPolicy,
     Sequence,
     SideEffect,
     Skip,
     Step,
-    Suppressed,
-    Wait,
-    data_view,
-    effect_key,
 )
 from sequencerd.core.retry import MAX_PAUSE
 from sequencerd.core.step_types import compile_step
 from sequencerd.core.step_types.durations import DurationConfig
 from sequencerd.core.step_types.effects import LimitConfig, TopicLimitConfig, compile_expiry
+from sequencerd.core.task import Answer, Failed, LookupAnswer, Result, Suppressed
+from sequencerd.core.view import Context, data_view
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))

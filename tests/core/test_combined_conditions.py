@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar.granularity import GRANULARITIES, period
-from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fail, Wait
+from sequencerd.core.decision import Fail, Wait
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.step_types import compile_step, describe_wait, roots
 from sequencerd.core.step_types.condition_config import (
     compile_condition,
@@ -22,6 +23,7 @@ from sequencerd.core.step_types.condition_config import (
     explain,
     read_condition,
 )
+from sequencerd.core.view import Context
 from tests.core.test_advance import NOW, PAID, at, sequence, step
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, StrictFloat, StrictInt
 
 from sequencerd.core.config import Config, in_order, parse_config
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 
 EITHER = "must be 'never', 'often', a mapping such as {after: ...} or a list"
 NAMES = "letters, digits or any of _./-"

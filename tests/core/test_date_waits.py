@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from sequencerd.core.advance import advance
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.anniversaries import next_anniversary
-from sequencerd.core.model import Decision, DefinitionError, End, Fail, Sequence, Wait
+from sequencerd.core.decision import Decision, End, Fail, Wait
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Sequence
 from sequencerd.core.step_types import compile_step, roots
 from sequencerd.core.what_next import what_next
 from tests.core.calendar.test_dates import ZONES, instants

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.step_types.durations import FixedDuration, elapsed, in_words
 
 

@@ -7,8 +7,9 @@ from itertools import count
 
 import pytest
 
-from sequencerd.core.model import Failed, RetryPolicy
+from sequencerd.core.model import RetryPolicy
 from sequencerd.core.retry import DEFAULT_PAUSE, delay, gives_up
+from sequencerd.core.task import Failed
 
 COUNTED = RetryPolicy(attempts=4, first_delay=10.0, longest_delay=40.0)
 SPAN = RetryPolicy(None, 60.0, 3600.0, give_up_after=7200.0)

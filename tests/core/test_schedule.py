@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.zones import set_back
 from sequencerd.core.config import parse_config
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.schedule import EnrollConfig, Span
 
 BERLIN = "Europe/Berlin"

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.advance import advance
-from sequencerd.core.model import REMOVED, DefinitionError, Fail, LookupAnswer, merge_data
+from sequencerd.core.decision import Fail
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.step_types import compile_step, roots
+from sequencerd.core.task import LookupAnswer
+from sequencerd.core.view import REMOVED, merge_data
 from tests.core.test_advance import NOW, at, sequence, step
 
 DATA = {

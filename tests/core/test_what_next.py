@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import NEVER
+from sequencerd.core.enrollment import NEVER
 from sequencerd.core.what_next import what_next
 
 AT = datetime(2030, 1, 1, tzinfo=UTC)

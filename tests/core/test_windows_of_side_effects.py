@@ -9,21 +9,11 @@ from typing import Any
 import pytest
 
 from sequencerd.core.advance import advance
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    Execute,
-    Fail,
-    Failed,
-    NotStarted,
-    Result,
-    Sequence,
-    SideEffect,
-    Wait,
-    Window,
-)
+from sequencerd.core.decision import Execute, Fail, Wait
+from sequencerd.core.model import Action, Sequence, SideEffect, Window
 from sequencerd.core.step_types.durations import DurationConfig
 from sequencerd.core.step_types.effects import compile_expiry
+from sequencerd.core.task import Answer, Failed, NotStarted, Result
 from sequencerd.core.window_config import WindowConfig, describe_window
 from tests.core.test_advance import EFFECT, at, sequence, step
 

@@ -15,7 +15,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from sequencerd.cli import main
-from sequencerd.core.model import Enrollment, view
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.view import view
 from sequencerd.definitions import yaml_reader
 from sequencerd.definitions.check import ROOT_KEYS, known_paths
 from sequencerd.definitions.files import FileFinding, check_documents, read_all, read_files

@@ -15,24 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.advance import advance
+from sequencerd.core.decision import End, Wait
+from sequencerd.core.enrollment import Enrollment
 from sequencerd.core.model import (
     Action,
-    Answer,
-    End,
-    Enrollment,
-    Failed,
     InvalidStep,
     LimitReached,
-    NotStarted,
     Refusals,
-    Result,
     Sequence,
     SideEffect,
     Step,
-    Suppressed,
-    Wait,
 )
 from sequencerd.core.step_types import describe_wait, is_message, named_steps
+from sequencerd.core.task import Answer, Failed, NotStarted, Result, Suppressed
 from sequencerd.definitions.compiler import build, compile_behaviour
 from tests.definitions.test_check import RUNNERS
 from tests.definitions.test_json_schema import EMAIL, GOOD, IS_PRO, NONSENSE, mappings

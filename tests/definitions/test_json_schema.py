@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.step_types import BUILT_IN, compile_step
 from sequencerd.definitions import json_schema
 from sequencerd.definitions.files import read_files

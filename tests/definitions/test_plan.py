@@ -16,7 +16,8 @@ import asyncpg
 import pytest
 
 from sequencerd.core.advance import advance
-from sequencerd.core.model import Enrollment, InvalidStep, Sequence
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.model import InvalidStep, Sequence
 from sequencerd.core.step_types import BUILT_IN, is_instant, named_steps
 from sequencerd.core.step_types.effects import EffectConfig
 from sequencerd.definitions import files, plan

@@ -18,7 +18,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from sequencerd.cli import main
-from sequencerd.core.model import Enrollment
+from sequencerd.core.enrollment import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import FileError, UsageError
 from sequencerd.storage import conninfo

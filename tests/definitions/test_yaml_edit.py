@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sequencerd.core.model import KeyPath
+from sequencerd.core.faults import KeyPath
 from sequencerd.definitions import yaml_reader
 from sequencerd.definitions.form_fields import fields
 from sequencerd.definitions.yaml_edit import EditError, set_values

@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.storage import brakes
 from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from sequencerd.core.backoff import MAX_COINCIDENCE, Pauses
-from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.engine.breaker import Breaker, now
 
 

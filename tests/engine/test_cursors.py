@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.model import NEVER
+from sequencerd.core.enrollment import NEVER
 from sequencerd.engine.cursors import EARLIEST_WAKE, KEPT_FOR, OVERLAP, Claim, Cursors
 from sequencerd.storage.wakes import LeftAtStep
 

@@ -13,7 +13,9 @@ import asyncpg
 import pytest
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, Enrollment, Limits, NotStarted, RetryPolicy, Task
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.model import Limits, RetryPolicy
+from sequencerd.core.task import Answer, NotStarted, Task
 from sequencerd.engine.executors import Executor, Finished, Leased
 from sequencerd.service.metrics import Metrics
 from tests.helpers.engines import define, running_engine, until

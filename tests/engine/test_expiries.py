@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, Failed, Limits, Result, Task
+from sequencerd.core.model import Limits
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
 from tests.engine.test_outages import DOWN, closed_port, fails

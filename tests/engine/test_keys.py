@@ -10,7 +10,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Failed, Result, Task
+from sequencerd.core.task import Failed, Result, Task
 from tests.core.test_advance import at
 from tests.helpers.databases import execute, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until

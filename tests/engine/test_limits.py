@@ -12,16 +12,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import (
-    Answer,
-    Failed,
-    LimitReached,
-    Reservation,
-    Result,
-    Suppressed,
-    Task,
-)
+from sequencerd.core.model import LimitReached, Reservation
 from sequencerd.core.step_types import BUILT_IN, is_instant
+from sequencerd.core.task import Answer, Failed, Result, Suppressed, Task
 from sequencerd.storage.reservations import Reserved, prune, reserve
 from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way

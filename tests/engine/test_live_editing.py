@@ -11,7 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import RetryPolicy
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.errors import PlanError
 from sequencerd.storage import evaluations, locking
 from tests.helpers.command_line import Command

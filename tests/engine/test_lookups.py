@@ -17,7 +17,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import LookupAnswer, Task
+from sequencerd.core.task import LookupAnswer, Task
 from sequencerd.engine import lookups
 from sequencerd.runners.http_client import MAX_ANSWER
 from sequencerd.service.health import Health

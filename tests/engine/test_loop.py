@@ -16,17 +16,10 @@ import asyncpg
 import pytest
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    Failed,
-    Fence,
-    NotStarted,
-    Result,
-    StepKey,
-    Task,
-    View,
-)
+from sequencerd.core.enrollment import Fence, StepKey
+from sequencerd.core.model import Action
+from sequencerd.core.task import Answer, Failed, NotStarted, Result, Task
+from sequencerd.core.view import View
 from sequencerd.engine import claims, loop, results
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.executors import Leased

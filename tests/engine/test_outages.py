@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.engine.breaker import Breaker
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner

@@ -17,7 +17,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from sequencerd.core.advance import advance
-from sequencerd.core.model import Advanced, Answer, Enrollment, Result, Task
+from sequencerd.core.decision import Advanced
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.task import Answer, Result, Task
 from sequencerd.engine import moves, quarantine
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED

@@ -11,7 +11,8 @@ import asyncpg
 import pytest
 import structlog
 
-from sequencerd.core.model import Answer, Limits, Result, Task
+from sequencerd.core.model import Limits
+from sequencerd.core.task import Answer, Result, Task
 from sequencerd.engine import shared_rates
 from sequencerd.runners.pace import Pace
 from sequencerd.storage import connections

@@ -13,7 +13,8 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from sequencerd.core.model import NEVER, Answer, Enrollment, Task
+from sequencerd.core.enrollment import NEVER, Enrollment
+from sequencerd.core.task import Answer, Task
 from sequencerd.engine import loop, read_ahead, slow_evaluations
 from sequencerd.engine.loop import Engine
 from sequencerd.service.metrics import Metrics

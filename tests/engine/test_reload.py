@@ -14,19 +14,11 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from sequencerd.core import model
+from sequencerd.core import faults, model
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    InstantStep,
-    InvalidStep,
-    Result,
-    ServedElsewhere,
-    Step,
-    Task,
-)
+from sequencerd.core.model import Action, InstantStep, InvalidStep, ServedElsewhere, Step
+from sequencerd.core.task import Answer, Result, Task
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
 from sequencerd.engine import catalog
@@ -974,7 +966,7 @@ async def test_the_problem_of_a_step_with_very_many_errors_is_limited(
     async with running_engine(database) as engine:
         problem = await connection.fetchval("SELECT problem FROM sequencer.steps")
         assert problem.startswith("any.0.bad: an any has no key 'bad'")
-        assert len(problem) == model.MAX_MESSAGE + len("...")
+        assert len(problem) == faults.MAX_MESSAGE + len("...")
         # it is known, and not reported again
         version = "SELECT xmin::text FROM sequencer.steps"
         before = await connection.fetchval(version)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import asyncpg
 import pytest
 
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import (
     ALL_ENDED,

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from sequencerd.core.model import Answer, Enrollment, EvaluationError
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.faults import EvaluationError
+from sequencerd.core.task import Answer
 from sequencerd.engine.shared_outcome import SharedOutcome, SharedOutcomes
 from tests.core.test_advance import at
 

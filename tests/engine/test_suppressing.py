@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncpg
 
-from sequencerd.core.model import Answer, Failed, Result, Task, Undeliverable
+from sequencerd.core.task import Answer, Failed, Result, Task, Undeliverable
 from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
 
 GONE = Undeliverable("email", "Ada@X.org", "550 5.1.1 User unknown")

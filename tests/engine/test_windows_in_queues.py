@@ -9,7 +9,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Failed, Limits, Result, Task
+from sequencerd.core.model import Limits
+from sequencerd.core.task import Failed, Result, Task
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until

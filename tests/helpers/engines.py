@@ -15,7 +15,9 @@ import pytest
 import structlog
 
 from sequencerd.core.backoff import Pauses
-from sequencerd.core.model import Answer, DefinitionError, Limits, Result, RetryPolicy, Task
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Limits, RetryPolicy
+from sequencerd.core.task import Answer, Result, Task
 from sequencerd.daemon import daemon_name
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.lookups import Lookups

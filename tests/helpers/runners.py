@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from sequencerd.core.model import CALL_LIMITS, DEFAULT_RETRY, Failed, Limits, Result, RetryPolicy
+from sequencerd.core.model import CALL_LIMITS, DEFAULT_RETRY, Limits, RetryPolicy
+from sequencerd.core.task import Failed, Result
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, HttpEndpoint
 
 

@@ -30,7 +30,7 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset
 
-from sequencerd.core.model import Task
+from sequencerd.core.task import Task
 
 HOST = "127.0.0.1"
 REFUSED_STREAM = b"REFUSED_STREAM"

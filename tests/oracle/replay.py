@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from sequencerd.core.calendar import dates
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.javascript.conditions import Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import DefinitionError, EvaluationError
 
 FLOORS = {
     "lodash": 1.0,

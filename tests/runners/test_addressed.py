@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sequencerd.core.model import Answer, DefinitionError, Failed, Suppressed, Task
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.task import Answer, Failed, Suppressed, Task
 from sequencerd.runners import runner
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.protocol import NotNow

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from sequencerd.cli import doctor_endpoints
-from sequencerd.core.model import Answer, Failed, NotStarted, Result
+from sequencerd.core.task import Answer, Failed, NotStarted, Result
 from sequencerd.errors import SettingsError
 from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import MAX_EVENT

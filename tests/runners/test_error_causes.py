@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Failed
+from sequencerd.core.task import Failed
 from sequencerd.runners.email.smtp import Mail, MailTransport
 from sequencerd.runners.error_causes import causes, is_exhausted
 from sequencerd.runners.python import PythonRunner

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Failed
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Action
+from sequencerd.core.task import Answer, Failed
 from sequencerd.runners.python import load
 from tests.helpers.servers import task
 

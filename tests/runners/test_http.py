@@ -21,7 +21,10 @@ from typing import Any
 import httpx
 import pytest
 
-from sequencerd.core.model import Action, Answer, DefinitionError, Result, View
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Action
+from sequencerd.core.task import Answer, Result
+from sequencerd.core.view import View
 from sequencerd.runners import http_client
 from sequencerd.runners.http import BatchRunner
 from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, is_public

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.runners import http_client
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, Failed, NotStarted, Result
+from sequencerd.core.task import Answer, Failed, NotStarted, Result
 from sequencerd.runners.encodings import MAX_MEMBERS
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers

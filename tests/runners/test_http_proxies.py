@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, Result
+from sequencerd.core.task import Answer, Result
 from tests.helpers.runners import failed, http_runner
 from tests.helpers.servers import HOST, all_next, certificate, http_server, serving, task
 

@@ -7,7 +7,7 @@ import json
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Suppressed
+from sequencerd.core.task import Answer, Suppressed
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.only_to import OnlyTo
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until

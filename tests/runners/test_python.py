@@ -15,16 +15,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    DefinitionError,
-    Failed,
-    Limits,
-    Result,
-    RetryPolicy,
-    Undeliverable,
-)
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Action, Limits, RetryPolicy
+from sequencerd.core.task import Answer, Failed, Result, Undeliverable
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Refused
 from sequencerd.runners.python import PythonRunner, as_runner, load, runner

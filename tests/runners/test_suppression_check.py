@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from sequencerd.core.model import NotStarted
+from sequencerd.core.task import NotStarted
 from sequencerd.runners import Runner
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.email.runner import EmailRunner

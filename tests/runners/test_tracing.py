@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from sequencerd.core.model import Answer, Failed, Result, Task
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.runners import tracing
 from tests import test_daemon
 from tests.helpers import servers

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.model import NOTHING_SHARED, DefinitionError, MessageContext, Task
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import NOTHING_SHARED, MessageContext
+from sequencerd.core.task import Task
 from sequencerd.runners.email.runner import EmailRunner, write
 from sequencerd.runners.sms.runner import TwilioRunner
 from sequencerd.runners.unsubscribe import Subscription, UnsubscribeLinks

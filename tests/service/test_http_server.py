@@ -23,7 +23,8 @@ from prometheus_client import parser as text_format
 from prometheus_client.openmetrics import parser as openmetrics
 from starlette.applications import Starlette
 
-from sequencerd.core.model import Answer, Event, Failed, Result
+from sequencerd.core.decision import Event
+from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.daemon import raise_descriptor_limit
 from sequencerd.service import http_server
 from sequencerd.service.http_server import make_app, serving

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, Failed
+from sequencerd.core.task import Answer, Failed
 from sequencerd.errors import DatabaseError
 from sequencerd.runners.email.smtp import Mail, MailTransport
 from sequencerd.service import dns

@@ -11,7 +11,7 @@ from random import Random
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result, Suppressed, Task
+from sequencerd.core.task import Answer, Failed, Result, Suppressed, Task
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
 
 WAYS = json.dumps(

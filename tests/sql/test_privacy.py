@@ -8,7 +8,7 @@ from random import Random
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer
+from sequencerd.core.task import Answer
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions, hashed
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.command_line import Command

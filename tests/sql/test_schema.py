@@ -13,7 +13,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Enrollment, effect_key
+from sequencerd.core.enrollment import Enrollment, effect_key
 from sequencerd.runners.suppression_check import forms
 from sequencerd.storage import daemons, migrate
 from sequencerd.storage.connections import connected

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result, RetryPolicy, Task
+from sequencerd.core.model import RetryPolicy
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.storage import bulk, connections, rates
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 import asyncpg
 
-from sequencerd.core.model import Enrollment, Event
+from sequencerd.core.decision import Event
+from sequencerd.core.enrollment import Enrollment
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import evaluations, locking, writes
 from sequencerd.storage.connections import transaction

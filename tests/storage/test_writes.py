@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from sequencerd.core.model import Event
+from sequencerd.core.decision import Event
 from sequencerd.storage import writes
 from sequencerd.storage.connections import transaction
 from tests.helpers.engines import define, enroll

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 from dateutil.relativedelta import relativedelta
 
 from sequencerd.core.calendar.zones import OUT_OF_RANGE, to_wall
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.faults import EvaluationError
 
 
 def next_anniversary(

@@ -7,7 +7,7 @@ from datetime import date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from sequencerd.core.calendar.zones import OUT_OF_RANGE, to_wall
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.faults import EvaluationError
 
 BUSINESS_DAYS = frozenset({"business day", "business days", "businessDay", "businessDays"})
 """The unit's names."""

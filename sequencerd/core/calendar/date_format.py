@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
-from sequencerd.core.model import DefinitionError
+from sequencerd.core.faults import DefinitionError
 
 MAX_FORMAT = 100  # characters
 DEFAULT = "YYYY-MM-DDTHH:mm:ssZ"

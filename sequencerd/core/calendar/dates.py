@@ -26,7 +26,7 @@ from sequencerd.core.calendar.next_match import (
 )
 from sequencerd.core.calendar.parsing import format_iso, is_bare_number, parse, parse_unix
 from sequencerd.core.calendar.zones import EPOCH, OUT_OF_RANGE, to_wall, zone
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.faults import DefinitionError, EvaluationError
 
 __all__ = [
     "ATTRIBUTES",

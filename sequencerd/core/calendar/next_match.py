@@ -15,7 +15,7 @@ from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 from sequencerd.core.calendar.zones import OUT_OF_RANGE, first_showing, set_back, to_wall
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.faults import DefinitionError, EvaluationError
 
 HORIZON_YEARS = 10
 """How far next_match looks. 29 February is at most 8 years away, a week 53 at most 7."""

@@ -12,7 +12,8 @@ from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
 from sequencerd.core.calendar.zones import first_showing, set_back, to_wall
-from sequencerd.core.model import EvaluationError, Window
+from sequencerd.core.faults import EvaluationError
+from sequencerd.core.model import Window
 
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.resources import files
 from zoneinfo import ZoneInfo
 
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.faults import DefinitionError, EvaluationError
 
 OUT_OF_RANGE = "the date is outside of the years 1 to 9999"
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

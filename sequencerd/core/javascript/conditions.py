@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from sequencerd.core.config import Faults
+from sequencerd.core.faults import DefinitionError, EvaluationError, Fault
 from sequencerd.core.javascript import sandbox
-from sequencerd.core.model import DefinitionError, EvaluationError, Fault
 
 _NAMES = """
     add assign assignIn assignInWith assignWith at attempt bindAll bindKey camelCase capitalize

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.date_format import DEFAULT, check_locale, compile_format
+from sequencerd.core.faults import DefinitionError, EvaluationError, Fault
 from sequencerd.core.javascript import sandbox
-from sequencerd.core.model import DefinitionError, EvaluationError, Fault, View
+from sequencerd.core.view import View
 
 MAX_SOURCE = 256 * 1024  # characters
 MAX_TAGS = 5_000

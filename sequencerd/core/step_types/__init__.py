@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from sequencerd.core.config import in_order, parse_config
+from sequencerd.core.faults import DefinitionError, KeyPath
 from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import called_partials, compile_template
-from sequencerd.core.model import ALT_NEXT, DefinitionError, InstantStep, KeyPath
+from sequencerd.core.model import ALT_NEXT, InstantStep
 from sequencerd.core.step_types import branches, data, effects, journeys, waits
 from sequencerd.core.step_types.condition_config import condition_roots, read_condition
 from sequencerd.core.step_types.record import StepType, find, texts

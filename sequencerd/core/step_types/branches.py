@@ -9,26 +9,16 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.model import (
-    ALT_NEXT,
-    NEVER,
-    NEXT,
-    Action,
-    Context,
-    DefinitionError,
-    Exit,
-    Fault,
-    InstantStep,
-    KeyPath,
-    Stay,
-    StepAnswer,
-)
+from sequencerd.core.enrollment import NEVER
+from sequencerd.core.faults import DefinitionError, Fault, KeyPath
+from sequencerd.core.model import ALT_NEXT, NEXT, Action, Exit, InstantStep, Stay, StepAnswer
 from sequencerd.core.step_types.condition_config import (
     ConditionConfig,
     compile_condition,
     describe_wait,
 )
 from sequencerd.core.step_types.record import ANY, StepType
+from sequencerd.core.view import Context
 
 
 class GoToConfig(Config):

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.granularity import GRANULARITIES, period
 from sequencerd.core.config import Config, Faults
+from sequencerd.core.faults import DefinitionError, EvaluationError, Fault, KeyPath
 from sequencerd.core.javascript.conditions import (
     COMMANDS,
     Operand,
@@ -21,9 +22,9 @@ from sequencerd.core.javascript.conditions import (
     first_key,
     known_command,
 )
-from sequencerd.core.model import Context, DefinitionError, EvaluationError, Fault, KeyPath
 from sequencerd.core.step_types.durations import FixedOffset, compile_move, in_words
 from sequencerd.core.step_types.template_config import no_date, parse_date, shown
+from sequencerd.core.view import Context
 
 MAX_DEPTH = 50
 

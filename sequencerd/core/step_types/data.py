@@ -13,19 +13,12 @@ from pydantic import Field, StrictBool
 
 from sequencerd.core import exact_json
 from sequencerd.core.config import Config, Faults
+from sequencerd.core.faults import DefinitionError, EvaluationError, KeyPath
 from sequencerd.core.javascript.conditions import path_keys
-from sequencerd.core.model import (
-    REMOVED,
-    Context,
-    DefinitionError,
-    EvaluationError,
-    InstantStep,
-    KeyPath,
-    Update,
-    parse_data,
-)
+from sequencerd.core.model import InstantStep, Update
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_number, compile_text, shown
+from sequencerd.core.view import REMOVED, Context, parse_data
 
 ReadValue = Callable[[Context], Any]
 NewValue = Callable[[Context, Any], Any]

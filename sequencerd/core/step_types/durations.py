@@ -25,8 +25,9 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.business_days import BUSINESS_DAYS, MAX_AMOUNT, add_business_days
 from sequencerd.core.calendar.next_match import full_name
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
+from sequencerd.core.faults import DefinitionError, EvaluationError, KeyPath
 from sequencerd.core.step_types.template_config import TemplateText, compile_number
+from sequencerd.core.view import Context
 from sequencerd.core.window_config import CalendarName
 
 MAX_PERIOD = timedelta(days=366)

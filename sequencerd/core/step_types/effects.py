@@ -13,15 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from sequencerd.core.config import Config, Faults
 from sequencerd.core.languages import LanguageText
-from sequencerd.core.model import (
-    ALT_NEXT,
-    NEXT,
-    Context,
-    Exit,
-    Limit,
-    RetryPolicy,
-    Skip,
-)
+from sequencerd.core.model import ALT_NEXT, NEXT, Exit, Limit, RetryPolicy, Skip
 from sequencerd.core.step_types.durations import (
     Duration,
     DurationConfig,
@@ -31,6 +23,7 @@ from sequencerd.core.step_types.durations import (
 )
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_date, compile_text
+from sequencerd.core.view import Context
 from sequencerd.core.window_config import WindowConfig
 
 

@@ -11,22 +11,17 @@ from pydantic import Field, StrictInt
 from sequencerd.core import exact_json
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Config, Faults
+from sequencerd.core.enrollment import MAX_SUBJECT, NEVER
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.model import (
     ALT_NEXT,
-    MAX_SUBJECT,
-    NEVER,
     NEXT,
-    REMOVED,
     Cancellation,
-    Context,
-    DefinitionError,
     Entry,
-    EvaluationError,
     InstantStep,
     Stay,
     StepAnswer,
     Update,
-    parse_data,
 )
 from sequencerd.core.step_types.data import (
     compile_item,
@@ -37,6 +32,7 @@ from sequencerd.core.step_types.data import (
 from sequencerd.core.step_types.durations import Duration, compile_move, in_words, spelled_out
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
+from sequencerd.core.view import REMOVED, Context, parse_data
 from sequencerd.core.window_config import TimeOfDay, parse_clock
 
 # --- other enrollments

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sequencerd.core.config import Config
-from sequencerd.core.model import InstantStep, KeyPath
+from sequencerd.core.faults import KeyPath
+from sequencerd.core.model import InstantStep
 
 ANY = "*"
 """In a path: every item of a list."""

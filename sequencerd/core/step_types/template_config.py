@@ -13,8 +13,9 @@ from pydantic import AfterValidator, Field
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.config import Faults
+from sequencerd.core.faults import DefinitionError, EvaluationError, KeyPath
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import Context, DefinitionError, EvaluationError, KeyPath
+from sequencerd.core.view import Context
 
 
 def _template(text: str) -> str:

@@ -15,20 +15,9 @@ from sequencerd.core.calendar.anniversaries import next_anniversary
 from sequencerd.core.calendar.business_days import BUSINESS_DAYS
 from sequencerd.core.calendar.next_match import full_name
 from sequencerd.core.config import Config, Faults
-from sequencerd.core.model import (
-    ALT_NEXT,
-    NEVER,
-    NEXT,
-    Action,
-    Context,
-    DefinitionError,
-    EvaluationError,
-    Exit,
-    InstantStep,
-    Stay,
-    StepAnswer,
-    effect_key,
-)
+from sequencerd.core.enrollment import NEVER, effect_key
+from sequencerd.core.faults import DefinitionError, EvaluationError
+from sequencerd.core.model import ALT_NEXT, NEXT, Action, Exit, InstantStep, Stay, StepAnswer
 from sequencerd.core.step_types.condition_config import (
     ConditionConfig,
     compile_condition,
@@ -51,6 +40,7 @@ from sequencerd.core.step_types.template_config import (
     literal,
     shown,
 )
+from sequencerd.core.view import Context
 from sequencerd.core.window_config import WindowConfig, describe_window, parse_clock
 
 ON_TIME = timedelta(minutes=1)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import asyncpg
 
 from sequencerd.core.describe import visible
-from sequencerd.core.model import MAX_SUBJECT
+from sequencerd.core.enrollment import MAX_SUBJECT
 from sequencerd.core.routing import ShardNumber, shard_of
 from sequencerd.core.step_types import is_goal, is_instant
 from sequencerd.definitions import plan

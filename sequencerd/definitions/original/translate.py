@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from sequencerd.core import graph
 from sequencerd.core.calendar import dates
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.javascript.templates import with_renamed_keys
-from sequencerd.core.model import DefinitionError
 from sequencerd.core.step_types import BUILT_IN, is_message, template_texts
 from sequencerd.core.step_types.effects import EFFECT_KEYS
 

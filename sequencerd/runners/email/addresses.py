@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sequencerd.core.faults import DefinitionError, Fault
 from sequencerd.core.javascript.templates import Template
-from sequencerd.core.model import DefinitionError, Fault
 from sequencerd.runners.email.mime import (
     MAX_HEADER,
     Mailbox,

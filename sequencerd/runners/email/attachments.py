@@ -18,9 +18,10 @@ from urllib.parse import unquote
 import httpx
 
 from sequencerd.core.config import Faults
+from sequencerd.core.faults import DefinitionError
 from sequencerd.core.javascript.templates import Template
-from sequencerd.core.model import DefinitionError, Failed
 from sequencerd.core.step_types.effects import AttachmentConfig
+from sequencerd.core.task import Failed
 from sequencerd.runners.fields import RenderError, compile_field, one_line, render
 from sequencerd.runners.http_client import (
     AnswerTooLarge,

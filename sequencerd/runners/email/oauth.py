@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from sequencerd.core.model import OutageCause
+from sequencerd.core.task import OutageCause
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import HttpClient, Unreachable, check_url, retry_after
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sequencerd.core.model import Action, Answer, Failed, NotStarted, Result, RetryPolicy, Task
+from sequencerd.core.model import Action, RetryPolicy
 from sequencerd.core.retry import doubled
+from sequencerd.core.task import Answer, Failed, NotStarted, Result, Task
 from sequencerd.runners.email.smtp import Delivery
 
 DATA_KEY = "emailPending"

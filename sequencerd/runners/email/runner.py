@@ -13,26 +13,19 @@ from typing import Any
 from urllib.parse import quote
 
 from sequencerd.core.config import Faults, parse_config
+from sequencerd.core.faults import DefinitionError, Fault
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
     NOTHING_SHARED,
-    Answer,
-    DefinitionError,
-    Failed,
-    Fault,
     Limits,
     MessageContext,
-    NotStarted,
-    Result,
     RetryPolicy,
-    Suppressed,
-    Task,
-    Undeliverable,
 )
 from sequencerd.core.step_types.effects import EMAIL, EmailConfig
+from sequencerd.core.task import Answer, Failed, NotStarted, Result, Suppressed, Task, Undeliverable
 from sequencerd.runners import unsubscribe
 from sequencerd.runners.email import mime, pending
 from sequencerd.runners.email.addresses import AddressField, compile_addresses

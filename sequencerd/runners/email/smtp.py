@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from sequencerd.core.model import Answer, Attribution, Failed, NotStarted, Result
+from sequencerd.core.task import Answer, Attribution, Failed, NotStarted, Result
 from sequencerd.runners.email import smtp_connect
 from sequencerd.runners.email.oauth import AccessTokens, TokenError
 from sequencerd.runners.email.refusals import (

@@ -13,26 +13,28 @@ from urllib.parse import quote
 from pydantic import BaseModel, ValidationError, model_validator
 
 from sequencerd.core.config import Faults, parse_config
+from sequencerd.core.faults import Fault
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import (
     MESSAGE_LIMITS,
     MESSAGE_RETRY,
     NOTHING_SHARED,
-    Answer,
-    Failed,
-    Fault,
     Limits,
     MessageContext,
+    RetryPolicy,
+)
+from sequencerd.core.step_types.effects import SMS, SmsConfig
+from sequencerd.core.task import (
+    Answer,
+    Failed,
     NotStarted,
     OutageCause,
     Result,
-    RetryPolicy,
     Suppressed,
     Task,
     Undeliverable,
 )
-from sequencerd.core.step_types.effects import SMS, SmsConfig
 from sequencerd.runners.fields import (
     RenderError,
     Translations,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.anniversaries import next_anniversary
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.faults import EvaluationError
 from tests.core.calendar.test_dates import ZONES, at, instants
 
 BERLIN = dates.zone("Europe/Berlin")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.business_days import add_business_days, is_business_day
-from sequencerd.core.model import EvaluationError
+from sequencerd.core.faults import EvaluationError
 from tests.core.calendar.test_dates import ZONES, at, instants
 
 BERLIN = dates.zone("Europe/Berlin")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.calendar import dates
-from sequencerd.core.model import DefinitionError, EvaluationError
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from tests.oracle.replay import MOMENT
 
 BERLIN = dates.zone("Europe/Berlin")

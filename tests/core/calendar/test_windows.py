@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.windows import begin, closing, opening
-from sequencerd.core.model import EvaluationError, Window
+from sequencerd.core.faults import EvaluationError
+from sequencerd.core.model import Window
 from tests.core.calendar.test_dates import ZONES, at, instants
 
 BERLIN = dates.zone("Europe/Berlin")

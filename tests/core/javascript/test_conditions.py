@@ -11,6 +11,7 @@ from _quickjs import Context
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.javascript.conditions import (
     ALWAYS_FALSE,
     ALWAYS_TRUE,
@@ -20,7 +21,6 @@ from sequencerd.core.javascript.conditions import (
     compile_predicate,
     first_key,
 )
-from sequencerd.core.model import DefinitionError, EvaluationError
 
 json_values = st.recursive(
     st.none()

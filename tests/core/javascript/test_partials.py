@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.javascript.templates import (
     called_partials,
     check_partial,
@@ -11,7 +12,6 @@ from sequencerd.core.javascript.templates import (
     missing_layouts,
     surely_used,
 )
-from sequencerd.core.model import DefinitionError, EvaluationError
 
 PARTIALS = {
     "footer": "-- {{data.name}} {{{data.name}}}",

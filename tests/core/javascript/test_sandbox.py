@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from _quickjs import Context
 
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.javascript.conditions import COMMANDS, Operand, compile_predicate
 from sequencerd.core.javascript.templates import compile_template
-from sequencerd.core.model import DefinitionError, EvaluationError
 
 LARGE = [{"length": 1e15}, {"length": 2**40, "0": 1}]
 

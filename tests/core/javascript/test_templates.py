@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.calendar.date_format import compile_format
+from sequencerd.core.faults import DefinitionError, EvaluationError
 from sequencerd.core.javascript import templates
 from sequencerd.core.javascript.templates import (
     MAX_SOURCE,
@@ -20,7 +21,7 @@ from sequencerd.core.javascript.templates import (
     compile_template,
     with_renamed_keys,
 )
-from sequencerd.core.model import DefinitionError, EvaluationError, View
+from sequencerd.core.view import View
 
 CONTEXT: dict[str, object] = {
     "name": "Ada & Co",

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequencerd.core.model import Answer, DefinitionError, Failed
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.task import Answer, Failed
 from sequencerd.runners.email import mime
 from sequencerd.runners.email.addresses import compile_addresses
 from sequencerd.runners.email.runner import EmailRunner

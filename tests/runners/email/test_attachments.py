@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, DefinitionError, Result, Suppressed
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.task import Answer, Result, Suppressed
 from sequencerd.runners.email import attachments
 from sequencerd.runners.email.attachments import (
     AttachmentError,

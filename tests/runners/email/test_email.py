@@ -13,17 +13,9 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import (
-    Action,
-    Answer,
-    DefinitionError,
-    Failed,
-    Limits,
-    MessageContext,
-    Result,
-    Suppressed,
-    Undeliverable,
-)
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.model import Action, Limits, MessageContext
+from sequencerd.core.task import Answer, Failed, Result, Suppressed, Undeliverable
 from sequencerd.runners.email import smtp
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import MailTransport

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sequencerd.core.model import Answer
+from sequencerd.core.task import Answer
 from sequencerd.runners.email.plain import MAX_HTML_LENGTH, plain_text
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.servers import HOST, smtp_server, task

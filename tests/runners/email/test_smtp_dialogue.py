@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from sequencerd.core.model import Answer, Failed, Result
+from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.runners.email.smtp import Mail, MailTransport
 from sequencerd.runners.email.smtp_connect import connect
 from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpReply

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sequencerd.core.model import Answer, Failed, NotStarted, Result
+from sequencerd.core.task import Answer, Failed, NotStarted, Result
 from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.runners import failed
 from tests.helpers.servers import Script, serving, task

@@ -17,7 +17,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from sequencerd.core.model import Action, Answer, Failed, Limits, Result, RetryPolicy, Task
+from sequencerd.core.model import Action, Limits, RetryPolicy
+from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.runners.email import smtp
 from sequencerd.runners.email.oauth import OAuthClient
 from sequencerd.runners.email.pending import DATA_KEY

@@ -10,7 +10,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from sequencerd.core.model import Answer, DefinitionError, Failed, Result
+from sequencerd.core.faults import DefinitionError
+from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner, rest_of_day
 from tests.helpers import servers
 from tests.helpers.runners import failed

@@ -9,8 +9,9 @@ from uuid import UUID
 
 import pytest
 
-from sequencerd.core import model
-from sequencerd.core.model import Enrollment, View
+from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.view import View, state_view, view_in_state
+from sequencerd.core.view import view as view_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678_901, UTC)
 SUBJECT = 'ü"\\\n</script>'
@@ -26,19 +27,19 @@ def enrollment(**values: Any) -> Enrollment:
 @pytest.mark.parametrize("original_id", [None, "12", '"x"\\'])
 def test_the_text_of_a_view_has_its_values(original_id: str | None) -> None:
     external = {"plan": 'the "best"', "seats": 3}
-    view = model.view(enrollment(original_id=original_id), "Europe/Vienna", NOW, external)
+    view = view_of(enrollment(original_id=original_id), "Europe/Vienna", NOW, external)
     assert json.loads(view.text) == view
     assert '"n": 1.10' in view.text
 
 
 def test_views_in_one_state_share_the_text_of_the_state() -> None:
-    state = model.state_view(enrollment(), "UTC", NOW, {})
-    views = [model.view_in_state(enrollment(id=n, subject=f"u{n}"), state) for n in (1, 2)]
+    state = state_view(enrollment(), "UTC", NOW, {})
+    views = [view_in_state(enrollment(id=n, subject=f"u{n}"), state) for n in (1, 2)]
     assert [json.loads(one.text)["subject"] for one in views] == ["u1", "u2"]
     assert all(one.text.endswith(state.text[1:]) for one in views)
 
 
 def test_the_text_of_a_view_has_values_that_were_added() -> None:
-    view = model.view(enrollment(), "UTC", NOW, {})
+    view = view_of(enrollment(), "UTC", NOW, {})
     more = View.of({**view, "unsubscribeLink": "https://example.com"}, view.data)
     assert json.loads(more.text) == more
