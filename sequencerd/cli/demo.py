@@ -25,7 +25,7 @@ import asyncpg
 import yaml
 
 from sequencerd.core.describe import counted
-from sequencerd.definitions import files, plan, yaml_reader
+from sequencerd.definitions import apply_plan, files, yaml_reader
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
@@ -107,7 +107,7 @@ async def _apply(connection: asyncpg.Connection, settings: Settings) -> None:
     documents = {"the example": yaml_reader.parse(_shortened())}
     found, _ = files.check_documents(documents, runners)
     async with connection.transaction():
-        applied = await plan.apply(connection, found, runners)
+        applied = await apply_plan.apply(connection, found, runners)
     for one in applied.sequences:
         count = len(one.changes.added)
         _say(f"applied {one.sequence}: {counted(count, 'step')}, waits shortened to seconds")

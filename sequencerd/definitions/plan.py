@@ -1,4 +1,4 @@
-"""Plan and apply: the changes to definitions, and their effect on enrollments."""
+"""Plans: what applying definitions changes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import asyncpg
 
-from sequencerd.core.advance import advance, is_unchanged
 from sequencerd.core.config import nearest
-from sequencerd.core.decision import Execute, Fail, QueryLookup, Wait
-from sequencerd.core.describe import counted, text
-from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.describe import counted
 from sequencerd.core.model import Definitions, InvalidStep, Limit, SideEffect
 from sequencerd.core.schedule import SOURCE
 from sequencerd.core.step_types import is_instant
 from sequencerd.core.view import no_holidays
+from sequencerd.definitions import affected
+from sequencerd.definitions.affected import WaitingCounts
 from sequencerd.definitions.compiler import (
     Definition,
     Runners,
     calendars,
-    from_rows,
     parse_holidays,
     parse_topic_limits,
 )
@@ -37,72 +34,11 @@ from sequencerd.definitions.diff import (
     seeds,
 )
 from sequencerd.definitions.drawing import Edge, edges
-from sequencerd.definitions.stored import as_stored
-from sequencerd.errors import FileError, PlanError
-from sequencerd.storage import connections, server, sources
+from sequencerd.errors import FileError
+from sequencerd.storage import sources
 from sequencerd.storage.statements import QUERIES
 
-BATCH_SIZE = 5000  # enrollments read at a time
 QUERY_TIMEOUT = 30.0  # seconds for the query of the key `enroll`
-
-
-@dataclass(slots=True)
-class WaitingCounts:
-    """Numbers of enrollments at a changed step, by what happens to them."""
-
-    step: str
-    total: int = 0
-    at_once: int = 0
-    later: int = 0
-    as_before: int = 0
-    executing: int = 0
-    first: datetime | None = None  # when their waits end, if that changes
-    last: datetime | None = None
-    unknown: int = 0  # their number depends on external data
-    limited: int = 0  # their number depends on limits
-    failing: int = 0
-    failure: str | None = None  # of the first of them
-
-    def line(self, *, done: bool) -> str:
-        """Describe the counts in a sentence, before the change or after it is `done`."""
-        continues = ("continues", "continue") if done else ("would continue",) * 2
-        fails = ("fails", "fail") if done else ("would fail",) * 2
-        parts: list[tuple[int, tuple[str, str], str]] = [
-            (self.at_once, continues, " at once"),
-            (self.limited, continues, " as soon as the limit has room"),
-            (self.later, ("waits", "wait"), f" until another time{self._times()}"),
-            (self.as_before, ("waits", "wait"), " as before"),
-            (
-                self.executing,
-                ("is being executed and finishes", "are being executed and finish"),
-                " unchanged",
-            ),
-            (self.unknown, ("depends", "depend"), " on external data"),
-            (self.failing, fails, f": {self.failure}"),
-        ]
-        counts = ", ".join(f"{counted(n, *verb)}{words}" for n, verb, words in parts if n)
-        return f"{counted(self.total, 'waits', 'wait')} at {self.step}: {counts}" if counts else ""
-
-    def add_later(self, until: datetime) -> None:
-        """Count an enrollment that waits until another time."""
-        self.later += 1
-        self.first = min(self.first or until, until)
-        self.last = max(self.last or until, until)
-
-    def _times(self) -> str:
-        if self.first is None or self.last is None:
-            return ""
-        times = dict.fromkeys(map(text, (self.first, self.last)))
-        return f", {' to '.join(times)}"
-
-    def add(self, other: WaitingCounts) -> None:
-        """Add the counts for the same step in another shard."""
-        for count in fields(self):
-            if count.type == "int":
-                setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
-        self.first = min(filter(None, (self.first, other.first)), default=None)
-        self.last = max(filter(None, (self.last, other.last)), default=None)
-        self.failure = self.failure or other.failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,14 +191,20 @@ async def make(
     ]
     everything: Definitions | None = None
     for number, (one, definition) in enumerate(zip(made, definitions, strict=True)):
-        if concerned := _concerned(one.changes, definition):
+        if steps := affected.rescheduled_steps(one.changes, definition):
             if everything is None:  # enrollments may continue in other sequences
                 seeded = [
                     replace(d, sequence=d.seeded(seeds(m.after)))
                     for d, m in zip(definitions, made, strict=True)
                 ]
-                everything = await _everything(connection, known, seeded, runners)
-            waiting = [await _count(connection, one, step, everything) for step in concerned]
+                everything = await affected.changed_definitions(connection, known, seeded, runners)
+            old_names = {new: old for old, new in one.changes.renamed.items()}
+            waiting = [
+                await affected.count_waiting(
+                    connection, one.sequence, step, old_names.get(step, step), everything
+                )
+                for step in steps
+            ]
             made[number] = replace(one, waiting=tuple(w for w in waiting if w.total))
     archived = [
         name
@@ -512,229 +454,3 @@ def _refusals(one: SequencePlan, planned: Collection[str]) -> Iterator[str]:
                 f"{one.sequence}: step {naming.target} is removed, but {naming.sequence}/"
                 f"{naming.step} leads to it: change that sequence before, or in the same plan"
             )
-
-
-# --- the enrollments
-
-
-def _concerned(changes: SequenceDiff, definition: Definition) -> list[str]:
-    """Return the steps whose enrollments will be rescheduled: those that the triggers mark."""
-    if changes.is_new:
-        return []
-    steps = definition.sequence.steps
-    altered = {
-        name
-        for name, keys in changes.changed.items()
-        if any(key == "type" or key.startswith("config.") for key in keys)
-    }
-    goals = {goal.name for goal in definition.sequence.goals}
-    concerns_all = changes.settings.keys() & {
-        "timezone",
-        "lookup",
-        "recheck",
-        "window",
-    } or goals & (altered | changes.added.keys())
-    follows_topic = "topic" in changes.settings
-    return [
-        name
-        for name, step in steps.items()
-        if name in altered
-        or (concerns_all and name not in changes.added)
-        or (follows_topic and name not in changes.added and not is_instant(step.type))
-    ]
-
-
-async def _everything(
-    connection: asyncpg.Connection,
-    names: Iterable[str],
-    definitions: Iterable[Definition],
-    runners: Runners,
-) -> Definitions:
-    """Return all sequences as they would be after the change."""
-    wanted = list(names)
-    steps: dict[str, list[asyncpg.Record]] = {name: [] for name in wanted}
-    for row in await connection.fetch(QUERIES["steps"], wanted):
-        steps[row["sequence"]].append(row)
-    found = {
-        row["name"]: replace(from_rows(row, steps[row["name"]], runners), paused=False)
-        for row in await connection.fetch(QUERIES["sequences"], wanted)
-    }
-    return found | await as_stored(
-        connection, [replace(one.sequence, paused=False) for one in definitions]
-    )
-
-
-async def _count(
-    connection: asyncpg.Connection, one: SequencePlan, name: str, definitions: Definitions
-) -> WaitingCounts:
-    """Evaluate all enrollments at a step, with one batch in memory at a time, and count the
-    outcomes.
-    """
-    old_names = {new: old for old, new in one.changes.renamed.items()}
-    old_name = old_names.get(name, name)
-    count = WaitingCounts(name)
-    now = await server.server_time(connection)
-    async with connection.transaction():  # a cursor needs one
-        async for rows in connections.batches(
-            connection,
-            "waiting",
-            QUERIES["enrollments_at"],
-            one.sequence,
-            old_name,
-            size=BATCH_SIZE,
-        ):
-            for row in rows:
-                enrollment = Enrollment(*row)
-                if name != old_name:
-                    enrollment = enrollment._replace(step=name)
-                _classify(count, enrollment, definitions, now)
-    return count
-
-
-def _classify(
-    count: WaitingCounts, before: Enrollment, definitions: Definitions, now: datetime
-) -> None:
-    count.total += 1
-    if before.leased_by is not None:
-        count.executing += 1
-        return
-    after = advance(definitions, before, now)
-    match after.decision:
-        case Wait() if after.enrollment.visit == before.visit and is_unchanged(before, after):
-            count.as_before += 1
-        case Wait(until) if after.enrollment.visit == before.visit:
-            count.add_later(until)
-        case QueryLookup():
-            count.unknown += 1
-        case Execute() if after.decision.reservations:
-            count.limited += 1
-        case Fail(failure, message):
-            count.failing += 1
-            count.failure = count.failure or f"{failure}, {message}"
-        case _:
-            count.at_once += 1
-
-
-# --- apply
-
-MAX_REMOVALS = 10  # attempts to remove steps at which enrollments arrive
-
-
-async def apply(
-    connection: asyncpg.Connection,
-    definitions: Sequence[Definition],
-    runners: Runners,
-) -> Plan:
-    """Change the database's sequences to the definitions, in the caller's transaction. Raises
-    PlanError if the plan cannot be applied; FileError if the database rejects a definition.
-    """
-    await connection.execute(QUERIES["lock_definitions"])
-    plan = await make(connection, definitions, runners)
-    check(plan)
-    await write(connection, plan, definitions)
-    return plan
-
-
-def check(plan: Plan, expected: str | None = None) -> None:
-    """Raise PlanError if a plan cannot be applied, or does not have the `expected` fingerprint."""
-    if expected is not None and plan.fingerprint != expected:
-        raise PlanError(
-            f"plan {expected} no longer holds: the files, the options or the sequences have "
-            "changed since; make a new one with sequencerd plan"
-        )
-    if plan.refused:
-        raise PlanError("\n".join(plan.refused))
-
-
-async def write(
-    connection: asyncpg.Connection,
-    plan: Plan,
-    definitions: Sequence[Definition],
-    *,
-    brake: int | None = None,
-    from_files: bool = True,
-) -> None:
-    """Apply a plan of `make`, in the same transaction, which has locked the definitions. `brake` is
-    the number of side effects that may begin in an hour, for a day, in the sequences that change.
-    Raises FileError if the database rejects a definition.
-    """
-    written = zip(plan.sequences, definitions, strict=True)
-    # by name, like the brakes that daemons lock
-    for one, definition in sorted(written, key=lambda pair: pair[0].sequence):
-        if one.changes:
-            try:
-                await _write(connection, one, definition)
-            except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
-                raise FileError(f"{definition.where}: {error}") from error
-    if brake is not None:
-        changed = [one.sequence for one in plan.sequences if one.changes]
-        await connection.execute(QUERIES["set_apply_brake"], changed, brake)
-    if plan.archived:
-        await connection.execute(QUERIES["archive"], plan.archived)
-    if from_files:
-        await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
-
-
-async def _write(connection: asyncpg.Connection, one: SequencePlan, definition: Definition) -> None:
-    steps = one.after["steps"]
-    names = [kept["name"] for kept in steps]
-    reentry, brake = one.after["reentry"], one.after["brake"]
-    await connection.execute(
-        QUERIES["apply_sequence"],
-        one.sequence,
-        names[0],
-        one.after["timezone"],
-        one.after["status"],
-        "after" if isinstance(reentry, dict) else reentry,
-        one.after["lookup"],
-        definition.sequence.recheck,
-        one.after["description"],
-        "{amount} {unit}".format(**reentry["after"]) if isinstance(reentry, dict) else None,
-        None if one.after["window"] is None else json.dumps(one.after["window"]),
-        json.dumps(one.after["enroll"]) if one.after["enroll"] else None,
-        one.after["topic"],
-        one.after["locale"],
-        json.dumps(one.after["partials"]) if one.after["partials"] else None,
-        brake and brake["at_most"],
-        brake and brake["per"]["amount"] * (3600.0 if brake["per"]["unit"] == "hours" else 1.0),
-    )
-    for old, new in one.changes.renamed.items():
-        await connection.execute(QUERIES["rename_step"], one.sequence, old, new)
-    await connection.execute(
-        QUERIES["apply_steps"],
-        one.sequence,
-        names,
-        list(range(len(steps))),
-        [kept["type"] for kept in steps],
-        [json.dumps(kept["config"]) for kept in steps],
-        [kept["next"] for kept in steps],
-        [kept["altNext"] for kept in steps],
-        [seeds(one.after).get(name) for name in names],
-    )
-    await _remove_steps(connection, one, names)
-
-
-async def _remove_steps(
-    connection: asyncpg.Connection, one: SequencePlan, names: Sequence[str]
-) -> None:
-    """Delete the steps that are not in `names`, and move their enrollments as planned. Daemons may
-    move more enrollments there at any time. Raises PlanError if one that has arrived since the plan
-    cannot be moved.
-    """
-    for attempt in range(1, MAX_REMOVALS + 1):
-        for old, new in one.moves.items():
-            while await connection.fetchval(QUERIES["move_enrollments"], one.sequence, old, new):
-                pass
-        try:
-            async with connection.transaction():
-                await connection.execute(QUERIES["remove_steps"], one.sequence, names)
-        except asyncpg.ForeignKeyViolationError as error:
-            if (error.table_name, error.column_name) != ("steps", "name"):
-                raise  # not of guard_step
-            if not one.moves or attempt == MAX_REMOVALS:
-                raise PlanError(
-                    f"{one.sequence}: {error.args[0]}; they arrived after the plan was made: "
-                    "specify where to continue (--move OLD=STEP), or apply it again"
-                ) from error
-        else:
-            return

@@ -8,15 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
-from sequencerd.definitions import plan
+from sequencerd.definitions import apply_plan, plan
+from sequencerd.definitions.affected import WaitingCounts
 from sequencerd.definitions.compiler import Definition, Runners
-from sequencerd.definitions.plan import (
-    Plan,
-    ScheduledEntries,
-    SequencePlan,
-    WaitingCounts,
-    refusals,
-)
+from sequencerd.definitions.plan import Plan, ScheduledEntries, SequencePlan, refusals
 from sequencerd.storage.change_of_shards import Change
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
@@ -37,8 +32,8 @@ async def apply(
     from_files: bool = True,
 ) -> Plan:
     """Make a plan on every shard of a change and apply it, for the caller to commit: see
-    `plan.make` and `plan.write`. Raises PlanError if the plan cannot be applied, or does not have
-    the `expected` fingerprint.
+    `plan.make` and `apply_plan.write`. Raises PlanError if the plan cannot be applied, or does not
+    have the `expected` fingerprint.
     """
 
     async def lock(shard: Shard) -> None:
@@ -49,7 +44,7 @@ async def apply(
         return await plan.make(connection, definitions, runners, moves=moves, prune=prune)
 
     async def write(shard: Shard) -> None:
-        await plan.write(
+        await apply_plan.write(
             change.connections[shard],
             plans[shard],
             definitions,
@@ -61,7 +56,7 @@ async def apply(
     await change.on_each(lock, at_once=1)
     plans = await change.on_each(make)
     merged = merge(plans, moves)
-    plan.check(merged, expected)
+    apply_plan.check(merged, expected)
     await change.on_each(write)
     return merged
 

@@ -20,7 +20,7 @@ import pytest
 
 from sequencerd.console import live, summary
 from sequencerd.console.summary import HISTORY_DAYS
-from sequencerd.definitions import plan
+from sequencerd.definitions import apply_plan
 from sequencerd.definitions.files import read_file
 from sequencerd.passwords import make_hash
 from sequencerd.service import public
@@ -697,7 +697,7 @@ async def test_screenshots(
     runners = {"Email": Recorder(), "SMS": Recorder(), "Score": Recorder()}
     found = read_file(path, runners)
     async with connection.transaction():
-        await plan.apply(connection, found, runners)
+        await apply_plan.apply(connection, found, runners)
     await connection.execute(MANY)
     async with console(database, runners, write=True, is_served=True) as client:
         await until(connection, "SELECT count(*) > 100 FROM sequencer.events")

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from sequencerd.console import summary
-from sequencerd.definitions import plan
+from sequencerd.definitions import apply_plan
 from sequencerd.definitions.files import read_file
 from sequencerd.runners import Runner
 from sequencerd.runners.email.runner import EmailRunner
@@ -59,7 +59,7 @@ async def test_the_journey_of_a_sequence(
     }
     found = read_file(REPOSITORY / "examples/onboarding.yaml", runners)
     async with connection.transaction():
-        await plan.apply(connection, found, runners)
+        await apply_plan.apply(connection, found, runners)
     await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
     await connection.execute(MANY)
     async with console(

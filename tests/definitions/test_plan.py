@@ -20,7 +20,7 @@ from sequencerd.core.enrollment import Enrollment
 from sequencerd.core.model import InvalidStep, Sequence
 from sequencerd.core.step_types import BUILT_IN, is_instant, named_steps
 from sequencerd.core.step_types.effects import EffectConfig
-from sequencerd.definitions import files, plan
+from sequencerd.definitions import apply_plan, files, plan
 from sequencerd.definitions.compiler import Definition, compile_behaviour, from_rows
 from sequencerd.definitions.diff import compare, is_same
 from sequencerd.definitions.files import FileSequence
@@ -612,7 +612,7 @@ async def test_values_that_postgresql_cannot_store_are_explained(
     definition.sequence.steps["hello"].config["x"] = config["x"]  # type: ignore[index]
     with pytest.raises(FileError, match="sequence 's'"):
         async with connection.transaction():
-            await plan.apply(connection, [definition], RUNNERS)
+            await apply_plan.apply(connection, [definition], RUNNERS)
 
 
 async def test_equal_jsonb_is_no_change(apply: Applying, connection: asyncpg.Connection) -> None:
@@ -1016,7 +1016,7 @@ async def test_null_for_any_key_is_applied_and_exported(
     found, findings = read({**keys, "steps": [*steps, end]}, {"name": "other", "steps": [end]})
     assert not [one for one in findings if one.is_error]
     async with connection.transaction():
-        await plan.apply(connection, found, FILE_RUNNERS)
+        await apply_plan.apply(connection, found, FILE_RUNNERS)
     assert not await plan.make(connection, found, FILE_RUNNERS)
 
     exported = json.loads(await connection.fetchval("SELECT sequencer.document('s')"))

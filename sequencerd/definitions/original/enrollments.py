@@ -12,7 +12,7 @@ from sequencerd.core.describe import visible
 from sequencerd.core.enrollment import MAX_SUBJECT
 from sequencerd.core.routing import ShardNumber, shard_of
 from sequencerd.core.step_types import is_goal, is_instant
-from sequencerd.definitions import plan
+from sequencerd.definitions import apply_plan
 from sequencerd.definitions.compiler import Runners
 from sequencerd.definitions.original.read import ImportSource
 from sequencerd.definitions.original.report import ImportedSequence, ImportReport, StepPlace, merge
@@ -83,7 +83,7 @@ async def apply(
 
     async def begin(shard: Shard) -> _Writer:
         ours, result = change.connections[shard], found[shard]
-        await plan.apply(ours, result.definitions, runners)
+        await apply_plan.apply(ours, result.definitions, runners)
         for one in result.sequences.values():
             if not one.is_here:
                 mark = f"{one.original_id} {one.title}"
