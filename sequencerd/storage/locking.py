@@ -215,6 +215,13 @@ async def orphans(
     return found
 
 
+_CHANGEABLE = (
+    *("subject", "data", "sequence", "step", "timezone"),
+    *("last_error", "goals_met", "goals_elsewhere", "executed"),
+)
+"""What may change within a visit, in the order of the statement `lock`."""
+
+
 class Locked(NamedTuple):
     """Enrollments whose side effects have ended: the ids of the locked rows; by id, the enrollments
     whose fences are unchanged, as they are now; and the revisions of their sequences. Of rows that
@@ -261,35 +268,14 @@ async def lock(
     renamed: list[str] = []
     rows = await connection.fetch(QUERIES["lock"], id_array(sorted(ids - locked)))
     for row in await _with_data(connection, rows):
-        id_, visit, leases, leased_by, *rest = row
-        subject, data, sequence, step, timezone, error, goals, elsewhere, executed, revision = rest
+        id_, visit, leases, leased_by, *values, revision = row
         locked.add(id_)
         if was := by_fence.get((id_, visit, leases, leased_by)):
-            revisions[sequence] = revision
-            if (sequence, step) != (was.sequence, was.step):
-                renamed.append(sequence)
-            now[id_] = Enrollment(
-                id_,
-                subject,
-                data,
-                was.created_at,
-                was.tag,
-                was.original_id,
-                None,
-                sequence,
-                step,
-                timezone,
-                was.entered_at,
-                visit,
-                was.attempt,
-                leases,
-                was.retry_at,
-                leased_by,
-                error,
-                goals,
-                elsewhere,
-                executed,
-            )
+            read = dict(zip(_CHANGEABLE, values, strict=True))
+            one = now[id_] = was._replace(wake_at=None, **read)
+            revisions[one.sequence] = revision
+            if (one.sequence, one.step) != (was.sequence, was.step):
+                renamed.append(one.sequence)
     if renamed:
         # a rename that was committed during the statement is in the rows, but not in its snapshot
         revisions |= dict.fromkeys(renamed) | await read_revisions(connection, renamed)
