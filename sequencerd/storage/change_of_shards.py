@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple, TypeVar
 
@@ -51,24 +51,19 @@ class Change:
         self._connect = connect
         self._transactions: dict[Shard, Transaction] = {}
 
-    async def begin(self) -> None:
-        """Begin the transactions. Raises SequencerdError if a shard cannot be reached."""
-        await self.on_each(self._begin)
-
-    async def _begin(self, shard: Shard) -> None:
+    async def begin(self, shard: Shard) -> None:
+        """Begin the transaction on a shard. Raises SequencerdError if it cannot be reached."""
         connection = self.connections[shard] = await self._connect(shard)
         self._transactions[shard] = connection.transaction()
         await self._transactions[shard].start()
 
     async def on_each(
         self, work: Callable[[Shard], Awaitable[_T]], *, at_once: int = MAX_CONCURRENT_SHARDS
-    ) -> dict[Shard, _T]:
+    ) -> Mapping[Shard, _T]:
         """Do a part of the work on every shard. Raises SequencerdError if one refuses."""
-        return {
-            **await ask_all(
-                self._explain, self._shards, work, otherwise=NOTHING_CHANGED, at_once=at_once
-            )
-        }
+        return await ask_all(
+            self._explain, self._shards, work, otherwise=NOTHING_CHANGED, at_once=at_once
+        )
 
     async def on(self, shard: Shard, work: Callable[[Shard], Awaitable[_T]]) -> _T:
         """Do a part of the work on one shard. Raises SequencerdError if it refuses."""
@@ -181,7 +176,7 @@ async def changing(
     """
     change = Change(explain, shards, connect, warn)
     try:
-        await change.begin()
+        await change.on_each(change.begin)
         yield change
     except asyncio.CancelledError:
         change.report_interruption()
