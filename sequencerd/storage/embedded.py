@@ -239,20 +239,9 @@ def _start(
     fast = ["--no-sync"] if settings.get("fsync") == "off" else []
     if not (data / "PG_VERSION").exists():
         shutil.rmtree(data, ignore_errors=True)  # left by an initdb that was interrupted
-        programs.run(
-            "initdb",
-            "-D",
-            data,
-            "-U",
-            "postgres",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            "--locale-provider=builtin",
-            "--builtin-locale=C.UTF-8",
-            *fast,
-        )
+        cluster = ("--username=postgres", "--auth=trust", "--encoding=UTF8")
+        locale = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
+        programs.run("initdb", "-D", data, *cluster, *locale, *fast)
     address = ("-h", socket, "-U", "postgres")
     if "accepting" not in programs.run("pg_isready", *address, check=False):
         options = {"listen_addresses": "", "unix_socket_directories": str(socket), **settings}

@@ -61,10 +61,8 @@ async def lock_rescheduling(
 
     Return False if another daemon has locked it, or the definition is not the known one.
     """
-    return (
-        await connection.fetchval(QUERIES["lock_rescheduling"], *step_key, since, revision)
-        is not None
-    )
+    query = QUERIES["lock_rescheduling"]
+    return await connection.fetchval(query, *step_key, since, revision) is not None
 
 
 async def record_progress(connection: asyncpg.Connection, step_key: StepKey, until: int) -> None:
