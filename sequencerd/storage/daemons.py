@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from datetime import datetime, timedelta
+from enum import Enum
 
 import asyncpg
 
@@ -54,14 +55,18 @@ async def write_problems(
         await connection.execute(QUERIES["write_problems"], daemon, *columns)
 
 
-async def acquire_notify_lock(connection: asyncpg.Connection) -> bool | None:
-    """Try to acquire the notify lock, for as long as the connection lasts.
+class NotifyLock(Enum):
+    """Who holds the notify lock, as the statement answers."""
 
-    Return True if this connection holds it, False if another daemon does, and None if transactions
-    are in progress that have skipped their notification.
-    """
-    is_ours: bool | None = await connection.fetchval(QUERIES["acquire_notify_lock"])
-    return is_ours
+    OURS = True
+    ANOTHERS = False
+    NOBODYS = None
+    """Transactions in progress that have skipped their notification keep daemons from it."""
+
+
+async def acquire_notify_lock(connection: asyncpg.Connection) -> NotifyLock:
+    """Try to acquire the notify lock, for as long as the connection lasts. Return who holds it."""
+    return NotifyLock(await connection.fetchval(QUERIES["acquire_notify_lock"]))
 
 
 async def release_notify_lock(connection: asyncpg.Connection) -> None:

@@ -23,6 +23,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 from sequencerd.core.enrollment import StepKey
 from sequencerd.storage.connections import Shard, open_connection
 from sequencerd.storage.daemons import (
+    NotifyLock,
     acquire_notify_lock,
     acquire_requests_lock,
     release_notify_lock,
@@ -252,7 +253,7 @@ class _Watch:
         self._next_attempt = 0.0  # to acquire the requests lock
         self._requests: dict[Reevaluate, float] = {}  # recent ones that another daemon handles
         self._wake = asyncio.Event()  # there is something to do before the next probe
-        self._has_notify_lock: bool | None = None  # False: another daemon holds it
+        self._notify_lock = NotifyLock.NOBODYS
         self._is_off = False  # whether another daemon has released it
         self._notified_at: deque[float] = deque(maxlen=OFTEN)
         self._last = DueSteps(0, frozenset())
@@ -275,7 +276,7 @@ class _Watch:
             self._is_off = True
             self._wake.set()
             return
-        if self._has_notify_lock and isinstance(message, EnrollmentDue):
+        if self._notify_lock is NotifyLock.OURS and isinstance(message, EnrollmentDue):
             self._notified_at.append(asyncio.get_running_loop().time())
             if self._notified_often:
                 self._wake.set()
@@ -309,38 +310,45 @@ class _Watch:
     async def keep(self) -> None:
         """Work until the connection is lost, which raises."""
         while True:
-            had_notify_lock = self._has_notify_lock
-            if had_notify_lock:
+            before = self._notify_lock
+            if before is NotifyLock.OURS:
                 await self._probe()
             else:
-                self._has_notify_lock = await acquire_notify_lock(self._connection)
+                self._notify_lock = await acquire_notify_lock(self._connection)
                 self._heard(True)
             await self._try_to_handle_requests()
-            if self._has_notify_lock is None:
+            if self._notify_lock is NotifyLock.NOBODYS:
                 await self._poll_and_pause()
                 continue
-            if self._has_notify_lock is not had_notify_lock:
-                self._is_off = False
-                self._notified_at.clear()
-                started = asyncio.get_running_loop().time()
-                await self._poll_once(whole=True)
-                self._whole_took.append(asyncio.get_running_loop().time() - started)
+            if self._notify_lock is not before:
+                await self._begin_to_be_notified()
+            is_ours = self._notify_lock is NotifyLock.OURS
             with suppress(TimeoutError):
-                async with asyncio.timeout(
-                    PROBE_INTERVAL if self._has_notify_lock else LOCK_INTERVAL
-                ):
+                async with asyncio.timeout(PROBE_INTERVAL if is_ours else LOCK_INTERVAL):
                     await self._wake.wait()
             self._wake.clear()
-            if self._has_notify_lock and self._notified_often:
+            if is_ours and self._notified_often:
                 await release_notify_lock(self._connection)
-            elif self._has_notify_lock or not self._is_off:
-                continue
-            self._has_notify_lock, self._pause = None, POLL_INTERVALS[0]
-            loop = asyncio.get_running_loop()
-            # a whole poll reads all dead entries of the index: many while a snapshot is held open
-            end = loop.time() + pause_after(OFF_FOR, *self._whole_took)
-            while loop.time() < end:
-                await self._poll_and_pause()
+                await self._poll_for_a_while()
+            elif self._is_off and not is_ours:
+                await self._poll_for_a_while()
+
+    async def _begin_to_be_notified(self) -> None:
+        """Find what was written without a notification."""
+        self._is_off = False
+        self._notified_at.clear()
+        started = asyncio.get_running_loop().time()
+        await self._poll_once(whole=True)
+        self._whole_took.append(asyncio.get_running_loop().time() - started)
+
+    async def _poll_for_a_while(self) -> None:
+        """Poll while notifications are off."""
+        self._notify_lock, self._pause = NotifyLock.NOBODYS, POLL_INTERVALS[0]
+        loop = asyncio.get_running_loop()
+        # a whole poll reads all dead entries of the index: many while a snapshot is held open
+        end = loop.time() + pause_after(OFF_FOR, *self._whole_took)
+        while loop.time() < end:
+            await self._poll_and_pause()
 
     async def poll(self) -> None:
         """Poll until the connection is lost, which raises: nothing but requests is notified."""

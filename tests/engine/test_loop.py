@@ -27,7 +27,7 @@ from sequencerd.engine.leases import Leases
 from sequencerd.engine.loop import Engine
 from sequencerd.engine.results import Results
 from sequencerd.storage import connections, listener, locking, sequences, wakes, writes
-from sequencerd.storage.daemons import acquire_notify_lock
+from sequencerd.storage.daemons import NotifyLock, acquire_notify_lock
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES, AdvisoryLock
 from tests.core.test_advance import at
@@ -826,11 +826,11 @@ async def test_the_notify_lock_goes_to_another_daemon(
 ) -> None:
     is_refused = asyncio.Event()
 
-    async def acquire_and_tell(one: asyncpg.Connection) -> bool | None:
-        has_lock = await acquire_notify_lock(one)
-        if has_lock is False:
+    async def acquire_and_tell(one: asyncpg.Connection) -> NotifyLock:
+        held = await acquire_notify_lock(one)
+        if held is NotifyLock.ANOTHERS:
             is_refused.set()
-        return has_lock
+        return held
 
     monkeypatch.setattr(listener, "acquire_notify_lock", acquire_and_tell)
     await define(connection, "s", ("a", "Note", "{}", None))

@@ -17,6 +17,7 @@ from sequencerd.core.enrollment import Enrollment, effect_key
 from sequencerd.runners.suppression_check import forms
 from sequencerd.storage import daemons, migrate
 from sequencerd.storage.connections import connected
+from sequencerd.storage.daemons import NotifyLock
 from sequencerd.storage.listener import DefinitionsChanged, EnrollmentDue, parse
 from sequencerd.storage.migrations import available
 from sequencerd.storage.schemas import LOCK_CLASS
@@ -522,7 +523,7 @@ async def ear(database: str) -> AsyncIterator[Ear]:
     listening = await asyncpg.connect(database)
     ear = Ear(listening)
     await listening.add_listener(SCHEMA, ear.hear)
-    assert await daemons.acquire_notify_lock(listening)
+    assert await daemons.acquire_notify_lock(listening) is NotifyLock.OURS
     yield ear
     await listening.close()
 
@@ -600,10 +601,11 @@ async def test_without_the_notify_lock_nothing_is_notified(
     other = await asyncpg.connect(database)
     async with other.transaction():
         await other.execute(enroll.format("eve"))
-        assert await daemons.acquire_notify_lock(ear.connection) is None  # or eve would be missed
+        found = await daemons.acquire_notify_lock(ear.connection)
+        assert found is NotifyLock.NOBODYS  # or eve would be missed
         assert await heard(ear, defined, enroll.format("joe")) == []
-    assert await daemons.acquire_notify_lock(ear.connection) is True
-    assert await daemons.acquire_notify_lock(other) is False
+    assert await daemons.acquire_notify_lock(ear.connection) is NotifyLock.OURS
+    assert await daemons.acquire_notify_lock(other) is NotifyLock.ANOTHERS
     await other.close()
     assert await heard(ear, defined, enroll.format("kim")) == told
 
