@@ -98,8 +98,6 @@ def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCh
     async def listening(connection: asyncpg.Connection) -> Diagnosis:
         return await _listening(connection, shard) if settings.listen else NOT_LISTENING
 
-    names = list(CHECKS)
-    place = names.index("clock")
     of_settings: dict[str, DiagnosisCheck] = {}
     if (number := shard.number) is not None:
         of_settings["shard"] = lambda connection: _checked(
@@ -107,8 +105,7 @@ def checks_of(shard: Shard, settings: DatabaseSettings) -> dict[str, DiagnosisCh
         )
     of_settings["pooler"] = lambda connection: _pooler(connection, shard, settings)
     of_settings["notifications"] = listening
-    first = {name: CHECKS[name] for name in names[:place]}
-    return first | of_settings | {name: CHECKS[name] for name in names[place:]}
+    return FIRST_CHECKS | of_settings | LATER_CHECKS
 
 
 async def run_check(about: str, check: DiagnosisCheck, connection: asyncpg.Connection) -> Diagnosis:
@@ -497,11 +494,13 @@ def compare_shards(
             yield Diagnosis(f"{about} of the shards", same)
 
 
-CHECKS: dict[str, DiagnosisCheck] = {
+FIRST_CHECKS: dict[str, DiagnosisCheck] = {
     "server": _server,
     "schema": _schema,
     "triggers": _triggers,
     "roles": _roles,
+}
+LATER_CHECKS: dict[str, DiagnosisCheck] = {
     "clock": _clock,
     "time zones": _time_zones,
     "vacuum": _vacuum,
@@ -518,7 +517,8 @@ CHECKS: dict[str, DiagnosisCheck] = {
     "rates": _rates,
     "e-mail search": _email_search,
 }
-"""The checks that need only a connection, in order."""
+CHECKS = FIRST_CHECKS | LATER_CHECKS
+"""The checks that need only a connection, in order; those of the settings are between the two."""
 
 
 def _some(items: Iterable[str], between: str = ", ") -> str:
