@@ -47,9 +47,8 @@ class NameCache:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._asked: dict[NameQuery, asyncio.Future[ResolvedAddresses]] = {}
-        self._known: dict[
-            NameQuery, tuple[float, ResolvedAddresses | OSError]
-        ] = {}  # with their expiry
+        # the answers, with their expiry
+        self._known: dict[NameQuery, tuple[float, ResolvedAddresses | OSError]] = {}
 
     async def resolve(self, key: NameQuery) -> ResolvedAddresses:
         """Return the addresses. Raises socket.gaierror, or another OSError."""
@@ -74,15 +73,13 @@ class NameCache:
 
         def end(answer: ResolvedAddresses | OSError) -> None:
             del self._asked[key]
-            is_error = isinstance(answer, OSError)
-            self._known[key] = (
-                time.monotonic() + (FRESH_ERROR if is_error else CACHE_SECONDS),
-                answer,
-            )
             if isinstance(answer, OSError):
                 asked.set_exception(answer)
+                lifetime = FRESH_ERROR
             else:
                 asked.set_result(answer)
+                lifetime = CACHE_SECONDS
+            self._known[key] = time.monotonic() + lifetime, answer
 
         def work() -> None:
             answer: ResolvedAddresses | OSError

@@ -52,16 +52,12 @@ def make_app(
     ]
     if console is None:
         return Starlette(routes=routes)
-    mounted = console
-    routes += [
-        Route("/", RedirectResponse("/console/")),
-        Mount("/console", mounted),
-    ]
+    routes += [Route("/", RedirectResponse("/console/")), Mount("/console", console)]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with mounted.router.lifespan_context(mounted):
-            app.state.close = mounted.state.close
+        async with console.router.lifespan_context(console):
+            app.state.close = console.state.close
             yield
 
     return Starlette(routes=routes, lifespan=lifespan)

@@ -46,15 +46,6 @@ MAX_LANGUAGES = 10  # languages of a browser that are considered
 TITLES_CACHED_FOR = 60.0  # seconds for which the titles of topics are cached
 REASON_OF_UNDO = "the recipient undid it with the unsubscribe link"
 
-UNAVAILABLE_ERRORS = (
-    *TRANSIENT_ERRORS,
-    asyncpg.PostgresError,
-    DatabaseError,
-    TimeoutError,
-    OSError,
-)
-
-
 _T = TypeVar("_T")
 
 
@@ -98,7 +89,7 @@ class PublicPages:
                 return Response("too large", 413)
             except ClientDisconnect:
                 return Response(status_code=400)
-            except UNAVAILABLE_ERRORS as error:
+            except (DatabaseError, *TRANSIENT_ERRORS) as error:
                 self._log.warning("a request waits for the database", error=brief(error))
                 texts = TEXTS[_language(None, request)]
                 response = _page(texts, [texts.unavailable], status=503)
