@@ -38,6 +38,7 @@ from sequencerd.core.model import (
 )
 from sequencerd.core.routing import ShardNumber
 from sequencerd.errors import SettingsError
+from sequencerd.urls import check_base_url, check_origin, check_url
 
 SCHEMA = "sequencer"
 """The schema of the tables, by default."""
@@ -97,6 +98,9 @@ def _unless_empty(value: SecretStr | None) -> SecretStr | None:
 
 
 OptionalUrl = Annotated[Secret | None, AfterValidator(_unless_empty)]
+HttpUrl = Annotated[str, AfterValidator(check_url)]
+BaseUrl = Annotated[str, AfterValidator(check_base_url)]
+Origin = Annotated[str, AfterValidator(check_origin)]
 
 
 def _read_duration(value: object) -> timedelta:
@@ -267,7 +271,7 @@ class MessagingSettings(ServerSettings):
 class OAuthSettings(Section):
     """A source of access tokens (RFC 6749): for the client, or with `refresh_token` for a user."""
 
-    token_url: str = Field(pattern=r"^https?://")
+    token_url: HttpUrl
     client_id: str
     client_secret: Secret | None = None
     scope: str | None = None
@@ -319,9 +323,9 @@ class SmsSettings(MessagingSettings):
     provider: Literal["twilio", "http"] = "twilio"
     account_sid: str | None = None
     auth_token: Secret | None = None
-    base_url: str = "https://api.twilio.com"
-    hook_url: str | None = Field(default=None, pattern=r"^https?://")
-    url: str | None = Field(default=None, pattern=r"^https?://")
+    base_url: BaseUrl = "https://api.twilio.com"
+    hook_url: HttpUrl | None = None
+    url: HttpUrl | None = None
     body: str | None = None
     headers: dict[str, Secret] = {}
     allow_private: bool = False
@@ -342,7 +346,7 @@ def _check_target(section: HttpRunnerSettings | LookupSettings) -> None:
 class HttpRunnerSettings(ServerSettings):
     """A custom runner in any language: [runners.NAME]."""
 
-    url: str | None = Field(default=None, pattern=r"^https?://")
+    url: HttpUrl | None = None
     arn: str | None = Field(default=None, alias="lambda")
     concurrency: int = Field(default=CALL_LIMITS.concurrency, ge=1, le=1000)
     timeout: float = Field(default=CALL_LIMITS.timeout, gt=0, le=3600)
@@ -369,7 +373,7 @@ class LookupSettings(Section):
     subjects, or the original's `{"runners": [...]}`, the default for Lambda functions.
     """
 
-    url: str | None = Field(default=None, pattern=r"^https?://")
+    url: HttpUrl | None = None
     arn: str | None = Field(default=None, alias="lambda")
     form: Literal["list", "original"] | None = None
     timeout: float = Field(default=LOOKUP_LIMITS.timeout, gt=0, le=600)
@@ -437,7 +441,7 @@ class UnsubscribeSettings(Section):
     first one signs and all verify.
     """
 
-    url: str = Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")
+    url: BaseUrl
     keys: Annotated[tuple[SecretStr, ...], BeforeValidator(_read_keys)] = Field(min_length=1)
 
     @field_validator("keys")
@@ -473,10 +477,10 @@ class OidcSettings(Section):
     which browsers reach the listener; the provider redirects them to /console/oidc there.
     """
 
-    issuer: str = Field(pattern=r"^https?://[^\s/?#]+[^\s?#]*$")
+    issuer: BaseUrl
     client_id: str = Field(min_length=1)
     client_secret: Secret | None = None
-    url: str = Field(pattern=r"^https?://[^\s/?#]+/?$")
+    url: Origin
     scope: str = "openid profile email"
     user_claim: str = Field(default="email", min_length=1)
     groups_claim: str = Field(default="groups", min_length=1)

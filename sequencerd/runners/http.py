@@ -28,7 +28,6 @@ from sequencerd.runners.http_client import (
     HttpReply,
     Unreachable,
     check_headers,
-    check_url,
     judge,
 )
 from sequencerd.runners.pace import Pace, TakePermits
@@ -71,7 +70,7 @@ class HttpEndpoint:
         allow_private: bool = False,
         http2: bool = False,
     ) -> None:
-        self._url = check_url(url)
+        self._url = url
         self._key = None if secret is None else read_secret(secret)
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         self._headers |= check_headers(headers or {})

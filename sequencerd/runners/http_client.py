@@ -490,19 +490,6 @@ class _Incoming:
         return HttpReply(self.response.status_code, self.response.headers, body, secrets)
 
 
-def check_url(url: str, name: str = "the URL") -> str:
-    """Return a URL if it can be called. Raises ValueError, which does not contain it."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        raise ValueError(f"{name} cannot be read: write https://host/path") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{name} must begin with https://host or http://host")
-    if parsed.port is not None and not 0 < parsed.port < 65536:
-        raise ValueError(f"the port of {name} is {parsed.port}, which is not between 1 and 65535")
-    return url
-
-
 _OWN_NAMES = {name.lower(): name for name in ("Accept", "Content-Type", "Idempotency-Key")}
 
 

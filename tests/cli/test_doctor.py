@@ -403,23 +403,6 @@ async def test_unreachable_endpoints_are_errors_without_secrets(
     assert not any("secret" in f.seen or "token" in f.seen for f in found.values())
 
 
-async def test_a_url_that_cannot_be_read_is_an_error(
-    database: str, connection: asyncpg.Connection
-) -> None:
-    wrong = "http://[::1"
-    oidc = {"issuer": wrong, "client_id": "x", "client_secret": "x", "url": "https://x.org"}
-    found = await examine(
-        database,
-        sms={"account_sid": "AC1", "auth_token": "token", "base_url": wrong},
-        runners={"Crm": {"url": wrong}},
-        lookups={"plans": {"url": "http://localhost:99999"}},
-        console={"oidc": oidc, "viewer_groups": ["*"]},
-    )
-    for about in ("Twilio", "runner Crm", "lookup plans", "OIDC provider"):
-        assert (found[about].level, "the URL" in found[about].seen) == ("error", True), about
-        assert "start it" not in found[about].advice
-
-
 async def test_an_endpoint_that_hangs_up_is_not_to_be_started(
     database: str, connection: asyncpg.Connection
 ) -> None:

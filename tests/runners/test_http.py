@@ -641,12 +641,6 @@ async def test_the_cause_is_reported_whatever_was_being_handled() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"url": "https://crm.example.com:99999"},
-        {"url": "https://crm.example.com:0"},
-        {"url": "ftp://crm.example.com"},
-        {"url": "crm.example.com/x"},
-        {"url": "https://"},
-        {"url": "https://crm.example.com:secret"},
         {"secret": "whsec_"},
         {"secret": "no base64!"},
         {"headers": {"X-A": "secret\r\nX-B: c"}},
@@ -656,6 +650,6 @@ async def test_the_cause_is_reported_whatever_was_being_handled() -> None:
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"URL|secret|headers|per_second") as caught:
+    with pytest.raises(ValueError, match=r"secret|headers|per_second") as caught:
         http_runner(**{"url": "https://crm.example.com", "name": "Crm"} | options)
     assert "secret\r" not in str(caught.value)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from sequencerd.core.task import OutageCause
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import HttpClient, Unreachable, check_url, retry_after
+from sequencerd.runners.http_client import HttpClient, Unreachable, retry_after
 
 RENEWED_EARLY = 120.0
 """How many seconds before it expires a token is renewed; after half its lifetime if that is
@@ -101,13 +101,11 @@ def _read(text: str) -> _TokenAnswer:
 
 
 class TokenEndpoint:
-    """Fetches tokens with the client's credentials, or with a refresh token. Raises ValueError for
-    an invalid URL.
-    """
+    """Fetches tokens with the client's credentials, or with a refresh token."""
 
     def __init__(self, client: OAuthClient) -> None:
         self._client = client
-        self._url = check_url(client.token_url, "oauth.token_url")
+        self._url = client.token_url
         self._refresh_token = client.refresh_token
         self._web = HttpClient(timeout=TIMEOUT, connections=1, allow_private=True)
 

@@ -6,7 +6,9 @@ import base64
 import ssl
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
+
+from sequencerd.urls import split_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def parse_url(url: str, *, has_token: bool = False) -> SmtpServer:
     and a token replaces the password. Raises ValueError, which never contains the URL.
     """
     try:
-        parts = urlsplit(url)
+        parts = split_url(url)
         host, port = parts.hostname, parts.port
         query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True))
     except ValueError:

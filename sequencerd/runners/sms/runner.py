@@ -49,7 +49,6 @@ from sequencerd.runners.http_client import (
     HttpReply,
     Unreachable,
     check_headers,
-    check_url,
     judge,
     retry_after,
 )
@@ -251,8 +250,7 @@ class TwilioRunner(_SmsRunner):
         self._status_callback = status_callback
         self._auth = (account_sid, auth_token)
         account = quote(account_sid, safe="")
-        base = check_url(base_url, "base_url").rstrip("/")
-        self._url = f"{base}/2010-04-01/Accounts/{account}/Messages.json"
+        self._url = f"{base_url.rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
 
     async def _post(self, values: Mapping[str, str], _task: Task, /) -> Result:
         form = {
@@ -327,7 +325,7 @@ class HttpSmsRunner(_SmsRunner):
 
     `body` is a template of the request's body, which reads `from`, `to`, `message`, `key`, and the
     enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`. Raises
-    ValueError for an invalid URL or template.
+    ValueError for an invalid template.
     """
 
     def __init__(
@@ -340,7 +338,7 @@ class HttpSmsRunner(_SmsRunner):
         **options: Unpack[SmsOptions],
     ) -> None:
         super().__init__(allow_private=allow_private, **options)
-        self._url = check_url(url, "url")
+        self._url = url
         self._body = compile_field("body", body)
         self._headers = {"Content-Type": "application/json", **check_headers(headers or {})}
 
