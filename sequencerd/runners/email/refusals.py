@@ -47,7 +47,7 @@ class RefusalMeaning(StrEnum):
 
 
 class Refusal(NamedTuple):
-    """The meaning of a refusal, with the minimum wait if it is a quota."""
+    """The meaning of a refusal, with the minimum wait if it is a quota over time."""
 
     meaning: RefusalMeaning
     wait: timedelta | None = None
@@ -193,6 +193,9 @@ _RATE = _any(
     r"(?:messages?|mails?|connections?) per (?:session|connection)",
     _near(_PERIOD, rf"{_BOUND}|{_REACHED}|\bonly\b|allowed"),
 )
+CONNECTIONS = re.compile(r"\b(?:connections?|concurrent|sessions?|threads?)\b", re.IGNORECASE)
+"""Words of a limit that passes when a connection ends."""
+
 _LONG_PERIOD = _any(_LONG, r"quota|\bcredits?\b")
 _WAIT = re.compile(r"\b(?:in|after|for|wait) (\d{1,6}) ?(s|m|h)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -419,8 +422,11 @@ def _is_quota(code: int, about: str, said: str, stage: Stage) -> bool:
     return code not in (452, 552) and (stage != "recipient" or about.startswith("7."))
 
 
-def _wait(said: str) -> timedelta:
+def _wait(said: str) -> timedelta | None:
     named = _WAIT.search(said)
     if named:
         return min(timedelta(seconds=int(named[1]) * _SECONDS[named[2]]), MAX_WAIT)
-    return LONG_WAIT if _LONG_PERIOD.search(said) else SHORT_WAIT
+    if _LONG_PERIOD.search(said):
+        return LONG_WAIT
+    is_rate = re.search(rf"{_PERIOD}|\brate\b|frequen", said)
+    return None if CONNECTIONS.search(said) and not is_rate else SHORT_WAIT

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from sequencerd.runners.email.refusals import SHORT_WAIT, RefusalMeaning, read_refusal
+from sequencerd.runners.email.refusals import CONNECTIONS, SHORT_WAIT, RefusalMeaning, read_refusal
 from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused
-
-_CONNECTIONS = re.compile(r"\b(?:connections?|concurrent|sessions?|threads?)\b", re.IGNORECASE)
 
 
 class ConnectionPool:
@@ -82,7 +79,7 @@ class ConnectionPool:
         if error.stage == "connection":
             is_limit = meaning in (RefusalMeaning.QUOTA, RefusalMeaning.UNAVAILABLE)
         else:
-            is_limit = meaning is RefusalMeaning.QUOTA and bool(_CONNECTIONS.search(str(error)))
+            is_limit = meaning is RefusalMeaning.QUOTA and bool(CONNECTIONS.search(str(error)))
         others = self._used - 1 + len(self._idle)
         if not is_limit or not others:
             return False

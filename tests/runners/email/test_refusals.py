@@ -120,11 +120,15 @@ def test_replies_that_do_not_concern_the_address(text: str) -> None:
         ("451 rate limit exceeded, wait 5 minutes", timedelta(minutes=5)),
         ("451 rate limit exceeded, try again in 999999 hours", timedelta(days=1)),
         ("454 Throttling failure: Maximum sending rate exceeded.", SHORT_WAIT),
+        ("421 4.7.0 Connection rate limit reached", SHORT_WAIT),
+        ("421 Too many connections per minute", SHORT_WAIT),
+        ("421 Too many connections in the last hour", LONG_WAIT),
+        ("421 Too many concurrent SMTP connections; please try again later.", None),
         ("454 Throttling failure: Daily message quota exceeded.", LONG_WAIT),
         ("550 Domain x has exceeded the max emails per hour (500/500 (100%)) allowed.", LONG_WAIT),
     ],
 )
-def test_how_long_a_quota_lasts(reply: str, wait: timedelta) -> None:
+def test_how_long_a_quota_lasts(reply: str, wait: timedelta | None) -> None:
     assert read_refusal(int(reply[:3]), reply[4:], "message") == (RefusalMeaning.QUOTA, wait)
 
 

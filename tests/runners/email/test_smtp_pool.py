@@ -140,9 +140,11 @@ async def test_a_server_may_count_its_connections_later(at: str, refusal: str) -
 
 @pytest.mark.parametrize("at", ["CONNECT", "."])
 async def test_a_server_that_allows_no_connection_fails(at: str) -> None:
+    """Perhaps other daemons have them; so it is tried again as soon as if it were down."""
     async with limited(0, at=at) as server, runner(server) as made:
         for result in await send(made):
             assert (failed(result).fault, failed(result).cause) == ("server", "over quota")
+            assert failed(result).retry_after is None
 
 
 @pytest.mark.parametrize("refusal", ["554 5.7.1 Client host blocked", "421 4.7.0 No PTR record"])
