@@ -248,7 +248,8 @@ class HttpClient:
             if (proxy := self._proxy(named)) is not None:
                 place += f" through the proxy {_place(proxy)}"
             async with asyncio.timeout(self._timeout):
-                answer = await self._send_to_any(named, proxy, request, max_answer)
+                answer = await self._send(named, proxy, request, max_answer)
+                self._retired = 0
                 return answer.reply(secrets)
         except TimeoutError:
             message = f"no answer from {place} within {self._timeout:g} s"
@@ -268,7 +269,7 @@ class HttpClient:
             return refusals[-1].reply(secrets)
         raise failed
 
-    async def _send_to_any(
+    async def _send(
         self,
         url: httpx.URL,
         proxy: httpx.URL | None,
@@ -278,36 +279,21 @@ class HttpClient:
         """Send a request to the first of the host's addresses that can be connected to."""
         targets = await self._targets(url, is_proxied=proxy is not None)
         briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
-        for target, following in pairwise(targets):
-            try:
-                return await self._send(target, proxy, briefly, max_answer)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
-                self._preferred[url.host] = following.host
-                if len(self._preferred) > MAX_PREFERRED:
-                    del self._preferred[next(iter(self._preferred))]
-        return await self._send(targets[-1], proxy, request, max_answer)
-
-    async def _send(
-        self,
-        url: httpx.URL,
-        proxy: httpx.URL | None,
-        request: Mapping[str, Any],
-        max_answer: int,
-    ) -> _Incoming:
         async with self._client(proxy) as client:
             try:
-                async with client.stream(url=url, **request) as response:
-                    is_refusal = not response.is_success
-                    refusals = request["extensions"]["refusals"]
-                    incoming: _Incoming = refusals[-1] if is_refusal else _Incoming(response)
-                    await incoming.read(max_answer)
+                for target, following in pairwise(targets):
+                    try:
+                        return await _exchange(client, target, briefly, max_answer)
+                    except (httpx.ConnectError, httpx.ConnectTimeout):
+                        self._preferred[url.host] = following.host
+                        if len(self._preferred) > MAX_PREFERRED:
+                            del self._preferred[next(iter(self._preferred))]
+                return await _exchange(client, targets[-1], request, max_answer)
             except httpx.ProtocolError as error:
                 if _is_retired(error) and client is self._newest.get(proxy):
                     del self._newest[proxy]  # no further call begins on this client
                     self._retired += 1
                 raise
-            self._retired = 0
-            return incoming
 
     def _proxy(self, url: httpx.URL) -> httpx.URL | None:
         """Return the proxy that the environment names for a URL. Raises Unreachable."""
@@ -357,6 +343,17 @@ class HttpClient:
         """Close the connections."""
         for client in list(self._clients):
             await client.aclose()
+
+
+async def _exchange(
+    client: httpx.AsyncClient, url: httpx.URL, request: Mapping[str, Any], max_answer: int
+) -> _Incoming:
+    """Send a request, and read the answer."""
+    async with client.stream(url=url, **request) as response:
+        refusals: list[_Incoming] = request["extensions"]["refusals"]
+        incoming = _Incoming(response) if response.is_success else refusals[-1]
+        await incoming.read(max_answer)
+        return incoming
 
 
 async def _note_refusal(response: httpx.Response) -> None:
