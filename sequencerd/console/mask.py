@@ -36,6 +36,9 @@ UNREADABLE = "data that cannot be read"
 """The only key of data in place of those that Python cannot parse, with the reason."""
 
 
+OF_OTHERS = frozenset({"quarantined", "runner"})
+"""Problems whose message may quote data of an enrollment that is not known where it is shown."""
+
 _TEXTS = ("subject", "last_error", "message", "reported_message")
 
 MaskedRow = dict[str, Any]
@@ -63,6 +66,8 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], MaskedRow]:
                     values.update(_hide(kept, path))
         if "subject" in paths:
             values.update(filter(None, (known_subject, shown.get("subject"))))
+        if shown.get("reported") == "runner":
+            shown["reported_message"] = MASKED_VALUE
         hide = _hiding(values)
         for name in _TEXTS:
             if shown.get(name) is not None:

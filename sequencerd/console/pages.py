@@ -46,7 +46,7 @@ from sequencerd.console.lists import (
     without_usual_columns,
 )
 from sequencerd.console.live import COUNTS_TOPIC
-from sequencerd.console.mask import MASKED_VALUE, MaskedRow
+from sequencerd.console.mask import MASKED_VALUE, OF_OTHERS, MaskedRow
 from sequencerd.console.merging import (
     found_in_all,
     grouped,
@@ -109,8 +109,8 @@ def _problems(
     context: PageContext, counts: Counts | None, definition: Sequence | None = None
 ) -> list[MaskedRow]:
     """Return the problems that daemons report: all, or of the enrollments of a sequence and of the
-    runners that its steps use. Their data is not known here, so with masks, only the page of a
-    quarantined enrollment has the error, which may quote it.
+    runners that its steps use. With masks, only the pages of enrollments have errors that may quote
+    their data, which is not known here.
     """
     rows = counts.problems if counts else []
     if definition is not None:
@@ -126,7 +126,7 @@ def _problems(
             {
                 **row,
                 "last_error": MASKED_VALUE
-                if context.is_masked and row["kind"] == "quarantined"
+                if context.is_masked and row["kind"] in OF_OTHERS
                 else row["message"],
             }
         )

@@ -12,7 +12,7 @@ import asyncpg
 
 from sequencerd.console.causes import causes
 from sequencerd.console.lists import COLUMNS, DEFAULT_COLUMNS, EnrollmentPage
-from sequencerd.console.mask import MASKED_VALUE, MaskedRow, MaskRow, read_data
+from sequencerd.console.mask import MASKED_VALUE, OF_OTHERS, MaskedRow, MaskRow, read_data
 from sequencerd.console.query import LAST_CHARACTER, MAX_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.summary import FIRST_TIME, MAX_DUE, Counts, SummaryRow
 from sequencerd.console.tables import Column, Table, at
@@ -212,10 +212,10 @@ def coming(counts: Counts, query: Query) -> Table:
 
 
 def health(counts: Counts, query: Query, mask: MaskRow, *, is_masked: bool) -> Table:
-    """Return what `doctor` finds, errors first. With masks, no error of a quarantined enrollment is
-    shown: its data, which the error may quote, is not known here.
+    """Return what `doctor` finds, errors first. With masks, no error is shown that may quote
+    the data of an enrollment, which is not known here.
     """
-    is_hidden = is_masked and any(row["kind"] == "quarantined" for row in counts.problems)
+    is_hidden = is_masked and any(row["kind"] in OF_OTHERS for row in counts.problems)
     found = sorted(counts.findings, key=lambda one: ("error", "warning", "ok").index(one.level))
     rows = [
         {

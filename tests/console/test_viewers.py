@@ -97,8 +97,10 @@ async def journey(connection: asyncpg.Connection) -> tuple[int, int]:
         f"{EMAIL} called from +49 6652 123-4567",
     )
     message = f"trigger: Konrad O'Zuse ({SUBJECT}-wait) is on legal hold"
+    down = "Note answered 500: no account of Konrad O'Zuse"
     await report(
         connection,
+        {"kind": "runner", "about": "Note", "message": down},
         {"kind": "quarantined", "about": str(waiting), "sequence": "s", "message": message},
     )
     return waiting, failing
