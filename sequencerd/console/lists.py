@@ -65,6 +65,7 @@ MAX_COLUMNS = 20
 
 FIRST_SEARCHED = 20_000  # ids that are searched first; then four times as many, and so on
 SEARCH_SECONDS = 0.05  # seconds for a search; the next page continues where it ended
+MAX_INDEXED = 10_000  # enrollments that an index finds, if the first search does not fill the page
 MAX_SORTED = 2000  # enrollments that are sorted by another column than the id
 MAX_ID = 2**63 - 1
 
@@ -207,8 +208,9 @@ def _columns(query: Query) -> list[Column]:
 async def _search(
     pool: asyncpg.Pool, selection: Selection, before: int, most: int
 ) -> tuple[list[asyncpg.Record], int]:
-    """Return the latest matches, and the lowest id that was searched: 1 if all were. Filters that
-    no index serves are applied to a limited range of ids at a time, until the time is up.
+    """Return the latest matches, and the lowest id that was searched: 1 if all were. The filters
+    are applied to a limited range of ids at a time, until the time is up, or to the few ids that an
+    index finds for them.
     """
     rows: list[asyncpg.Record] = []
     begun = time.perf_counter()
@@ -226,11 +228,34 @@ async def _search(
             top = first
             if len(rows) >= most:
                 break
+            if (
+                window == FIRST_SEARCHED
+                and (ids := await _few_by_index(connection, selection)) is not None
+            ):
+                selection, window = selection._replace(ids=ids), top
+                continue
             now = time.perf_counter()
             if (now - begun) + 4 * (now - started) > SEARCH_SECONDS:
                 break
             window *= 4
     return rows, top
+
+
+async def _few_by_index(connection: asyncpg.Connection, selection: Selection) -> list[int] | None:
+    """Return the ids among which all matches are, if an index finds them and they are few."""
+    place = selection.sequence, selection.step
+    period = selection.wakes_from, selection.wakes_before
+    arguments: list[object]
+    if selection.ids is not None:
+        return [*selection.ids]
+    if selection.status == "failed" or selection.causes is not None:
+        query, arguments = "console_failed_ids", [*place]
+    elif selection.sequence is not None and (selection.status == "active" or any(period)):
+        query, arguments = "console_active_ids", [*place, *period]
+    else:
+        return None
+    rows = await connection.fetch(QUERIES[query], *arguments, MAX_INDEXED + 1)
+    return [row["id"] for row in rows] if len(rows) <= MAX_INDEXED else None
 
 
 def _shown(

@@ -24,6 +24,7 @@ from sequencerd.service.diagnosis import EMAIL_INDEX, EMAILS_SEARCHED
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
+MIN_OVERDUE = timedelta(minutes=1)  # as the statement "console_steps" has it
 MAX_OFFSET = 5000  # rows that a page may begin after
 TOO_FAR = f"a page cannot start after more than {MAX_OFFSET:,} rows"
 NOT_ALL_SEARCHED = (
@@ -60,8 +61,9 @@ def overview(counts: Counts, query: Query) -> Table:
             "is_capped": any(map(_is_capped, steps[name])),
             "soon": sum(step["soon"] for step in steps[name]),
             "overdue": sum(step["overdue"] for step in steps[name]),
+            "overdue_url": _overdue_url(counts, sequence=name),
             "failed": failed[name],
-            "failed_url": at("/search", sequence=name, status="failed") if failed[name] else None,
+            "failed_url": at("/search", sequence=name, status="failed"),
             "goals": goals[name],
             "completed": {text: completed[name][day] for day, text in days},
             "problems": sum(step["problem"] is not None for step in steps[name]),
@@ -93,6 +95,12 @@ def _is_capped(step: Mapping[str, Any]) -> bool:
     return bool(step["soon"] + step["overdue"] >= MAX_DUE)
 
 
+def _overdue_url(counts: Counts, **place: str) -> str:
+    """Return the URL of the list of those that were overdue when they were counted."""
+    before = f"{counts.at - MIN_OVERDUE:%Y-%m-%d %H:%M:%S}"
+    return at("/search", **place, status="active", wakes_before=before)
+
+
 def steps(counts: Counts, query: Query) -> Table:
     """Return a row for each step of a sequence."""
     name = query.must("sequence")
@@ -118,6 +126,7 @@ def steps(counts: Counts, query: Query) -> Table:
             "is_capped": _is_capped(step),
             "soon": step["soon"],
             "overdue": step["overdue"],
+            "overdue_url": _overdue_url(counts, sequence=name, step=step["step"]),
             "failed": failed[step["step"]],
             "failed_url": at("/search", sequence=name, step=step["step"], status="failed"),
             "next": times(step["step"], "next") + times(step["step"], "jump"),

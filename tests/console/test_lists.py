@@ -241,6 +241,41 @@ async def test_filters_combine(
         assert seen == ["w1"]
 
 
+@pytest.mark.parametrize(
+    ("query", "wanted"),
+    [
+        ({"status": "failed", "sequence": "t"}, ["f3", "f6", "f9"]),
+        ({"status": "failed", "step": "note", "where": "plan=pro"}, ["f2", "f4", "f6", "f8"]),
+        ({"status": "active", "sequence": "s", "step": "wait"}, ["w1", "w2", "w3", "w4", "w5"]),
+        ({"sequence": "s", "wakes_from": "2100-01-03", "wakes_before": "2100-01-05"}, ["w2", "w3"]),
+    ],
+)
+async def test_what_an_index_finds_is_listed_however_old_it_is(
+    database: str,
+    connection: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    query: dict[str, str],
+    wanted: list[str],
+) -> None:
+    await failing(connection)
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, step, subject, status)"
+        " SELECT 's', 'note', 'c' || n, 'completed' FROM generate_series(1, 20) AS n"
+    )
+    monkeypatch.setattr(lists, "SEARCH_SECONDS", 0)
+    monkeypatch.setattr(lists, "FIRST_SEARCHED", 4)
+    async with console(database, {"Note": Fixable()}) as client:
+        rows = await found(client, **query)
+        assert [row["subject"] for row in rows] == wanted[::-1]
+        assert [row["subject"] for row in await found(client, **query, sort="subject")] == wanted
+        (row,) = await found(client, **query, id=str(rows[0]["id"]))
+        assert row["subject"] == wanted[-1]
+        # not if they are many
+        monkeypatch.setattr(lists, "MAX_INDEXED", len(wanted) - 1)
+        if "where" not in query:
+            assert await found(client, **query) == []
+
+
 async def test_columns_are_ticked_and_kept_in_the_address(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -207,6 +207,28 @@ async def test_counts_of_the_overview(database: str, connection: asyncpg.Connect
                 await asyncio.sleep(0.1)
 
 
+async def test_the_number_of_overdue_enrollments_leads_to_their_list(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await define(connection, "s", ("wait", "WaitForDuration", DAY, None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at) VALUES"
+        " ('s', 'late', now() - interval '1 hour'), ('s', 'early', now() + interval '1 hour')"
+    )
+    async with connection.transaction():
+        await connection.execute("SELECT FROM sequencer.enrollments FOR UPDATE")  # from the daemon
+        async with console(database) as client:
+            await counted(client, "overview")
+            for path, links in (("/", 1), ("/sequence?sequence=s&step=wait", 2)):
+                page = (await page_with(client, path, "Overdue")).text
+                urls = re.findall(r'<a href="/console(/search[^"]+wakes_before=[^"]+)">1</a>', page)
+                assert len(urls) == links
+                for url in urls:
+                    found = check(await client.get(html_of.unescape(url)))
+                    assert "late" in found
+                    assert "early" not in found
+
+
 async def test_the_coming_checks(database: str, connection: asyncpg.Connection) -> None:
     await define(connection, "s", ("wait", "WaitForCondition", "{}", None))
     await define(connection, "paused", ("wait", "WaitForCondition", "{}", None))

@@ -78,6 +78,31 @@ SELECT e.id, e.subject, e.sequence, e.step, e.status, e.wake_at, e.entered_at, e
  WHERE {matching} AND e.id >= $18 AND e.id < $19
  ORDER BY e.id DESC LIMIT $20;
 
+-- name: console_failed_ids
+-- Find failed enrollments by their index; at most the limit.
+SELECT id FROM sequencer.enrollments
+ WHERE status = 'failed' AND ($1::text IS NULL OR sequence = $1) AND ($2::text IS NULL OR step = $2)
+ LIMIT $3;
+
+-- name: console_active_ids
+-- Find the active enrollments of a sequence that are checked in a period, by the index of due enrollments:
+-- with a lookup for each step that has any, and then for each of these steps; at most the limit.
+WITH RECURSIVE used (step) AS (
+    (SELECT step FROM sequencer.enrollments
+      WHERE sequence = $1 AND status = 'active' AND ($2::text IS NULL OR step = $2) ORDER BY step LIMIT 1)
+    UNION ALL
+    SELECT following.step FROM used AS u CROSS JOIN LATERAL (
+        SELECT step FROM sequencer.enrollments
+         WHERE sequence = $1 AND status = 'active' AND ($2::text IS NULL OR step = $2) AND step > u.step
+         ORDER BY step LIMIT 1) AS following
+)
+SELECT found.id FROM used AS u CROSS JOIN LATERAL (
+    SELECT id FROM sequencer.enrollments
+     WHERE sequence = $1 AND step = u.step AND status = 'active'
+       AND ($3::timestamptz IS NULL OR wake_at >= $3) AND ($4::timestamptz IS NULL OR wake_at < $4)
+     LIMIT $5) AS found
+ LIMIT $5;
+
 -- name: console_flow
 -- Count the events at steps between two times, by day; the events of branches are counted by branch.
 SELECT date_trunc('day', at AT TIME ZONE 'UTC')::date AS day, sequence, step,
