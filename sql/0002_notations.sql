@@ -413,4 +413,85 @@ BEGIN
 END $$;
 
 
+-- limits ----------------------------------------------------------------------------------------
+
+CREATE OR REPLACE FUNCTION sequencer.reserve(
+    numbers integer[], keys bytea[], topics text[], enrollments bigint[], visits integer[],
+    at_most integer[], periods interval[], at timestamptz
+) RETURNS TABLE (entry bigint, free_at timestamptz)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    turn record;
+BEGIN
+    -- what was reserved while the server's clock was ahead counts from now on: until its own time, it
+    -- would hold up all others
+    INSERT INTO sequencer.reservations AS r (key, topic, longest, counts_until)
+    SELECT w.key, min(w.topic), max(w.period), reserve.at + max(w.period)
+      FROM unnest(keys, topics, periods) AS w (key, topic, period) GROUP BY w.key ORDER BY w.key
+    ON CONFLICT ON CONSTRAINT reservations_pkey
+    DO UPDATE SET longest = greatest(r.longest, excluded.longest),
+                  counts_until = least(greatest(r.counts_until, excluded.counts_until), reserve.at
+                      + greatest(r.longest, excluded.longest) + interval '1 minute'),
+                  at = CASE WHEN reserve.at + interval '1 minute' < ANY (r.at)
+                            THEN ARRAY(SELECT least(o.at, reserve.at)
+                                         FROM unnest(r.at) WITH ORDINALITY AS o (at, number)
+                                        ORDER BY o.number)
+                            ELSE r.at END;
+    FOR turn IN
+        WITH wanted AS (
+            SELECT * FROM unnest(numbers, keys, enrollments, visits, at_most, periods)
+                   WITH ORDINALITY AS w (number, key, enrollment, visit, at_most, period, entry)
+        ), of_keys AS (
+            SELECT w.number, min(w.number) OVER of_key <> max(w.number) OVER of_key AS is_shared
+              FROM wanted AS w WINDOW of_key AS (PARTITION BY w.key)
+        ), sharing AS (
+            SELECT DISTINCT k.number FROM of_keys AS k WHERE k.is_shared
+        )
+        SELECT array_agg(w.number) AS numbers, array_agg(w.key) AS keys,
+               array_agg(w.enrollment) AS enrollments, array_agg(w.visit) AS visits,
+               array_agg(w.at_most) AS at_most, array_agg(w.period) AS periods,
+               array_agg(w.entry) AS entries
+          FROM wanted AS w LEFT JOIN sharing AS s ON s.number = w.number
+         GROUP BY s.number ORDER BY s.number
+    LOOP
+        RETURN QUERY
+        WITH present AS (
+            -- the daemons' clocks may differ by a little: time never goes back for a row
+            SELECT w.*, r.longest, r.at, r.enrollments, r.visits,
+                   greatest(reserve.at, (SELECT max(o.at) FROM unnest(r.at) AS o (at))) AS now
+              FROM unnest(turn.numbers, turn.keys, turn.enrollments, turn.visits, turn.at_most,
+                          turn.periods, turn.entries)
+                   AS w (number, key, enrollment, visit, at_most, period, entry)
+              JOIN sequencer.reservations AS r ON r.key = w.key
+        ), state AS (
+            -- a retry gives its former place back for the new one
+            SELECT p.number, p.key, p.enrollment, p.visit, p.at_most, p.period, p.entry, p.now,
+                   coalesce(o.at, '{}') AS at, coalesce(o.enrollments, '{}') AS enrollments,
+                   coalesce(o.visits, '{}') AS visits, coalesce(o.counted, '{}') AS counted
+              FROM present AS p CROSS JOIN LATERAL (
+                SELECT array_agg(o.at ORDER BY o.at) AS at,
+                       array_agg(o.enrollment ORDER BY o.at) AS enrollments,
+                       array_agg(o.visit ORDER BY o.at) AS visits,
+                       array_agg(o.at ORDER BY o.at) FILTER (WHERE o.at > p.now - p.period) AS counted
+                  FROM unnest(p.at, p.enrollments, p.visits) AS o (at, enrollment, visit)
+                 WHERE o.at > p.now - p.longest - interval '1 minute'
+                   AND (o.enrollment, o.visit) <> (p.enrollment, p.visit)) AS o
+        ), without_room AS (
+            SELECT s.number, s.entry,
+                   s.counted[cardinality(s.counted) - s.at_most + 1] + s.period AS free_at
+              FROM state AS s WHERE cardinality(s.counted) >= s.at_most
+        ), written AS (
+            UPDATE sequencer.reservations AS r
+               SET at = s.at || CASE WHEN s.at_most IS NULL THEN '{}' ELSE ARRAY[s.now] END,
+                   enrollments = s.enrollments
+                       || CASE WHEN s.at_most IS NULL THEN '{}' ELSE ARRAY[s.enrollment] END,
+                   visits = s.visits || CASE WHEN s.at_most IS NULL THEN '{}' ELSE ARRAY[s.visit] END
+              FROM state AS s
+             WHERE r.key = s.key AND s.number NOT IN (SELECT f.number FROM without_room AS f)
+        )
+        SELECT f.entry, f.free_at FROM without_room AS f;
+    END LOOP;
+END $$;
+
+
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA sequencer FROM PUBLIC;

@@ -35,6 +35,7 @@ CHECK_INTERVAL = 60.0  # seconds between checks if no run is due earlier
 RUNNING_INTERVAL = 1.0  # seconds between checks during a run
 FIRST_RETRY, LONGEST_RETRY = 60.0, 3600.0  # seconds after a failed run
 BATCH_SIZE = 1000  # subjects per statement
+CLOCK_TOLERANCE = timedelta(minutes=1)  # within which the clocks of daemons agree
 MAX_REFUSED = 20  # refusals, if no subject was enrolled: their cause is a common one
 PROBLEM_KIND = "enroll"
 
@@ -139,12 +140,13 @@ class Enrolling:
         times = [now + timedelta(seconds=CHECK_INTERVAL)]
         found: dict[str, str] = {}
         for row in rows:
-            name, problem = row["sequence"], row["problem"]
+            name, problem, last = row["sequence"], row["problem"], row["last_run_at"]
             if row["status"] != "active":
                 continue
             try:
                 config = parse_config(EnrollConfig, parse_json(row["enroll"]), "enroll")
                 first = config.first_run(now, row["timezone"])
+                latest = config.next_run(now + CLOCK_TOLERANCE, row["timezone"])
             except (DefinitionError, EvaluationError) as error:
                 found[name] = f"sequence {name!r}: enroll: {error}"
                 continue
@@ -152,7 +154,10 @@ class Enrolling:
                 found[name] = f"sequence {name!r} enrolls {config.source}: {problem}"
             if name in self._running:
                 continue
-            if row["scheduled"] != row["definition"]:
+            due = row["next_run_at"]
+            # by a clock that was ahead, the next run may be years away
+            is_too_late = last is not None and last > now + CLOCK_TOLERANCE and due > latest
+            if row["scheduled"] != row["definition"] or is_too_late:
                 times.append(now)
                 if is_ours:
                     async with connections.borrow(self._pool) as connection:
@@ -160,7 +165,6 @@ class Enrolling:
                             QUERIES["set_schedule"], name, row["definition"], first
                         )
                 continue
-            due = row["next_run_at"]
             times.append(due)
             if is_ours and due <= now:
                 run = DueRun(name, row["timezone"], config, due, row["failures"])

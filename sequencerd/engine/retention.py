@@ -23,6 +23,7 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 MAX_INTERVAL = 3600.0  # seconds, at most
 ACTIVITY_KEPT_FOR = timedelta(days=400)  # for which hourly counts are kept
+MAX_CLOCK_OFFSET = timedelta(days=1)  # beyond which one of the clocks is wrong
 RETRY_INTERVAL = 60.0  # seconds, after a lock or a transient error
 BATCH_SIZE = 1000  # enrollments
 BATCH_PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
@@ -40,7 +41,11 @@ async def keep(
     """Run retention until cancelled. Errors are logged, and it is tried again."""
     while True:
         try:
-            await tidy(pool, settings(), clock.now(), log)
+            if abs(clock.ahead()) < MAX_CLOCK_OFFSET:
+                await tidy(pool, settings(), clock.now(), log)
+            else:  # with a clock that is years ahead, everything would be too old
+                log.warning("nothing is deleted, because the database's clock may be wrong")
+                await _add_partitions(pool)
             pause = min(MAX_INTERVAL, _until_next_count(clock.now()))
         except Exception as error:  # whatever a table contains, the daemon goes on
             pause = _report(error, log)

@@ -339,6 +339,13 @@ async def _old_transactions(connection: asyncpg.Connection) -> Diagnosis:
 
 async def _history(connection: asyncpg.Connection) -> Diagnosis:
     row = await connection.fetchrow(QUERIES["partition_facts"])
+    if row["ahead"] is not None:
+        advice = (
+            "the server's clock was ahead: enrollments that moved then wait for too long, and "
+            "docs/reliability.md shows how to continue them"
+        )
+        seen = f"events are in the future, until {row['ahead']:%Y-%m-%d}"
+        return Diagnosis("history", seen, "warning", advice)
     if row["has_others"] or not row["has_month"]:
         advice = "start a daemon, which adds them; or SELECT sequencer.add_event_partitions()"
         seen = "events are outside of the partitions of their months"

@@ -115,6 +115,13 @@ async def test_doctor_finds_no_problem(database: str, connection: asyncpg.Connec
             VALUES (1, '2001-01-01Z', 's', 'a', 1, 'next')""",
         ),
         (
+            "history",
+            "warning",
+            "events are in the future, until 2999-01-01",
+            """INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action)
+            VALUES (1, '2999-01-01Z', 's', 'a', 1, 'next')""",
+        ),
+        (
             "ids",
             "error",
             "enrollments_id_seq is behind 1, sequencer.revision_numbers is behind ",

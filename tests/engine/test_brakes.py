@@ -221,6 +221,18 @@ async def test_the_brake_of_apply_holds_in_place_of_the_other_until_its_end(
         assert await brakes.remaining(connection, ["s"], after) == {}
 
 
+async def test_what_was_counted_by_a_clock_that_was_ahead_does_not_count(
+    connection: asyncpg.Connection,
+) -> None:
+    await braked(connection, 10)
+    await go(connection)
+    async with connection.transaction():
+        for at in (NOW + timedelta(days=2000), NOW - timedelta(minutes=5)):
+            await brakes.remaining(connection, ["s"], at)
+            await brakes.count(connection, {"s": (4, False)}, at)
+        assert await brakes.remaining(connection, ["s"], NOW) == {"s": 6}
+
+
 @pytest.mark.parametrize(
     ("per", "words"),
     [

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import asyncpg
 
 from sequencerd.engine.clock import Clock
+from tests.helpers.engines import Recorder, define, enroll, running_engine, until
 
 
 def test_the_clock_continues_from_the_measured_time() -> None:
@@ -36,3 +41,46 @@ def test_small_corrections_do_not_move_the_clock_back() -> None:
     # a clock that was put right by an hour is followed
     clock.measured(server - timedelta(hours=1))
     assert clock.now() == server - timedelta(hours=1)
+
+
+async def test_what_moved_while_the_clock_was_ahead_can_be_continued(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """By the statement in the documentation."""
+    text = (Path(__file__).parent.parent.parent / "docs/reliability.md").read_text()
+    (statement,) = re.findall(r"UPDATE[^`]*created_at > now\(\)[^`]*", text)
+    await define(
+        connection,
+        "s",
+        ("wait", "WaitForDuration", '{"amount": 1, "unit": "hours"}', "call"),
+        ("call", "Call", "{}", None),
+    )
+    for subject in ("new", "waits", "interrupted", "other"):
+        await enroll(connection, "s", subject)
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET entered_at = now(), wake_at = now() + interval '1 hour'"
+        " WHERE subject <> 'new';"
+        "UPDATE sequencer.enrollments SET step = 'call', wake_at = now(), leased_by = 'dead',"
+        " leases = 1, attempt = 1 WHERE subject = 'interrupted';"
+        "UPDATE sequencer.enrollments SET created_at = created_at + interval '5 years',"
+        " entered_at = entered_at + interval '5 years', wake_at = wake_at + interval '5 years'"
+        " WHERE subject <> 'other'"
+    )
+    others = await connection.fetchrow(
+        "SELECT * FROM sequencer.enrollments WHERE subject = 'other'"
+    )
+    call = Recorder()
+    async with running_engine(database, {"Call": call}):
+        await connection.execute(statement)
+        await until(
+            connection,
+            "SELECT count(*) = 2 FROM sequencer.enrollments WHERE subject IN ('new', 'waits')"
+            " AND wake_at BETWEEN now() + interval '50 minutes' AND now() + interval '1 hour'",
+        )
+        await until(
+            connection,
+            "SELECT status = 'completed' FROM sequencer.enrollments WHERE subject = 'interrupted'",
+        )
+    assert len(call.keys) == 1
+    now = await connection.fetchrow("SELECT * FROM sequencer.enrollments WHERE subject = 'other'")
+    assert now == others

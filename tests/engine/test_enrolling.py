@@ -121,6 +121,32 @@ async def test_a_function_is_called_and_a_cron_expression_waits(
         assert (await defined.fetchrow(RUN))["next_run_at"].hour == 9
 
 
+@pytest.mark.parametrize("times", [{"schedule": "0 9 * * *"}, HOURLY])
+async def test_runs_do_not_wait_for_the_time_of_a_clock_that_was_ahead(
+    defined: asyncpg.Connection, database: str, times: dict[str, Any]
+) -> None:
+    await schedule(defined, {"from": "app.overdue", **times})
+    async with daemon(database) as one:
+        await one.turn()
+        await defined.execute(
+            "UPDATE sequencer.scheduled_runs SET last_run_at = now() + interval '5 years',"
+            " next_run_at = next_run_at + interval '5 years'"
+        )
+        await one.turn()
+        row = await defined.fetchrow("SELECT *, now() FROM sequencer.schedules")
+        assert row["next_run_at"] - row["now"] < timedelta(days=1, minutes=1)
+        await defined.execute(RUN_NOW)
+        await one.turn()
+        assert len(await defined.fetchval(SUBJECTS)) == 3
+        # a run that a user has postponed is left alone
+        await defined.execute(
+            "UPDATE sequencer.scheduled_runs SET next_run_at = now() + interval '1 year'"
+        )
+        await one.turn()
+        row = await defined.fetchrow("SELECT *, now() FROM sequencer.schedules")
+        assert row["next_run_at"] - row["now"] > timedelta(days=300)
+
+
 async def test_a_run_with_more_than_at_most_enrolls_no_subject_until_the_limit_is_raised(
     defined: asyncpg.Connection, database: str
 ) -> None:

@@ -33,6 +33,19 @@ async def test_a_daemon_is_alive_until_it_ends(
     assert await connection.fetchval(NONE)
 
 
+async def test_a_dead_daemon_does_not_live_until_the_time_of_a_clock_that_was_ahead(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await connection.execute(
+        "INSERT INTO sequencer.daemons (name, alive_until)"
+        " VALUES ('dead', now() + interval '5 years'), ('alive', now() + interval '1 hour')"
+    )
+    async with running_engine(database, lease=1.0):
+        await until(connection, "SELECT count(*) = 2 FROM sequencer.daemons")
+        await until(connection, "SELECT count(*) = 0 FROM sequencer.daemons WHERE name = 'dead'")
+        assert await connection.fetchval("SELECT true FROM sequencer.daemons WHERE name = 'alive'")
+
+
 async def test_no_lock_on_enrollments_holds_the_heartbeat_up(
     database: str, connection: asyncpg.Connection
 ) -> None:

@@ -482,3 +482,18 @@ async def test_no_period_ever_has_more_than_its_limit(connection: asyncpg.Connec
             for start in kept.values():
                 inside = [t for t in kept.values() if start <= t < start + one.per]
                 assert len(inside) <= at_most
+
+
+async def test_a_clock_that_was_ahead_holds_nothing_up_for_longer_than_a_period(
+    connection: asyncpg.Connection,
+) -> None:
+    """What began meanwhile counts as if it had begun when the clock was right again."""
+    both, ahead = place(at_most=2), NOW + timedelta(days=2000)
+    assert await reserve(connection, [Reserved(1, 1, (both,))], [], NOW - HOUR / 2) == {}
+    assert await reserve(connection, [Reserved(2, 1, (both,))], [], ahead) == {}
+    assert await reserve(connection, [Reserved(3, 1, (both,))], [], NOW) == {}
+    full = await reserve(connection, [Reserved(4, 1, (both,))], [], NOW + HOUR / 2)
+    assert full == {0: LimitReached(0, NOW + HOUR)}
+    assert await reserve(connection, [Reserved(4, 1, (both,))], [], NOW + HOUR) == {}
+    await prune(connection, NOW + 3 * HOUR)
+    assert await connection.fetchval("SELECT count(*) FROM sequencer.reservations") == 0

@@ -242,6 +242,31 @@ async def test_errors_of_retention_are_retried(
     assert "retention tries again later" in logs[0]["event"]
 
 
+async def test_nothing_is_deleted_by_a_clock_that_is_years_ahead(
+    defined: asyncpg.Connection, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "MAX_INTERVAL", 0.01)
+    old = await make_past(defined, 14)
+    settings = RetentionSettings(events=timedelta(days=3000), ended=timedelta(days=3000))
+    await enroll(defined, "s", "ada")
+    await defined.execute("UPDATE sequencer.enrollments SET status = 'cancelled'")
+    clock = Clock()
+    clock.measured(datetime.now(UTC) + timedelta(days=4000))
+    with capture_logs() as logs:
+        log = structlog.get_logger()
+        keeping = asyncio.create_task(retention.keep(pool, lambda: settings, clock=clock, log=log))
+        await eventually(lambda: len(logs) > 1)
+        assert old in await partitions(defined)
+        assert await defined.fetchval("SELECT count(*) FROM sequencer.enrollments") == 1
+        clock.measured(datetime.now(UTC))
+        count = len(logs)
+        await until(defined, "SELECT true FROM sequencer.activity_progress")
+        keeping.cancel()
+    assert {one["event"] for one in logs[:count]} == {
+        "nothing is deleted, because the database's clock may be wrong"
+    }
+
+
 @pytest.mark.parametrize("tables", ["ALL TABLES", "TABLES IN SCHEMA sequencer"])
 async def test_a_publication_does_not_interfere(
     defined: asyncpg.Connection, pool: asyncpg.Pool, tables: str

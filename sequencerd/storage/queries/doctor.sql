@@ -150,10 +150,13 @@ SELECT generator::text, highest,
   FROM used WHERE generator IS NOT NULL;
 
 -- name: partition_facts
--- Check whether the history has a partition for this month, and rows outside of all partitions.
+-- Check whether the history has a partition for this month, rows outside of all partitions, and rows in the
+-- future: this reads the partitions of later months, which are empty.
 SELECT to_regclass(format('sequencer.events_%s', to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM')))
        IS NOT NULL AS has_month,
-       EXISTS (SELECT FROM sequencer.events_other) AS has_others;
+       EXISTS (SELECT FROM sequencer.events_other) AS has_others,
+       (SELECT max(at) FROM sequencer.events
+         WHERE at >= date_trunc('month', now(), 'UTC') + interval '1 month 1 day') AS ahead;
 
 -- name: types_in_use
 -- Read the step types that definitions use.

@@ -89,6 +89,8 @@ UPDATE sequencer.steps AS s SET problem = p.problem
 -- Extend the time until which a daemon is alive, and return when it started. Other daemons are notified if
 -- the step types that it serves are new. If this daemon was considered dead, whatever delayed its heartbeat
 -- may also have delayed those of others: their time is extended as well, unless they are writing it just now.
+-- A time that no lease can reach was written when the server's clock was ahead; a dead daemon would be alive
+-- until then.
 WITH before AS (SELECT types, alive_until FROM sequencer.daemons WHERE name = $1),
      beat AS (
     INSERT INTO sequencer.daemons (name, started_at, alive_until, types)
@@ -99,7 +101,9 @@ WITH before AS (SELECT types, alive_until FROM sequencer.daemons WHERE name = $1
     UPDATE sequencer.daemons SET alive_until = now() + $3
      WHERE name = ANY (ARRAY(
                SELECT d.name FROM sequencer.daemons AS d, before, beat
-                WHERE before.alive_until < now() AND d.name <> $1 AND d.alive_until < now() + $3
+                WHERE d.name <> $1
+                  AND (before.alive_until < now() AND d.alive_until < now() + $3
+                       OR d.alive_until > now() + interval '1 day')
                   FOR UPDATE OF d SKIP LOCKED)))
 SELECT started_at,
        CASE WHEN types IS DISTINCT FROM (SELECT types FROM before)
@@ -888,9 +892,11 @@ SELECT entry, free_at
                          $6::integer[], $7::interval[], $8);
 
 -- name: brake_remaining
--- Lock the brakes of sequences, and read how many side effects may begin in each.
+-- Lock the brakes of sequences, and read how many side effects may begin in each. What was counted while the
+-- server's clock was ahead would count until that time: it counts no more.
 SELECT b.sequence, r.at_most - (SELECT coalesce(sum(o.times), 0) FROM unnest(b.at, b.times) AS o (at, times)
-                                 WHERE o.at > $2::timestamptz - r.per)::integer AS remaining
+                                 WHERE o.at > $2::timestamptz - r.per
+                                   AND o.at < $2::timestamptz + r.per + interval '1 day')::integer AS remaining
   FROM sequencer.brakes AS b
   JOIN sequencer.sequences AS q ON q.name = b.sequence, sequencer.brake_of(
            q.brake_at_most, q.brake_per, q.apply_brake, q.apply_brake_until, $2) AS r
