@@ -90,7 +90,9 @@ class Claims:
                 connections.borrow(self._env.pool) as connection,
             ):
                 await locking.peek(connection, nowhere, with_ahead=True)
-                await writes.write_unchanged(connection, nothing, now, Unchanged({0: 0}, "", 0))
+                await writes.write_unchanged(
+                    connection, nothing, now, Unchanged({0: 0}, None, [0], "", 0)
+                )
 
     async def claim_all(self, step_key: StepKey) -> None:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
@@ -252,7 +254,8 @@ class Claims:
                 if not self._moves.move_unlocked(batch, due, now):
                     claim.unsuited = wanted.revision
                     raise NotWritten
-                known = Unchanged(versions, step_key[0], wanted.revision)
+                leases = {one.leases for one in due}
+                known = Unchanged(versions, None, leases, step_key[0], wanted.revision)
                 await self._leases.write_unchanged(connection, batch, now, known)
             self._env.metrics.claimed(step_key, since, now)
             claim.left = left

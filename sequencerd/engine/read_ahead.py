@@ -121,7 +121,9 @@ class ReadAhead:
         if not is_suited:
             return None
         versions = {one.id: version for one, version in read}
-        return _Planned(batch, Unchanged(versions, sequence.name, sequence.revision), sequence)
+        leases = {one.leases for one, _ in read}
+        unchanged = Unchanged(versions, None, leases, sequence.name, sequence.revision)
+        return _Planned(batch, unchanged, sequence)
 
     async def write(self, step_key: StepKey) -> bool:
         """Write what was read of a step if it is due, several batches at a time. Return whether

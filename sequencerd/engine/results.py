@@ -233,7 +233,8 @@ class Results:
                     if not is_few:
                         self._differing_until[step_key] = now + DIFFERING_FOR
                     raise NotWritten
-                unchanged = Unchanged(versions, name, revision)
+                leases = {leased.enrollment.leases for leased, _ in results}
+                unchanged = Unchanged(versions, self._env.daemon, leases, name, revision)
                 await self._leases.write_unchanged(connection, batch, now, unchanged)
             self._leases.forget(leased for leased, _ in results)
             return True

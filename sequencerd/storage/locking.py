@@ -250,14 +250,20 @@ async def lock(
     revisions: dict[str, int | None] = {}
     places: dict[int, str] = {}
     ours: int | None = None
-    by_lease: defaultdict[tuple[int, str], dict[int, Enrollment]] = defaultdict(dict)
+    by_lease: defaultdict[tuple[int, str | None, str], dict[int, Enrollment]]
+    by_lease = defaultdict(dict)
     for one in known:
-        by_lease[one.leases, one.sequence][one.id] = one
-    for (number, sequence), leased in by_lease.items():
+        by_lease[one.leases, one.leased_by, one.sequence][one.id] = one
+    for (number, daemon, sequence), leased in by_lease.items():
         if len(leased) < MANY_LEASES or number not in transactions:
             continue
         unchanged, where, revisions[sequence], ours = await connection.fetchrow(
-            QUERIES["lock_unchanged"], id_array(leased), str(transactions[number]), sequence
+            QUERIES["lock_unchanged"],
+            id_array(leased),
+            str(transactions[number]),
+            sequence,
+            daemon,
+            number,
         )
         locked.update(unchanged)
         places.update(zip(unchanged, where, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -106,6 +106,8 @@ class Unchanged(NamedTuple):
     """What must not have changed for `write_unchanged` to write: rows and a definition."""
 
     versions: Mapping[int, int]  # by id, the transaction that has last written the row
+    leased_by: str | None
+    leases: Collection[int]  # the numbers of the latest leases of all rows
     sequence: str
     revision: int
 
@@ -121,6 +123,7 @@ async def write_unchanged(
     """
     rows = list(written.rows.items())
     state, ids = rows[0]
+    fence = known.revision, known.sequence, known.leased_by, id_array(known.leases)
     query: str
     values: Rows[Any]
     if written.are_alike:
@@ -142,7 +145,7 @@ async def write_unchanged(
             id_array(known.versions[id_] for _, ids in rows for id_ in ids),
         )
     try:
-        row = await connection.fetchrow(QUERIES[query], *values, known.revision, known.sequence)
+        row = await connection.fetchrow(QUERIES[query], *values, *fence)
     except asyncpg.DivisionByZeroError as error:  # not stored as written
         raise NotWritten from error
     if row is None:

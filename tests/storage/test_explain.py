@@ -39,17 +39,21 @@ HOT = {
     "is_any_free": IDS,
     "present_fences": IDS,
     "existing": IDS,
-    "lock_unchanged": f"{IDS}, '1', 's'",
+    "lock_unchanged": f"{IDS}, '1', 's', 'me', 1",
     "write_and_record": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"
     " '{}', NULL, NULL, now()" + 10 * ", '{}'",
     "write_in_place": f"'{{\"(0,1)\"}}', {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL,"
     " NULL, '{}', NULL, NULL, now()" + 10 * ", '{}'",
     "write_each": f"{IDS}" + 15 * ", '{}'" + ", now()",
-    "write_unchanged": f"{IDS}" + 15 * ", '{}'" + ", now()" + 11 * ", '{}'" + ", 1, 's'",
+    "write_unchanged": f"{IDS}"
+    + 15 * ", '{}'"
+    + ", now()"
+    + 11 * ", '{}'"
+    + ", 1, 's', 'me', '{1}'",
     "write_one_unchanged": f"1, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL, NULL,"
-    " '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '{1}', 1, 's'",
+    " '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '{1}', 1, 's', 'me', '{1}'",
     "write_alike_unchanged": f"{IDS}, {HERE}, 'active', now(), now(), 1, 0, 0, NULL, NULL, NULL,"
-    " NULL, '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '{1}', 1, 's'",
+    " NULL, '{}', NULL, NULL, now()" + 8 * ", '{}'" + ", '{1}', 1, 's', 'me', '{1}'",
     "write_goals": "1, '{}', NULL",
     "merge_data": "1, '{}', '{}'",
     "extend_leases": f"{IDS}, 'me', now()",

@@ -456,14 +456,15 @@ SELECT e.id, e.visit, e.leases, e.leased_by, e.subject,
    FOR UPDATE OF e SKIP LOCKED;
 
 -- name: lock_unchanged
--- Lock those enrollments of one sequence that are still as a transaction of this daemon has written them,
--- and return their ids and places, the revision of the sequence, and the number of this transaction. None
+-- Lock those enrollments of one sequence that are still as a transaction of this daemon has written them, with
+-- this lease, and return their ids and places, the revision of the sequence, and the number of this transaction. None
 -- where triggers of others may have changed what was written, or will change it.
 SELECT coalesce(array_agg(e.id), '{}') AS ids, coalesce(array_agg(e.place), '{}') AS places,
        (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = $3) AS revision,
        {number_unless_changed} AS transaction
   FROM (SELECT e.id, e.ctid::text AS place FROM sequencer.enrollments AS e
          WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = $2::text::xid
+           AND e.leased_by = $4 AND e.leases = $5
            AND NOT {has_triggers_of_others}
          ORDER BY e.id FOR UPDATE OF e SKIP LOCKED) AS e;
 
@@ -583,14 +584,16 @@ SELECT count(*) FILTER (WHERE is_stored) FROM written;
 -- name: write_unchanged
 -- Write the new states of a few enrollments and their events without a transaction around it: only if none
 -- has been written since the transactions $28 and none is locked by another session, and if their
--- sequence $30 still has the revision $29. Return the number of this transaction, if what it has written
+-- sequence $30 still has the revision $29. A server that has lost commits uses numbers of transactions again,
+-- so $31 and $32 are the holder and the numbers of their leases. Return the number of this transaction, if what it has written
 -- is what was asked for; NULL where triggers of others may have changed that. A division by zero undoes it
 -- all if a row is not stored as it was written.
 WITH free AS MATERIALIZED (
     SELECT e.id
       FROM unnest($1::text::bigint[], $28::text::xid[]) AS known (id, version)
       JOIN sequencer.enrollments AS e ON e.id = known.id AND e.xmin = known.version
-     WHERE EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $30 AND q.revision = $29)
+     WHERE e.leased_by IS NOT DISTINCT FROM $31 AND e.leases = ANY ($32::text::int[])
+       AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $30 AND q.revision = $29)
        FOR UPDATE OF e SKIP LOCKED
 ), all_free AS MATERIALIZED (
     SELECT count(*) = cardinality($1::text::bigint[]) AS yes FROM free
@@ -619,6 +622,7 @@ WITH written AS (
     {write_state}
      WHERE id = (SELECT e.id FROM sequencer.enrollments AS e
                   WHERE e.id = $1 AND e.xmin = ANY ($26::text::xid[])
+                    AND e.leased_by IS NOT DISTINCT FROM $29 AND e.leases = ANY ($30::text::int[])
                     AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
                     FOR UPDATE OF e SKIP LOCKED)
     RETURNING id, {is_stored} AS is_stored
@@ -635,6 +639,7 @@ SELECT {number_unless_changed} AS number FROM written WHERE 1 / coalesce(is_stor
 WITH free AS MATERIALIZED (
     SELECT e.ctid FROM sequencer.enrollments AS e
      WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = ANY ($26::text::xid[])
+       AND e.leased_by IS NOT DISTINCT FROM $29 AND e.leases = ANY ($30::text::int[])
        AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
        FOR UPDATE OF e SKIP LOCKED
 ), written AS (
