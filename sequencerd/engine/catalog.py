@@ -24,7 +24,7 @@ from sequencerd.definitions.compiler import (
 )
 from sequencerd.engine.background import concurrently
 from sequencerd.engine.environment import Environment
-from sequencerd.storage import connections, daemons, sequences
+from sequencerd.storage import connections, daemons, sequences, server
 
 MAX_BLOCKING = 0.005  # seconds for which compiling may block the loop
 UNTIMED_STEPS = 100  # compiled steps that are made without reading the time
@@ -54,6 +54,7 @@ class Catalog:
         self._refused: set[str] = set()  # sequences with steps that may compile later
         self._outdated: frozenset[str] = frozenset()  # types to be compiled again in these
         self._reschedule = reschedule
+        self._read_from: tuple[object, ...] | None = None  # the identity of the server
         self._loading = asyncio.Lock()
         self._compile_until: float | None = None  # for large configs, in the loop's time
         self._pause_at = 0.0  # when to let the loop do other work, in its time
@@ -122,6 +123,9 @@ class Catalog:
         self._set_other_types(await daemons.types_elsewhere(connection, self._env.daemon))
         if wanted is not None:
             wanted |= self._unfinished
+        elif (read_from := await server.identity(connection)) != self._read_from:
+            self._read_from = read_from
+            self._unfinished |= self.sequences.keys()
         revisions = await sequences.read_revisions(connection, wanted)
         known = self.sequences.keys() if wanted is None else self.sequences.keys() & wanted
         gone = known - revisions.keys()

@@ -40,6 +40,13 @@ async def is_on_citus(connection: asyncpg.Connection) -> bool:
     return found
 
 
+async def identity(connection: asyncpg.Connection) -> tuple[object, ...]:
+    """Return what differs where the daemon's memory may be that of another state of the database:
+    on another server, or after a restore.
+    """
+    return tuple(await connection.fetchrow(QUERIES["server_identity"]))
+
+
 async def server_time(connection: asyncpg.Connection) -> datetime:
     """Read the database's clock."""
     now: datetime = await connection.fetchval(QUERIES["server_time"])

@@ -16,7 +16,15 @@ from sequencerd.storage import migrate
 from sequencerd.storage.embedded import PostgresPrograms
 from tests.helpers.clusters import Cluster, stoppable
 from tests.helpers.databases import copy_data, with_login
-from tests.helpers.engines import Held, Recorder, define, running_engine, until
+from tests.helpers.engines import (
+    ALL_ENDED,
+    Held,
+    Recorder,
+    define,
+    enroll,
+    running_engine,
+    until,
+)
 
 TURN_TO = """
     DO $$ BEGIN
@@ -61,6 +69,36 @@ async def session(cluster: Cluster) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(cluster.url)
     yield connection
     await connection.close()
+
+
+async def test_definitions_are_not_taken_for_lost_ones_with_the_same_revisions(
+    cluster: Cluster, losing: Losing
+) -> None:
+    async with session(cluster) as connection:
+        await migrate.migrate(connection)
+        await connection.execute("CREATE ROLE daemon SUPERUSER NOLOGIN")
+    losing.keep()
+    call = Recorder()
+    revision = "SELECT revision FROM sequencer.sequences"
+    async with session(cluster) as connection:
+        await define(connection, "s", ("call", "Call", '{"text": "lost"}', None))
+        lost = await connection.fetchval(revision)
+        await connection.execute("ALTER ROLE daemon LOGIN")
+        async with running_engine(with_login(cluster.url, "daemon"), {"Call": call}):
+            losing.lose()
+            async with session(cluster) as after:
+                await define(after, "s", ("call", "Call", '{"text": "present"}', None))
+                assert await after.fetchval(revision) == lost
+                await after.execute("ALTER ROLE daemon LOGIN")
+                # it is read when the daemon listens again
+                await until(
+                    after,
+                    "SELECT EXISTS (SELECT FROM pg_locks WHERE mode = 'ExclusiveLock'"
+                    " AND locktype = 'advisory')",
+                )
+                await enroll(after, "s", "ada")
+                await until(after, ALL_ENDED)
+    assert call.programs == [{"text": "present"}]
 
 
 @pytest.mark.parametrize("count", [1, 60])

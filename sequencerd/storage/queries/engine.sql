@@ -40,6 +40,11 @@ SELECT set_config('idle_in_transaction_session_timeout', '0', true),
 -- Read the database's clock, to measure the offset of the daemon's.
 SELECT clock_timestamp();
 
+-- name: server_identity
+-- Identify the tables and the present run of the server: of a database that was restored meanwhile, or of
+-- another server, the same revision may be another definition.
+SELECT pg_postmaster_start_time()::text, 'sequencer.sequences'::regclass::oid;
+
 -- name: revisions
 -- Read the revision of every sequence, to see which definitions have changed.
 SELECT name, revision FROM sequencer.sequences;
