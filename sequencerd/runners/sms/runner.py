@@ -63,15 +63,26 @@ from sequencerd.runners.unsubscribe import UnsubscribeLinks, check_reads
 # Error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63017, 63018})
 _DAILY = frozenset({63038})  # the account's daily number of messages
-_OPERATORS = frozenset({20003, 20005, 20008, 20404, 30002})  # the login, or the account
-_SENDERS = frozenset({21212, 21603, 21606, 21659, 21660, 21661, 21701, 21703, 21704, 21705})
-"""About the sender or the messaging service: perhaps the same for all messages."""
+_OPERATORS = frozenset(  # the login, or the account
+    {10001, 20003, 20005, 20008, 20404, 30002, 90010}
+)
+_SENDERS = frozenset(
+    {
+        *{21212, 21603, 21606, 21659, 21660, 21661, 63002, 63007},  # the sender
+        *{21701, 21703, 21704, 21705},  # the messaging service
+        *{21219, 21267, 21607, 21608},  # a trial account
+        21609,  # the URL for reports
+    }
+)
+"""Perhaps the same for all messages."""
 _MAINTENANCE = 21730
 _ABOUT_MESSAGE = range(21200, 21800)  # its numbers, text or region; also with 403
 _CARRIERS_DAY = frozenset({30023, 30027})  # a carrier's daily number of messages
 _PASSING = _CARRIERS_DAY | {30008}  # of unknown kind
 OPTED_OUT = 21610  # the recipient answered STOP
-_UNREACHABLE = frozenset({21211, 21614, 30005, 30006})  # invalid, no mobile, unknown, landline
+_UNREACHABLE = frozenset(  # invalid, no mobile, landline, unknown, landline
+    {21211, 21614, 21635, 30005, 30006}
+)
 NO_TIME = timedelta(0)
 
 

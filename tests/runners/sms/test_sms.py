@@ -85,7 +85,12 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
         (400, None, True, "enrollment"),
         (404, 20404, False, "server"),  # there is no such account
         (404, None, True, "enrollment"),
+        (400, 21635, True, "enrollment"),  # a landline
         (400, 21606, False, "unclear"),  # the sender cannot send messages
+        (400, 21608, False, "unclear"),  # a trial account writes to verified numbers alone
+        (400, 21267, False, "unclear"),  # a trial account has no sender of letters
+        (400, 21609, False, "unclear"),  # hook_url is no public URL
+        (400, 63007, False, "unclear"),  # the channel has no such sender
         (404, 21703, False, "unclear"),  # the messaging service has no sender
         (401, 20003, False, "server"),
         (403, None, False, "server"),
@@ -94,6 +99,8 @@ async def test_a_messaging_service_instead_of_a_sender() -> None:
         (429, None, False, "server"),
         (403, 21408, True, "enrollment"),  # a region that is not enabled
         (403, 20005, False, "server"),  # the account is not active
+        (400, 10001, False, "server"),
+        (400, 90010, False, "server"),
         (400, 14107, False, "server"),
         (400, 30022, False, "server"),
         (429, 63017, False, "server"),
@@ -224,7 +231,7 @@ def test_a_config_that_cannot_work_is_refused(change: dict[str, Any], says: str)
 @pytest.mark.parametrize(
     ("code", "source"),
     [
-        *((code, "refused") for code in (21211, 21614, 30005, 30006)),
+        *((code, "refused") for code in (21211, 21614, 21635, 30005, 30006)),
         (21610, "stop"),
         *((code, None) for code in (21408, 21617, 30003, 30007, 30034, None)),
     ],
