@@ -506,6 +506,8 @@ PAYMENT_REQUIRED = 402
 TOO_LARGE = 413
 _OPERATORS = frozenset({401, PAYMENT_REQUIRED, 403, 405, 407, 421, 426})
 _PASSING = frozenset({408, 409, 423, 425, 429})
+_OF_GATEWAYS = frozenset({502, 504, 520, 522, 524, 598, 599})
+"""The gateway got no usable answer; those that are not registered are Cloudflare's and others'."""
 
 
 def judge(reply: HttpReply, message: str) -> Failed | None:
@@ -516,8 +518,8 @@ def judge(reply: HttpReply, message: str) -> Failed | None:
     which need another login; 402, which needs a payment; 405, 421 and 426, which are no answers of
     the endpoint; and redirects, which are not followed: if an endpoint moves, its settings change.
     Other 5xx and 408 may be the fault of the server or of one enrollment. 409 means that the same
-    request is still in progress, 423 that what it changes is locked. After 502 and 504 from a
-    gateway, the side effect may have taken place.
+    request is still in progress, 423 that what it changes is locked. After the
+    failure of a gateway, the side effect may have taken place.
     """
     if 200 <= reply.status < 300:
         return None
@@ -538,7 +540,7 @@ def judge(reply: HttpReply, message: str) -> Failed | None:
         permanent,
         wait,
         fault=fault,
-        unknown=reply.status in (502, 504),
+        unknown=reply.status in _OF_GATEWAYS,
         cause=cause,
     )
 

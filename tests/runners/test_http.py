@@ -280,6 +280,19 @@ async def test_a_failure_is_attributed_by_its_status(
 
 
 @pytest.mark.parametrize(
+    ("status", "unknown"),
+    [
+        *((status, True) for status in (502, 504, 520, 522, 524, 598, 599)),
+        *((status, False) for status in (500, 503, 521, 523, 525, 530)),
+    ],
+)
+async def test_a_gateway_may_have_passed_on_the_call(status: int, unknown: bool) -> None:
+    """It got no answer, unlike one that could not connect (521, 523, 525, 530)."""
+    (result,) = await run(servers.Answer(status))
+    assert (failed(result).fault, failed(result).unknown) == ("unclear", unknown)
+
+
+@pytest.mark.parametrize(
     ("head", "body", "says"),
     [
         (b"429 X\r\nContent-Length: 500", b"slow down", "Crm answered 429 slow down"),

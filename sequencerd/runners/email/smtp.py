@@ -273,6 +273,8 @@ class MailTransport:
         if reply.code == 354:
             attempt.handed_over = True
             reply = await dialogue.transfer(mail.content, within=FINAL_TIMEOUT)
+            if reply.code < 400 and reply.is_refusal:
+                raise SmtpError(f"answers the message with {reply.code}")
             attempt.handed_over = False
         elif not reply.is_refusal:
             raise SmtpError(f"answers DATA with {reply.code}")

@@ -246,6 +246,13 @@ async def test_a_server_that_shuts_down_instead_of_taking_the_message() -> None:
     assert (result.fault, result.permanent, result.unknown) == ("server", False, False)
 
 
+async def test_a_message_that_is_answered_out_of_order_may_have_been_accepted() -> None:
+    async with scripted(answers={".": ["354 go on"]}) as server, runner(server) as made:
+        result = failed(await send(made))
+    assert "answers the message with 354" in result.message
+    assert (result.fault, result.permanent, result.unknown) == ("unclear", False, True)
+
+
 async def test_replies_in_an_old_encoding_are_read() -> None:
     said = "550 Kontingent für ausgehende Nachrichten überschritten"
     answers: dict[str, list[str | bytes | None]] = {".": [f"{said}\r\n".encode("latin-1")]}
