@@ -200,6 +200,17 @@ def structured_header(name: str, text: str) -> str:
     return _folded(name, text)
 
 
+def list_id_header(name: str, text: str) -> str:
+    """Return a folded List-Id (RFC 2919), `words <id>`. Unlike the URLs of other headers of lists,
+    its words may be encoded. Raises RenderError.
+    """
+    words, opened, id_ = text.rpartition("<")
+    if words.isascii():
+        return structured_header(name, text)
+    encoded = _encoded_words(words.strip(' "'), len(name) + 2)
+    return structured_header(name, f"{opened}{id_}").replace(":", f": {encoded}\r\n", 1)
+
+
 def _longest(text: str) -> int:
     """Return the length of the longest word, or of the longest gap, which cannot be folded."""
     return max(map(len, re.findall("[^ ]+| +", text)), default=0)

@@ -428,6 +428,8 @@ def _is_list_header(name: str) -> bool:
 
 
 def _header(name: str, value: str) -> str:
+    if name.lower() == "list-id":
+        return mime.list_id_header(name, value)
     if _is_list_header(name):
         return mime.structured_header(name, quote(value, safe=f' <>"{_URL}'))
     if name.lower() in _STRUCTURED:

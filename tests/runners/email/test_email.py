@@ -133,6 +133,13 @@ async def test_the_message_id_is_the_same_in_every_attempt() -> None:
     assert ids == {f"<7.1.{DIGEST}@sequencerd.example.com>"}
 
 
+async def test_the_words_of_a_list_id_may_be_in_any_script() -> None:
+    list_id = "Grüße an {{data.email}} <news.example.com>"
+    async with smtp_server() as server:
+        await send(server, {**BASIC, "headers": {"List-Id": list_id}})
+        assert server.parsed()["List-Id"] == "Grüße an ada@example.com <news.example.com>"
+
+
 async def test_long_headers_are_folded_and_not_encoded() -> None:
     url = "https://example.com/unsubscribe?token=" + "a1b2c3" * 40
     references = " ".join(f"<{'m' * 60}{n}@example.com>" for n in range(5))

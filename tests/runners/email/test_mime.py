@@ -5,7 +5,7 @@ from __future__ import annotations
 from email import message_from_bytes, policy
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sequencerd.runners.email import mime
@@ -32,6 +32,25 @@ def test_a_header_carries_its_text_and_nothing_else(text: str) -> None:
     assert b"\n" not in written.replace(b"\r\n", b"")
     # The reader's own rule: whitespace at the folds counts as one space.
     assert " ".join(str(message["Subject"]).split()) == " ".join(value.split())
+
+
+@given(texts)
+@example("Grüße aus München")
+@example("ü" * 200)
+def test_the_words_of_a_list_id_are_encoded_and_its_id_is_not(text: str) -> None:
+    try:
+        value = mime.check_header("List-Id", f"{text} <news.example.com>".strip())
+        header = mime.list_id_header("List-Id", value)
+    except RenderError:
+        return
+    written = mime.message([header], "x", None, "=_1")
+    assert max(map(len, written.split(b"\r\n"))) <= 998
+    message = message_from_bytes(written, policy=policy.default)
+    assert message.keys()[:2] == ["List-Id", "MIME-Version"]
+    words, _, id_ = str(message["List-Id"]).rpartition(" ")
+    assert id_ == "<news.example.com>"
+    if not text.isascii():
+        assert words.split() == text.strip(' "').split()
 
 
 @given(texts, texts)
