@@ -221,7 +221,11 @@ class HttpClient:
 
         The status of a refusal counts even if its body is incomplete, encoded or too large.
         """
-        named = httpx.URL(url)
+        try:
+            named = httpx.URL(url)
+            place = _place(named)
+        except (httpx.InvalidURL, UnicodeError):
+            raise Unreachable("the host of the URL cannot be called", cause="refused") from None
         sent = False
         refusals: list[_Incoming] = []
 
@@ -243,7 +247,6 @@ class HttpClient:
                 "refusals": refusals,
             },
         }
-        place = _place(named)
         try:
             if (proxy := self._proxy(named)) is not None:
                 place += f" through the proxy {_place(proxy)}"
@@ -256,7 +259,13 @@ class HttpClient:
             failed = Unreachable(message, sent=sent)
         except Unreachable as error:
             failed = error
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+        except (
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            httpx.StreamError,
+            OSError,
+            UnicodeError,
+        ) as error:
             sent = sent and not _is_unprocessed(error)
             failed = Unreachable(
                 f"{place}: {_reason(error)}",

@@ -428,6 +428,16 @@ async def test_an_endless_answer_is_cut_off() -> None:
     assert "more than" in failed(result).message
 
 
+@pytest.mark.parametrize("host", ["a..example.com", "xn--", "☃.example.com"])
+async def test_a_host_that_cannot_be_looked_up(host: str) -> None:
+    """Some pass the check of the settings, as the parsers of URLs differ."""
+    made = http_runner(f"https://{host}/?token=hidden")
+    (result,) = await made.run(made.compile({}), [task()])
+    await made.close()
+    assert (failed(result).permanent, failed(result).fault) == (False, "server")
+    assert "hidden" not in failed(result).message
+
+
 async def test_an_endpoint_that_hangs() -> None:
     async def respond(_: Request) -> servers.Answer:
         await asyncio.Event().wait()

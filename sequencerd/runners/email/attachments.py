@@ -31,6 +31,7 @@ from sequencerd.runners.http_client import (
     Unreachable,
     judge,
 )
+from sequencerd.urls import check_url
 
 MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their encoding
 MAX_NAME = 100  # characters
@@ -265,7 +266,7 @@ class Attachments:
     def _allowed(self, path: str, url: str) -> tuple[httpx.URL, UrlPattern]:
         """Return a URL if it may be fetched, with the pattern that allows it."""
         try:
-            parsed = httpx.URL(url)
+            parsed = httpx.URL(check_url(url))
             host = parsed.host
         except (httpx.InvalidURL, ValueError) as error:
             raise AttachmentError(f"{path}.url: is not a URL", is_data=True) from error

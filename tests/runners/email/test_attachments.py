@@ -241,6 +241,29 @@ async def test_redirects_are_followed_where_they_are_allowed() -> None:
         assert len(files.requests) == 3
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "a..files.example.com",
+        f"{'a' * 64}.files.example.com",
+        ".files.example.com",
+        "a b.files.example.com",
+        "a%00.files.example.com",
+        "xn--.files.example.com",
+        "a.files.example.com:99999",
+    ],
+)
+async def test_a_host_in_data_that_cannot_exist_is_the_enrollments_fault(host: str) -> None:
+    async with sending(servers.all_next, attachments_from=["*.files.example.com"]) as (
+        mail,
+        _,
+        made,
+    ):
+        result = failed(await send(made, {"url": "https://{{data.host}}/a.pdf"}, host=host))
+    assert (result.permanent, result.failure) == (True, "bad_data")
+    assert mail.messages == []
+
+
 @pytest.mark.parametrize("location", ["", "http://[::1", "https://files.example.com:port/"])
 async def test_a_redirect_that_leads_nowhere_is_not_repeated(location: str) -> None:
     async def respond(_: Request) -> servers.Answer:
