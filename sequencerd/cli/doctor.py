@@ -30,14 +30,32 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.statements import QUERIES
 
 
-async def examine(shard: Shard, settings: Settings) -> AsyncIterator[Diagnosis]:
-    """Run all checks in order. A check that cannot run is an error as well."""
+async def examine(
+    shards: Sequence[Shard], settings: Settings
+) -> AsyncIterator[tuple[str | None, Diagnosis]]:
+    """Examine each shard, compare them, and examine the endpoints once for all. Yield each finding
+    with the name of its shard. A check that cannot run is an error as well.
+    """
     types: set[str] = set()
     used: dict[str, bool] = {}
-    async for finding in _examine_shard(shard, settings.database, types, used):
-        yield finding
-    async for finding in _examine_endpoints(settings, types, used):
-        yield finding
+    for shard in shards:
+        database = settings.of_shard(shard.name).database
+        async for finding in _examine_shard(shard, database, types, used):
+            yield shard.name, finding
+    if len(shards) > 1:
+        facts = {}
+        for shard in shards:
+            with suppress(SequencerdError, *TRANSIENT_ERRORS):  # reported by a check
+                async with reading(shard) as connection:
+                    facts[str(shard.name)] = await connection.fetchrow(QUERIES["common_facts"])
+        for finding in compare_shards(facts, len(shards)):
+            yield None, finding
+    if _calls_servers(settings, types, used):
+        # imported only if needed, because it takes long
+        from sequencerd.cli.doctor_endpoints import examine_endpoints  # noqa: PLC0415
+
+        async for finding in examine_endpoints(settings, types, used):
+            yield None, finding
 
 
 async def _examine_shard(
@@ -61,17 +79,6 @@ async def _examine_shard(
             connection.terminate()
     if names := _name_service(shard.url):
         yield names
-
-
-async def _examine_endpoints(
-    settings: Settings, types: set[str], used: Mapping[str, bool]
-) -> AsyncIterator[Diagnosis]:
-    if _calls_servers(settings, types, used):
-        # imported only if needed, because it takes long
-        from sequencerd.cli.doctor_endpoints import examine_endpoints  # noqa: PLC0415
-
-        async for finding in examine_endpoints(settings, types, used):
-            yield finding
 
 
 def _calls_servers(settings: Settings, types: set[str], used: Mapping[str, bool]) -> bool:
@@ -133,7 +140,7 @@ async def doctor_command(
 ) -> int:
     findings: list[tuple[str | None, Diagnosis]] = []
     redact = make_redaction(settings)
-    async for shard, found in _examine_all(shards, settings):
+    async for shard, found in examine(shards, settings):
         finding = replace(found, seen=redact(found.seen))
         findings.append((shard, finding))
         if not arguments.json:
@@ -151,29 +158,3 @@ async def doctor_command(
             ]
         )
     return int(any(finding.level == "error" for _, finding in findings))
-
-
-async def _examine_all(
-    shards: Sequence[Shard], settings: Settings
-) -> AsyncIterator[tuple[str | None, Diagnosis]]:
-    """Examine each shard, compare them, and examine the endpoints once for all."""
-    types: set[str] = set()
-    used: dict[str, bool] = {}
-    for shard in shards:
-        database = settings.of_shard(shard.name).database
-        async for finding in _examine_shard(shard, database, types, used):
-            yield shard.name, finding
-    if len(shards) > 1:
-        facts = {}
-        for shard in shards:
-            with suppress(SequencerdError, *TRANSIENT_ERRORS):  # reported by a check
-                facts[str(shard.name)] = await _common_facts(shard)
-        for finding in compare_shards(facts, len(shards)):
-            yield None, finding
-    async for finding in _examine_endpoints(settings, types, used):
-        yield None, finding
-
-
-async def _common_facts(shard: Shard) -> dict[str, str]:
-    async with reading(shard) as connection:
-        return dict(await connection.fetchrow(QUERIES["common_facts"]))

@@ -391,7 +391,7 @@ async def test_daemons_work_through_a_pooler(world: World, tmp_path: Path, liste
         await breaking(world, terminate, every=1)
         found = [
             finding
-            async for finding in doctor.examine(shard(world.used), Settings())
+            async for _, finding in doctor.examine([shard(world.used)], Settings())
             if finding.about == "pooler"
         ]
         assert [finding.level for finding in found] == ["error"]

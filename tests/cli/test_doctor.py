@@ -39,7 +39,7 @@ Findings = Mapping[str, Diagnosis]
 
 async def examine(url: str, **settings: Any) -> Findings:
     read = Settings.model_validate(settings)
-    return {finding.about: finding async for finding in command.examine(shard(url), read)}
+    return {finding.about: finding async for _, finding in command.examine([shard(url)], read)}
 
 
 async def test_doctor_finds_no_problem(database: str, connection: asyncpg.Connection) -> None:
