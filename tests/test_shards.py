@@ -358,8 +358,6 @@ def test_invalid_settings_of_shards(tmp_path: Path) -> None:
             load({}, file)
     file.write_text('[shards]\na = {url = {file = "a"}}\nb = {url = {file = "b"}}')
     assert set(load({}, file, secrets=()).shards) == {"a", "b"}
-    with pytest.raises(SettingsError, match=r"no shard 'c'.*: a, b"):
-        load({}, file, secrets=()).of_shard("c")
     for url, message in (
         ("mysql://db/app", "begins with mysql://"),
         ("postgresql://db:x/app", "has a port that is not a number"),

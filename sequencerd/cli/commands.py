@@ -13,7 +13,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -122,7 +122,8 @@ def on_shards(run: ShardsCommand) -> Command:
 
     def command(arguments: argparse.Namespace, _: Settings) -> int:
         settings = read_settings(arguments, "database", "shards")
-        with _shards(arguments, settings) as shards:
+        wanted = wanted_shards(arguments, settings)
+        with nullcontext(shards_of(settings, wanted)) if wanted else _database(settings) as shards:
             try:
                 return _run(run(arguments, settings, shards))
             except BrokenPipeError:
@@ -178,22 +179,9 @@ async def _explained(
     return DatabaseError(f"lost the connection to the database: {error}")
 
 
-@contextmanager
-def _shards(arguments: argparse.Namespace, settings: Settings) -> Iterator[Sequence[Shard]]:
-    """Provide the shards of the settings, or those that --shard names; without [shards], the one
-    database.
-    """
-    wanted = wanted_shards(arguments, settings)
-    if not wanted:
-        with _database(settings) as shard:
-            yield [shard]
-        return
-    yield shards_of(settings, wanted)
-
-
 def wanted_shards(arguments: argparse.Namespace, settings: Settings) -> Collection[str]:
     """Return the names of the shards that a command works on: those that --shard names, or that of
-    the unit sequencerd@NAME, or all. Raises SequencerdError for an unknown name.
+    the unit sequencerd@NAME, or all. Raises SettingsError for a unit of an unknown name.
     """
     wanted: Collection[str] = arguments.shard or ()
     instance = os.environ.get("SEQUENCERD_INSTANCE")
@@ -204,8 +192,6 @@ def wanted_shards(arguments: argparse.Namespace, settings: Settings) -> Collecti
                 f"settings; available: {', '.join(settings.shards)}"
             )
         wanted = [instance]
-    for name in wanted:
-        settings.of_shard(name)
     return wanted or settings.shards
 
 
@@ -257,17 +243,17 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 @contextmanager
-def _database(settings: Settings) -> Iterator[Shard]:
-    """Provide the database: the configured one, without its pooler if possible; or an embedded
+def _database(settings: Settings) -> Iterator[list[Shard]]:
+    """Provide the one database: the configured one, without its pooler if possible; or an embedded
     server, started on demand.
     """
     schema = settings.database.schema_name
     url = settings.database.listen_url or settings.database.url
     if url is not None:
-        yield Shard(url.get_secret_value(), schema)
+        yield [Shard(url.get_secret_value(), schema)]
         return
     if conninfo.is_set(os.environ):
-        yield Shard("", schema)  # all of it comes from libpq's variables
+        yield [Shard("", schema)]  # all of it comes from libpq's variables
         return
     if is_service():
         raise SettingsError(
@@ -281,7 +267,7 @@ def _database(settings: Settings) -> Iterator[Shard]:
     with embedded.running(folder) as server:
         shard = Shard(server.url, schema)
         asyncio.run(apply_migrations(shard))
-        yield shard
+        yield [shard]
 
 
 async def apply_migrations(
