@@ -9,7 +9,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -332,65 +332,56 @@ class SmsSettings(MessagingSettings):
     only_to: PatternList | None = None
 
 
-def _check_target(section: HttpRunnerSettings | LookupSettings) -> None:
-    if (section.url is None) == (section.arn is None):
-        raise ValueError("write url, or lambda with the ARN of a function")
-    if section.arn is not None:
-        for key in ("secret", "headers", "http2"):
-            if key in section.model_fields_set:
-                raise ValueError(
-                    f"{key} is for a url: Lambda's calls are signed by AWS credentials"
-                )
-
-
-class HttpRunnerSettings(ServerSettings):
-    """A custom runner in any language: [runners.NAME]."""
+class EndpointSettings(Section):
+    """The destination of calls: a URL, or an AWS Lambda function."""
 
     url: HttpUrl | None = None
     arn: str | None = Field(default=None, alias="lambda")
+    allow_private: bool = False
+    headers: dict[str, Secret] = {}
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if (self.url is None) == (self.arn is None):
+            raise ValueError("write url, or lambda with the ARN of a function")
+        for key in ("secret", "headers", "http2"):
+            if self.arn is not None and key in self.model_fields_set:
+                raise ValueError(
+                    f"{key} is for a url: Lambda's calls are signed by AWS credentials"
+                )
+        return self
+
+
+class HttpRunnerSettings(EndpointSettings, ServerSettings):
+    """A custom runner in any language: [runners.NAME]."""
+
     concurrency: int = Field(default=CALL_LIMITS.concurrency, ge=1, le=1000)
     timeout: float = Field(default=CALL_LIMITS.timeout, gt=0, le=3600)
     batch_size: int = Field(default=CALL_LIMITS.batch_size, ge=1, le=1000)
     batch_bytes: int | None = Field(default=None, ge=1000, le=100_000_000)
     secret: Secret | None = None
-    allow_private: bool = False
     http2: bool = True
-    headers: dict[str, Secret] = {}
 
     @property
     def limits(self) -> Limits:
         """Return the limits in the form of runners."""
         return replace(super().limits, batch_size=self.batch_size)
 
-    @model_validator(mode="after")
-    def _check(self) -> HttpRunnerSettings:
-        _check_target(self)
-        return self
 
-
-class LookupSettings(Section):
+class LookupSettings(EndpointSettings):
     """A source of external data: [lookups.NAME]. `form` is the format of the request: a list of
     subjects, or the original's `{"runners": [...]}`, the default for Lambda functions.
     """
 
-    url: HttpUrl | None = None
-    arn: str | None = Field(default=None, alias="lambda")
     form: Literal["list", "original"] | None = None
     timeout: float = Field(default=LOOKUP_LIMITS.timeout, gt=0, le=600)
     batch_size: int = Field(default=LOOKUP_LIMITS.batch_size, ge=1, le=10_000)
     concurrency: int = Field(default=LOOKUP_LIMITS.concurrency, ge=1, le=100)
-    allow_private: bool = False
-    headers: dict[str, Secret] = {}
 
     @property
     def limits(self) -> Limits:
         """Return the limits in the form of lookups."""
         return Limits(self.concurrency, self.timeout, self.batch_size)
-
-    @model_validator(mode="after")
-    def _check(self) -> LookupSettings:
-        _check_target(self)
-        return self
 
 
 def _check_address(text: str) -> str:
@@ -621,14 +612,11 @@ class Settings(Section):
         return self
 
     def of_shard(self, name: str | None) -> Settings:
-        """Return the settings with the database of one shard; without [shards], the same settings.
-        Raises SettingsError.
+        """Return the settings with the database of one of [shards]; without these, the same
+        settings.
         """
         if name is None:
             return self
-        if name not in self.shards:
-            known = ", ".join(self.shards) or "none"
-            raise SettingsError(f"there is no shard {name!r} in the settings; available: {known}")
         shard = self.shards[name]
         own = {key: getattr(shard, key) for key in ShardSettings.model_fields}
         return self.model_copy(update={"database": self.database.model_copy(update=own)})

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from sequencerd.core.config import faults
 from sequencerd.core.faults import Fault
 from sequencerd.errors import SettingsError
-from sequencerd.settings import SECTIONS, Section, Settings, read_secret_file
+from sequencerd.settings import SECTIONS, Settings, read_secret_file
 
 DEFAULT_FILE = Path("/etc/sequencerd/sequencerd.toml")
 
@@ -173,10 +173,6 @@ def _variables() -> dict[str, tuple[str, str]]:
     places = {
         f"{section}_{key}".upper(): (section, key)
         for section, kind in SECTIONS.items()
-        for key in _names(kind)
+        for key in (field.alias or name for name, field in kind.model_fields.items())
     }
     return places | _SHORT
-
-
-def _names(section: type[Section]) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items()]
