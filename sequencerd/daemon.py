@@ -313,17 +313,17 @@ class _ShardService:
     ) -> None:
         self.name = shard.name
         self.shard = shard
+        self.process = process
+        self.read = read
+        self.log = process.log if shard.name is None else process.log.bind(shard=shard.name)
+        self.suppressions = Suppressions(self._suppressed)
         self.daemon: _Daemon | None = None
         self.reload_requested = asyncio.Event()
-        self._process = process
         self._settings = settings
-        self._read = read
         self._stop = stop
         self._away = "the database has not answered yet"
         self._none = Metrics(of_process=False)
-        self._log = process.log if shard.name is None else process.log.bind(shard=shard.name)
-        self._suppressions = Suppressions(self._suppressed)
-        make_runners(settings, self._suppressions)  # wrong settings end the process immediately
+        make_runners(settings, self.suppressions)  # wrong settings end the process immediately
 
     @property
     def settings(self) -> Settings:
@@ -385,19 +385,19 @@ class _ShardService:
                 await self.serve()
             except (DatabaseError, SettingsError, *TRANSIENT_ERRORS) as error:
                 if is_first and isinstance(error, SettingsError):
-                    self._process.refuse(SettingsError(f"shard {self.name}: {error}"))
+                    self.process.refuse(SettingsError(f"shard {self.name}: {error}"))
                     return
                 cause = str(error) if isinstance(error, SequencerdError) else brief(error)
                 if cause != self._away:
-                    self._log.error("the shard is unavailable, trying again", error=cause)
+                    self.log.error("the shard is unavailable, trying again", error=cause)
                 self._away = cause
                 # READY for the process, which serves what it can: the start must not time out
-                notify("READY=1", f"STATUS={self._process.status()}")
+                notify("READY=1", f"STATUS={self.process.status()}")
             is_first = False
             with suppress(TimeoutError):
                 async with asyncio.timeout(AWAY_INTERVAL):
                     await self._stop.wait()
-            self._process.feed()
+            self.process.feed()
 
     async def serve(
         self,
@@ -407,7 +407,7 @@ class _ShardService:
         cannot begin.
         """
         settings, shard = self._settings, self.shard
-        runners = make_runners(settings, self._suppressions, self._take)
+        runners = make_runners(settings, self.suppressions, self.take)
         await unless_stopped(self._stop, self._check())
         if self._stop.is_set():
             return
@@ -429,32 +429,23 @@ class _ShardService:
         ):
             parts = ReloadableParts(settings, runners, for_lookups)
             pools = self._pools = Pools(pool, heart, for_lookups, for_enrolling, for_rates)
-            daemon = self.daemon = _Daemon(
-                pools,
-                parts,
-                process=self._process,
-                suppressions=self._suppressions,
-                take=self._take,
-                log=self._log,
-                read=self._read,
-                of_process=self.name is None,
-            )
+            daemon = self.daemon = _Daemon(pools, parts, self)
             try:
                 async with around():
-                    await daemon.run(shard, self.reload_requested, self._stop)
+                    await daemon.run(self._stop)
             finally:
                 self._settings, self.daemon = daemon.parts.settings, None
                 await daemon.parts.close()
-        self._log.info("stopped", daemon=daemon.name)
+        self.log.info("stopped", daemon=daemon.name)
 
     async def _check(self) -> None:
         """Check the schema and the privileges; on a standby, wait for its promotion first."""
         connection = await connections.connect(self.shard)
         try:
-            await _wait_for_promotion(connection, self._log)
+            await _wait_for_promotion(connection, self.log)
             await migrate.check(connection, self.shard.number)
-            _check_visible(await server.hidden_tables(connection), self._log)
-            await _check_privileges(connection, self._log)
+            _check_visible(await server.hidden_tables(connection), self.log)
+            await _check_privileges(connection, self.log)
         finally:
             connection.terminate()
 
@@ -465,8 +456,9 @@ class _ShardService:
         except TRANSIENT_ERRORS as error:
             raise NotNow(f"the suppressions cannot be read: {error}") from error
 
-    async def _take(self, runner: str, per_second: float, count: int) -> tuple[float, float]:
-        return await shared_rates.take(self._pools.rates, runner, per_second, count, self._log)
+    async def take(self, runner: str, per_second: float, count: int) -> tuple[float, float]:
+        """Take permits that all daemons share."""
+        return await shared_rates.take(self._pools.rates, runner, per_second, count, self.log)
 
 
 def _report_taken_address(log: FilteringBoundLogger, listen: str) -> None:
@@ -534,30 +526,15 @@ def _handle_loop_error(
 class _Daemon:
     """The engine, and the tasks that run beside it."""
 
-    def __init__(
-        self,
-        pools: Pools,
-        parts: ReloadableParts,
-        *,
-        process: _Process,
-        suppressions: Suppressions,
-        take: TakePermits,
-        log: FilteringBoundLogger,
-        read: Callable[[], Settings],
-        of_process: bool,
-    ) -> None:
-        settings = parts.settings.engine
+    def __init__(self, pools: Pools, parts: ReloadableParts, service: _ShardService) -> None:
+        settings, process, log = parts.settings.engine, service.process, service.log
         self.name = daemon_name()
         self.parts = parts
-        self._pools = pools
-        self._pool = pools.engine
         self.clock = Clock()
-        self._suppressions = suppressions
-        self._take = take
+        self._pools = pools
+        self._service = service
         self._log = log
-        self._read = read
-        self._process = process
-        self.metrics = Metrics(of_process=of_process)
+        self.metrics = Metrics(of_process=service.name is None)
         self.health = Health(
             self.metrics, process.status, process.feed, sweep=settings.sweep, lease=settings.lease
         )
@@ -597,7 +574,7 @@ class _Daemon:
         """Return the present definitions and runners, for another thread to read."""
         return Simulator(dict(self._engine.catalog.sequences), self.parts.runners)
 
-    async def run(self, shard: Shard, reload: asyncio.Event, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set."""
         engine = self._engine
         # a task that fails ends the process, which systemd restarts; leases make that safe
@@ -605,11 +582,11 @@ class _Daemon:
             helpers = [
                 group.create_task(work)
                 for work in (
-                    self._listen(shard),
-                    self._reload_whenever(reload, group),
+                    self._listen(),
+                    self._reload_whenever(self._service.reload_requested, group),
                     self._stop_when(stop),
                     retention.keep(
-                        self._pool,
+                        self._pools.engine,
                         lambda: self.parts.settings.retention,
                         clock=self.clock,
                         log=self._log,
@@ -621,10 +598,10 @@ class _Daemon:
             for helper in helpers:
                 helper.cancel()
 
-    async def _listen(self, shard: Shard) -> None:
+    async def _listen(self) -> None:
         if self.parts.settings.database.listen:
             await listen(
-                shard,
+                self._service.shard,
                 self._receive,
                 self._connected,
                 self._engine.find_due,
@@ -648,7 +625,7 @@ class _Daemon:
                 await pool.expire_connections()
         await self._engine.sweep()
         self._log.info("ready", daemon=self.name, sequences=len(self._engine.catalog.sequences))
-        notify("READY=1", f"STATUS={self._process.status()}")
+        notify("READY=1", f"STATUS={self._service.process.status()}")
 
     def status(self) -> str:
         """Return the status for systemd."""
@@ -673,7 +650,8 @@ class _Daemon:
             requested.clear()
             notify_reloading()
             try:
-                new = self.parts.renewed(self._reread(), self._suppressions, self._take)
+                service = self._service
+                new = self.parts.renewed(self._reread(), service.suppressions, service.take)
             except SettingsError as error:
                 self._log.error("invalid settings, the old ones remain", error=str(error))
             else:
@@ -688,7 +666,7 @@ class _Daemon:
         """Return the new settings, with the old values of those that require a restart. Raises
         SettingsError.
         """
-        old, new = self.parts.settings, self._read()
+        old, new = self.parts.settings, self._service.read()
         if fixed := old.differences(new, *RESTART_SECTIONS):
             self._log.warning("changed settings require a restart", settings=fixed)
         return new.model_copy(update={name: getattr(old, name) for name in RESTART_SECTIONS})
