@@ -47,14 +47,14 @@ async def bounce_command(
         async with connected(shard) as connection:
             await suppressions.add(connection, found)
 
-    if found:
-        await ask_all(explain(arguments), shards, suppress, otherwise=MAIL_SERVER_RETRIES)
+    if not found:
+        if answers.missing:
+            raise ShardsError("\n".join([*answers.lines(), MAIL_SERVER_RETRIES]))
+        say("ignored: according to the history, no message was sent to the address that it reports")
+        return 0
+    await ask_all(explain(arguments), shards, suppress, otherwise=MAIL_SERVER_RETRIES)
     for one in found:
         say(f"suppressed {one.address}: {one.reason}")
-    if not found and answers.missing:
-        raise ShardsError("\n".join([*answers.lines(), MAIL_SERVER_RETRIES]))
-    if not found:
-        say("ignored: according to the history, no message was sent to the address that it reports")
     return 0
 
 

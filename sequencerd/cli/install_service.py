@@ -12,8 +12,6 @@ from pathlib import Path
 
 from sequencerd.errors import UsageError
 
-FOLDER = Path("/etc/systemd/system")
-
 _IN_UNITS = "/opt/sequencerd/bin/sequencerd"
 _HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108 - to warn of them
 

@@ -126,17 +126,16 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
         say_json([dict(row) for row in rows])
     elif not rows:
         say(empty)
-    elif width := _width(sys.stdout):
-        for line in laid_out(rows, width, datetime.now(UTC)):
-            say_lines(line)
     else:
-        for line in aligned([dict(row) for row in rows]):
+        width = _width(sys.stdout)
+        for line in laid_out(rows, width, datetime.now(UTC)) if width else aligned(rows):
             say_lines(line)
 
 
-def aligned(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def aligned(rows: Sequence[Any]) -> Iterator[str]:
     """Yield rows as aligned columns, below the keys of the first row."""
-    cells = [list(rows[0]), *([visible(text(value)) for value in row.values()] for row in rows)]
+    titles = list(rows[0].keys())
+    cells = [titles, *([visible(text(value)) for value in row.values()] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         yield "  ".join(map(set_cell_size, line, widths)).rstrip()

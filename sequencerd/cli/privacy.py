@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import asyncpg
 
-from sequencerd.cli.commands import connect, explain, on_shards, reading, report_missing
+from sequencerd.cli.commands import connected, explain, on_shards, reading, report_missing
 from sequencerd.cli.ids import Id, labelled
 from sequencerd.cli.operation import confirm
 from sequencerd.cli.output import say, say_json, say_raw, warn
@@ -55,13 +56,7 @@ class Forgotten(NamedTuple):
 
     def plus(self, other: Forgotten) -> Forgotten:
         """Add another result."""
-        return Forgotten(
-            self.enrollments + other.enrollments,
-            self.events + other.events,
-            self.suppressions + other.suppressions,
-            self.redacted + other.redacted,
-            self.mentioned_in + other.mentioned_in,
-        )
+        return Forgotten(*map(add, self, other))
 
 
 @on_shards
@@ -160,18 +155,16 @@ async def _forget(
     """Forget a subject; without `commit`, only find out what that would change. `texts` are those
     about it in other shards.
     """
-    connection = await connect(shard)
-    transaction = connection.transaction()
     try:
-        await transaction.start()
-        if texts:
-            await connection.execute(QUERIES["know_texts"], json.dumps(texts))
-        done = Forgotten(*await connection.fetchrow(QUERIES["forget"], subject))
-        await (transaction.commit() if commit else transaction.rollback())
+        async with connected(shard) as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            if texts:
+                await connection.execute(QUERIES["know_texts"], json.dumps(texts))
+            done = Forgotten(*await connection.fetchrow(QUERIES["forget"], subject))
+            await (transaction.commit() if commit else transaction.rollback())
     except asyncpg.ObjectInUseError as error:
         raise UsageError(with_hint(error)) from error
-    finally:
-        await connection.close()
     return done._replace(mentioned_in=[_id(shard, int(one)) for one in done.mentioned_in])
 
 
