@@ -42,9 +42,11 @@ import cpu
 from aiosmtpd.smtp import SMTP
 from asyncpg.prepared_stmt import PreparedStatement
 from engine import ALL_ENDED, NAME, WARM_UP, defined, engine, enroll, process, run, say, until
+from pydantic import SecretStr
 
 from sequencerd import daemon
 from sequencerd.runners.email.runner import EmailRunner
+from sequencerd.settings import EmailSettings
 from sequencerd.storage import cleanup
 
 BARE = """
@@ -173,7 +175,7 @@ async def mix(dsn: str, arguments: argparse.Namespace) -> None:
             )
             work = "held" if arguments.held else "mix"
             sizes = Sizes(connection, await postmaster(dsn), work)
-            async with engine(url, {"Email": EmailRunner(server)}):
+            async with engine(url, {"Email": EmailRunner(EmailSettings(url=SecretStr(server)))}):
                 enrolling = asyncio.create_task(enroll_steadily(url, arguments))
                 holding = asyncio.create_task(hold_snapshot(url, arguments.held))
                 await sizes.say()

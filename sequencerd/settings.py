@@ -92,6 +92,11 @@ def read_secret_file(name: str, folder: str | None) -> str:
 Secret = Annotated[SecretStr, BeforeValidator(_read_secret)]
 
 
+def secret_values(secrets: Mapping[str, SecretStr]) -> dict[str, str]:
+    """Return secrets as texts, by the same keys."""
+    return {key: value.get_secret_value() for key, value in secrets.items()}
+
+
 def _unless_empty(value: SecretStr | None) -> SecretStr | None:
     """Return None for an empty text: a variable without a value is not set."""
     return value or None

@@ -19,10 +19,9 @@ import asyncpg
 import pytest
 from aiosmtpd.smtp import SMTP
 
-from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.command_line import Command, start_sequencerd
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until, way
-from tests.helpers.runners import http_runner
+from tests.helpers.runners import email_runner, http_runner
 from tests.helpers.servers import Answer, Request, http_server
 from tests.helpers.waiting import PATIENCE
 
@@ -291,7 +290,7 @@ async def test_a_server_that_never_answers_delays_no_mail(
     port = server.sockets[0].getsockname()[1]
     stuck = http_runner(f"http://127.0.0.1:{port}/", name="Stuck", allow_private=True)
     box, smtp = mailbox
-    mail = EmailRunner(smtp)
+    mail = email_runner(smtp)
     async with running_engine(database, {"Stuck": stuck, "Email": mail}, stop_timeout=0):
         await define(connection, "stuck", ("work", "Stuck", "{}", None))
         await connection.execute(

@@ -9,8 +9,8 @@ from importlib.metadata import entry_points
 from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.core.task import Failed
 from sequencerd.engine import lookups
-from sequencerd.runners import registry
 from sequencerd.runners.aws_lambda import LambdaFunction
+from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http_client import HttpClient, HttpReply, Unreachable
 from sequencerd.service.diagnosis import Diagnosis
 from sequencerd.settings import HttpRunnerSettings, LookupSettings, OidcSettings, Settings
@@ -47,7 +47,7 @@ async def examine_endpoints(
 
 async def _mail(settings: Settings) -> Diagnosis:
     try:
-        runner = registry.make_email_runner(settings.email, reply_timeout=ENDPOINT_TIMEOUT)
+        runner = EmailRunner(settings.email.model_copy(update={"timeout": ENDPOINT_TIMEOUT}))
     except ValueError as error:
         return Diagnosis("mail server", str(error), "error", "correct [email]")
     try:

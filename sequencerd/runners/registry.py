@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NoReturn
-
-from pydantic import SecretStr
 
 from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.faults import DefinitionError, Fault
@@ -18,21 +15,20 @@ from sequencerd.core.task import Failed, Result, Task
 from sequencerd.errors import SettingsError
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
-from sequencerd.runners.email.oauth import OAuthClient
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import BATCH_BYTES, BatchRunner, Endpoint, HttpEndpoint
 from sequencerd.runners.pace import TakePermits
 from sequencerd.runners.protocol import Runner
 from sequencerd.runners.python import load
-from sequencerd.runners.sms.runner import HttpSmsRunner, SmsOptions, TwilioRunner
+from sequencerd.runners.sms.runner import SmsRunner
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from sequencerd.settings import (
-    EmailSettings,
     HttpRunnerSettings,
     LookupSettings,
     Settings,
     SmsSettings,
+    secret_values,
 )
 
 
@@ -49,11 +45,16 @@ def make_runners(
         links = make_links(settings)
         runners: dict[str, Runner] = {}
         with _section("email"):
-            runners[EMAIL.name] = make_email_runner(
-                settings.email, suppressions, links=links, take=take
+            runners[EMAIL.name] = EmailRunner(
+                settings.email, suppressions=suppressions, links=links, take=take
             )
         with _section("sms"):
-            runners[SMS.name] = _sms_runner(settings.sms, suppressions, links, take)
+            sms, problem = settings.sms, _lacking(settings.sms)
+            runners[SMS.name] = (
+                SmsRunner(sms, suppressions=suppressions, links=links, take=take)
+                if problem is None
+                else _NotSetUp(problem)
+            )
         installed = load()
         _check_names(installed, "the Python runner {}")
         _check_names(settings.runners, "[runners.{}]")
@@ -76,7 +77,23 @@ def make_runners(
 def make_endpoint(section: str, settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
     """Return the destination for calls of a runner or a lookup. Raises SettingsError."""
     with _section(section):
-        return _endpoint(settings)
+        if settings.arn is not None:
+            return LambdaFunction(
+                settings.arn,
+                timeout=settings.timeout,
+                connections=settings.concurrency,
+                allow_private=settings.allow_private,
+            )
+        own = settings if isinstance(settings, HttpRunnerSettings) else None
+        return HttpEndpoint(
+            settings.url or "",
+            timeout=settings.timeout,
+            connections=settings.concurrency,
+            secret=own.secret.get_secret_value() if own and own.secret else None,
+            headers=secret_values(settings.headers),
+            allow_private=settings.allow_private,
+            http2=own is not None and own.http2,
+        )
 
 
 @contextmanager
@@ -88,25 +105,6 @@ def _section(name: str) -> Iterator[None]:
         raise SettingsError(f"wrong setting: {name}: {error}") from error
 
 
-def _endpoint(settings: HttpRunnerSettings | LookupSettings) -> Endpoint:
-    if settings.arn is not None:
-        return LambdaFunction(
-            settings.arn,
-            timeout=settings.timeout,
-            connections=settings.concurrency,
-            allow_private=settings.allow_private,
-        )
-    return HttpEndpoint(
-        settings.url or "",
-        timeout=settings.timeout,
-        connections=settings.concurrency,
-        secret=_secret(settings.secret) if isinstance(settings, HttpRunnerSettings) else None,
-        headers=_secrets(settings.headers),
-        allow_private=settings.allow_private,
-        http2=settings.http2 if isinstance(settings, HttpRunnerSettings) else False,
-    )
-
-
 def _check_names(names: Iterable[str], shown: str) -> None:
     """Raise ValueError if a runner has the name of a built-in step type."""
     for name in names:
@@ -114,43 +112,6 @@ def _check_names(names: Iterable[str], shown: str) -> None:
             raise ValueError(
                 f"{shown.format(name)}: {name} is a built-in step type, choose another name"
             )
-
-
-def make_email_runner(
-    email: EmailSettings,
-    suppressions: Suppressions | None = None,
-    *,
-    reply_timeout: float | None = None,
-    links: UnsubscribeLinks | None = None,
-    take: TakePermits | None = None,
-) -> EmailRunner:
-    """Return the Email runner. Raises ValueError."""
-    oauth: OAuthClient | str | None = email.token_command
-    if email.oauth is not None:
-        oauth = OAuthClient(
-            email.oauth.token_url,
-            email.oauth.client_id,
-            _secret(email.oauth.client_secret),
-            email.oauth.scope,
-            _secret(email.oauth.refresh_token),
-        )
-    return EmailRunner(
-        email.server,
-        limits=email.limits
-        if reply_timeout is None
-        else replace(email.limits, timeout=reply_timeout),
-        hello_name=email.hello_name,
-        oauth=oauth,
-        list_unsubscribe=email.list_unsubscribe,
-        suppressions=suppressions,
-        only_to=email.only_to,
-        attachments_from=email.attachments_from,
-        suppress_bounces=email.suppress_bounces,
-        bounce_address=email.bounce_address,
-        links=links,
-        retry=email.retry,
-        take=take,
-    )
 
 
 def make_links(settings: Settings) -> UnsubscribeLinks | None:
@@ -161,49 +122,13 @@ def make_links(settings: Settings) -> UnsubscribeLinks | None:
     return UnsubscribeLinks(section.url, [key.get_secret_value() for key in section.keys])
 
 
-def _sms_runner(
-    sms: SmsSettings,
-    suppressions: Suppressions | None,
-    links: UnsubscribeLinks | None,
-    take: TakePermits | None,
-) -> Runner:
-    options: SmsOptions = {
-        "limits": sms.limits,
-        "suppressions": suppressions,
-        "only_to": sms.only_to,
-        "links": links,
-        "retry": sms.retry,
-        "take": take,
-    }
-    if sms.provider == "http":
-        if not sms.url or not sms.body:
-            return _NotSetUp("SMS needs a gateway: set sms.url and sms.body")
-        return HttpSmsRunner(
-            sms.url,
-            body=sms.body,
-            headers=_secrets(sms.headers),
-            allow_private=sms.allow_private,
-            **options,
-        )
-    token = _secret(sms.auth_token)
-    if not sms.account_sid or not token:
-        return _NotSetUp("SMS needs an account: set sms.account_sid and sms.auth_token")
-    return TwilioRunner(
-        sms.account_sid,
-        token,
-        base_url=sms.base_url,
-        suppress_bounces=sms.suppress_bounces,
-        status_callback=sms.hook_url,
-        **options,
-    )
-
-
-def _secret(value: SecretStr | None) -> str | None:
-    return value.get_secret_value() if value else None
-
-
-def _secrets(values: Mapping[str, SecretStr]) -> dict[str, str]:
-    return {key: value.get_secret_value() for key, value in values.items()}
+def _lacking(sms: SmsSettings) -> str | None:
+    """Return what has to be set before messages can be sent, if anything."""
+    if sms.provider == "http" and not (sms.url and sms.body):
+        return "SMS needs a gateway: set sms.url and sms.body"
+    if sms.provider == "twilio" and not (sms.account_sid and sms.auth_token):
+        return "SMS needs an account: set sms.account_sid and sms.auth_token"
+    return None
 
 
 class _NotSetUp:

@@ -23,12 +23,11 @@ from sequencerd.core.step_types import BUILT_IN
 from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.definitions.files import read_files
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings_file import load
 from tests.helpers import servers
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until, way
-from tests.helpers.runners import http_runner
+from tests.helpers.runners import email_runner, http_runner
 from tests.helpers.servers import Request, http_server, task
 
 INPUTS = int(os.environ.get("CHAOS_INPUTS", "50"))
@@ -191,7 +190,7 @@ REPLIES = st.one_of(
 def test_any_reply_of_a_mail_server_is_a_result(replies: list[bytes]) -> None:
     async def send() -> Sequence[Result]:
         async with says(replies) as port:
-            runner = EmailRunner(f"smtp://127.0.0.1:{port}", limits=Limits(timeout=0.5))
+            runner = email_runner(f"smtp://127.0.0.1:{port}", limits=Limits(timeout=0.5))
             mail = {"from": "a@b.org", "to": "c@d.org", "subject": "x", "text": "x"}
             try:
                 return await runner.run(runner.compile(mail), [task(1)])

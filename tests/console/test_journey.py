@@ -15,7 +15,6 @@ from sequencerd.console import summary
 from sequencerd.definitions import apply_plan
 from sequencerd.definitions.files import read_file
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from tests.console.conftest import console, window
 from tests.console.test_browser import (
     MANY,
@@ -28,6 +27,7 @@ from tests.console.test_browser import (
 )
 from tests.console.test_panel import arms
 from tests.helpers.engines import Recorder, until
+from tests.helpers.runners import email_runner
 from tests.helpers.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ async def test_the_journey_of_a_sequence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runners: dict[str, Runner] = {
-        "Email": EmailRunner("smtp://127.0.0.1:9"),
+        "Email": email_runner("smtp://127.0.0.1:9"),
         "SMS": Recorder(),
         "Score": Recorder(),
     }

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from sequencerd.runners.email.runner import EmailRunner
 from tests.console.conftest import BEGUN, DAY, Fixable, console, waiting_and_failing, window
 from tests.console.test_browser import check_accessible, shows
 from tests.helpers.engines import define, enroll, until
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ async def test_a_message_that_has_the_focus_is_marked(
             None,
         ),
     )
-    runners = {"Email": EmailRunner(f"smtp://{HOST}:9")}
+    runners = {"Email": email_runner(f"smtp://{HOST}:9")}
     async with (
         console(database, runners, own=lambda: runners, is_served=True) as client,
         window(browser, client) as page,

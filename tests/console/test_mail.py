@@ -10,12 +10,11 @@ from pathlib import Path
 import asyncpg
 
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.sms.runner import TwilioRunner
 from tests.console.conftest import console, fixture, token
 from tests.console.test_enrollment_form import hidden
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
+from tests.helpers.runners import email_runner, sms_runner
 from tests.helpers.servers import HOST, Answer, Request, http_server, smtp_server
 
 TEMPLATES = Path("sequencerd/console/templates")
@@ -34,7 +33,7 @@ PATH = "/message?sequence=s&step=letter"
 
 
 def _runners(port: int = 9) -> Mapping[str, Runner]:
-    return {"Email": EmailRunner(f"smtp://{HOST}:{port}"), "Note": Recorder()}
+    return {"Email": email_runner(f"smtp://{HOST}:{port}"), "Note": Recorder()}
 
 
 @fixture
@@ -156,7 +155,7 @@ async def test_an_sms_keeps_its_letters(database: str, connection: asyncpg.Conne
     data = json.dumps({"phone": "+4915112345678", "name": "Zoë 王"})
 
     def runners() -> Mapping[str, Runner]:
-        return {"SMS": TwilioRunner("AC0", "secret")}
+        return {"SMS": sms_runner()}
 
     async with console(database, runners(), own=runners) as client:
         page = await client.get("/message", params={"sequence": "s", "step": "sms", "data": data})
@@ -180,7 +179,7 @@ async def test_a_test_shows_no_secret(database: str, connection: asyncpg.Connect
     async with http_server(echo) as server:
 
         def own() -> Mapping[str, Runner]:
-            return {"SMS": TwilioRunner("AC0", "the-token", base_url=server.url)}
+            return {"SMS": sms_runner(base_url=server.url)}
 
         async with console(database, own(), own=own, others=others, write=True) as client:
             form = {"sequence": "s", "step": "sms", "data": '{"phone": "+14155550100"}'}

@@ -18,9 +18,9 @@ from sequencerd.console.auth import ROLES
 from sequencerd.console.sessions import hash_of
 from sequencerd.passwords import make_hash
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from tests.console.conftest import DAY, console, fixture, routes, token
 from tests.helpers.engines import Recorder, define, enroll
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST
 from tests.helpers.waiting import eventually
 
@@ -79,7 +79,7 @@ PROXY: dict[str, Any] = {
 
 
 def _runners() -> Mapping[str, Runner]:
-    return {"Email": EmailRunner(f"smtp://{HOST}:9"), "Note": Recorder()}
+    return {"Email": email_runner(f"smtp://{HOST}:9"), "Note": Recorder()}
 
 
 def test_every_route_that_changes_something_is_among_those_that_are_tested() -> None:

@@ -12,10 +12,10 @@ import asyncpg
 import httpx
 
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from tests.console.conftest import console, fixture
 from tests.console.test_pages import check
 from tests.helpers.engines import Recorder, define, enroll
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST
 
 LETTER = json.dumps(
@@ -36,7 +36,7 @@ GIVEN = {
 
 
 def _runners() -> Mapping[str, Runner]:
-    return {"Email": EmailRunner(f"smtp://{HOST}:9"), "Score": Recorder()}
+    return {"Email": email_runner(f"smtp://{HOST}:9"), "Score": Recorder()}
 
 
 @fixture

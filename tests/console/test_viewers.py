@@ -16,11 +16,11 @@ from sequencerd.console.mask import MASKED_VALUE, make_mask
 from sequencerd.core.task import Failed, Result, Task
 from sequencerd.errors import SettingsError
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
 from sequencerd.settings_file import load
 from tests.console.conftest import DAY, console, counted, fixture, page_with, report, routes, token
 from tests.helpers.engines import Recorder, define, until
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST
 
 SUBJECT = "kunde-zuse-47110815"
@@ -60,7 +60,7 @@ async def _refuse(task: Task) -> Result:
 
 def _runners() -> Mapping[str, Runner]:
     links = UnsubscribeLinks("https://shop.test", ["a" * 32])
-    return {"Email": EmailRunner(f"smtp://{HOST}:9", links=links), "Note": Recorder(_refuse)}
+    return {"Email": email_runner(f"smtp://{HOST}:9", links=links), "Note": Recorder(_refuse)}
 
 
 @fixture

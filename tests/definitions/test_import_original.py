@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from sequencerd.definitions.original import enrollments
-from sequencerd.runners.email.runner import EmailRunner, write
+from sequencerd.runners.email.runner import write
 from sequencerd.runners.fields import RenderError
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings_file import load
@@ -23,6 +23,7 @@ from tests.helpers.command_line import Command
 from tests.helpers.copies import Copies
 from tests.helpers.databases import Administrator, with_database
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until, way
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, http_server, smtp_server, task
 
 pytestmark = pytest.mark.slow  # commands on the tables of two systems: a tenth of `make quick`
@@ -766,7 +767,7 @@ async def test_addresses_as_json_text_are_several(
 ) -> None:
     config = await letters("Email", EMAIL | {"to": text})
     assert ("a list as JSON text" in letters.text) == ('"' in text)
-    program = EmailRunner("smtp://127.0.0.1:9").compile(config)
+    program = email_runner("smtp://127.0.0.1:9").compile(config)
 
     def to(external: list[str]) -> tuple[str, ...]:
         view = {**task(7).view, "external": {"l": external}}
@@ -833,7 +834,7 @@ async def test_the_first_day_after(
     async with http_server(aws(functions)) as server, smtp_server() as mailbox:
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", server.url)
         settings = load({}, tmp_path / "settings.toml")
-        email = EmailRunner(f"smtp://{HOST}:{mailbox.port}")
+        email = email_runner(f"smtp://{HOST}:{mailbox.port}")
         runners = make_runners(settings) | {"Email": email}
         async with running_engine(database, runners, settings.lookups):
             await until(original, ALL_ENDED)

@@ -6,8 +6,8 @@ import json
 
 import asyncpg
 
-from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, smtp_server
 
 MAIL = {
@@ -33,7 +33,7 @@ async def test_a_changed_partial_takes_effect_at_once_and_a_missing_partial_is_a
     await define(connection, "s", ("mail", "Email", json.dumps(MAIL), None))
     await layout({"layout": "<p>1 {{> @partial-block}}</p>"})
     async with smtp_server() as server:
-        runner = EmailRunner(f"smtp://{HOST}:{server.port}")
+        runner = email_runner(f"smtp://{HOST}:{server.port}")
         async with running_engine(database, {"Email": runner}):
             await send("ada")
             await until(connection, ALL_ENDED)

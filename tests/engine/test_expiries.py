@@ -13,9 +13,9 @@ from sequencerd.core.backoff import Pauses
 from sequencerd.core.model import Limits
 from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from tests.engine.test_outages import DOWN, closed_port, fails
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, smtp_server
 from tests.helpers.waiting import PATIENCE
 
@@ -44,7 +44,7 @@ async def test_a_mail_that_expires_in_an_outage_is_never_sent(
     database: str, connection: asyncpg.Connection, goes: str, leads: list[str]
 ) -> None:
     port = closed_port()
-    email = EmailRunner(f"smtp://{HOST}:{port}")
+    email = email_runner(f"smtp://{HOST}:{port}")
     runners: dict[str, Runner] = {"Email": email, "Work": Recorder()}
     mail = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x"}
     async with running_engine(database, runners, pauses=LONG):
@@ -218,7 +218,7 @@ async def test_expiry_in_the_queue_of_a_rate_limit(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with smtp_server() as box:
-        runner = EmailRunner(f"smtp://{HOST}:{box.port}", limits=Limits(per_second=1))
+        runner = email_runner(f"smtp://{HOST}:{box.port}", limits=Limits(per_second=1))
         config = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x", **SOON}
         async with running_engine(database, {"Email": runner}):
             await define(connection, "s", ("mail", "Email", json.dumps(config), None))

@@ -17,11 +17,10 @@ from sequencerd.core.backoff import Pauses
 from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.engine.breaker import Breaker
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.http import BatchRunner
 from tests.helpers import servers
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
-from tests.helpers.runners import http_runner
+from tests.helpers.runners import email_runner, http_runner
 from tests.helpers.servers import HOST, Request, http_server, smtp_server
 
 SHORT = Pauses(0.02, 0.05)
@@ -123,7 +122,7 @@ async def test_a_mail_server_that_is_down_fails_no_enrollment(
     database: str, connection: asyncpg.Connection
 ) -> None:
     port = closed_port()
-    runner = Counted(EmailRunner(f"smtp://{HOST}:{port}"))
+    runner = Counted(email_runner(f"smtp://{HOST}:{port}"))
     async with running_engine(database, {"Email": runner}, pauses=SHORT) as engine:
         await define(connection, "s", ("mail", "Email", MAIL, None))
         await connection.execute(ENROLL, 100)

@@ -11,9 +11,9 @@ import pytest
 
 from sequencerd.core.model import Limits
 from sequencerd.core.task import Failed, Result, Task
-from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, smtp_server
 
 ALL_WAIT = (
@@ -65,7 +65,7 @@ async def test_rate_limited_side_effects_wait_when_the_window_closes(
     database: str, connection: asyncpg.Connection
 ) -> None:
     async with smtp_server() as box:
-        runner = EmailRunner(f"smtp://{HOST}:{box.port}", limits=Limits(4, per_second=2))
+        runner = email_runner(f"smtp://{HOST}:{box.port}", limits=Limits(4, per_second=2))
         config = {"from": "a@x.test", "to": "b@x.test", "subject": "x", "text": "x"}
         async with running_engine(database, {"Email": runner}):
             await define(connection, "s", ("mail", "Email", json.dumps(config), None))

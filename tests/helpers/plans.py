@@ -11,13 +11,13 @@ from sequencerd.definitions import files, plan, plan_of_shards
 from sequencerd.definitions.plan import Plan
 from sequencerd.errors import SequencerdError
 from sequencerd.runners import Runner
-from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.storage import connections
 from sequencerd.storage.change_of_shards import Change
 from sequencerd.storage.connections import Shard
 from tests.helpers.engines import Recorder
+from tests.helpers.runners import email_runner
 
-RUNNERS: dict[str, Runner] = {"Note": Recorder(), "Email": EmailRunner("smtp://127.0.0.1:9")}
+RUNNERS: dict[str, Runner] = {"Note": Recorder(), "Email": email_runner("smtp://127.0.0.1:9")}
 
 
 class Applying:

@@ -8,9 +8,9 @@ import asyncpg
 import pytest
 
 from sequencerd.core.task import Answer, Suppressed
-from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.only_to import OnlyTo
 from tests.helpers.engines import ALL_ENDED, define, enroll, running_engine, until
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, smtp_server, task
 
 CONFIG = {
@@ -53,7 +53,7 @@ def test_patterns_are_compared_with_normalised_addresses(
 
 async def test_copies_to_others_are_omitted_and_reported() -> None:
     async with smtp_server() as server:
-        runner = EmailRunner(f"smtp://{HOST}:{server.port}", only_to=["*@example.com"])
+        runner = email_runner(f"smtp://{HOST}:{server.port}", only_to=["*@example.com"])
         program = runner.compile(CONFIG)
         here = task(email="Ada@Example.com", cc="eve@other.org")
         there = task(email="ada@other.org", cc="eve@example.com")
@@ -72,7 +72,7 @@ async def test_a_journey_continues_without_the_message(
 ) -> None:
     await define(connection, "s", ("mail", "Email", json.dumps(CONFIG), None))
     async with smtp_server() as server:
-        runner = EmailRunner(f"smtp://{HOST}:{server.port}", only_to=[])
+        runner = email_runner(f"smtp://{HOST}:{server.port}", only_to=[])
         id_ = await enroll(connection, "s", "ada", '{"email": "ada@example.com"}')
         async with running_engine(database, {"Email": runner}):
             await until(connection, ALL_ENDED)

@@ -11,11 +11,10 @@ import pytest
 from sequencerd.core.task import NotStarted
 from sequencerd.runners import Runner
 from sequencerd.runners.addressed import AddressedRunner
-from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.sms.runner import TwilioRunner
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions, forms
 from sequencerd.storage.suppressions import read_suppressed
 from tests.helpers.engines import Recorder
+from tests.helpers.runners import email_runner, sms_runner
 from tests.helpers.servers import task
 
 NOWHERE = "127.0.0.1:1"
@@ -93,12 +92,12 @@ def test_another_address_is_not_suppressed() -> None:
     ("make", "config"),
     [
         (
-            lambda suppressions: EmailRunner(f"smtp://{NOWHERE}", suppressions=suppressions),
+            lambda suppressions: email_runner(f"smtp://{NOWHERE}", suppressions=suppressions),
             {"from": "a@x.org", "to": "b@x.org", "subject": "Hi", "text": "Hi"},
         ),
         (
-            lambda suppressions: TwilioRunner(
-                "AC1", "t", base_url=f"http://{NOWHERE}", suppressions=suppressions
+            lambda suppressions: sms_runner(
+                base_url=f"http://{NOWHERE}", suppressions=suppressions
             ),
             {"from": "+11231231234", "to": "+4915112345678", "message": "Hi"},
         ),

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from sequencerd.core.faults import DefinitionError
 from sequencerd.core.model import NOTHING_SHARED, MessageContext
 from sequencerd.core.task import Task
-from sequencerd.runners.email.runner import EmailRunner, write
-from sequencerd.runners.sms.runner import TwilioRunner
+from sequencerd.runners.email.runner import write
 from sequencerd.runners.unsubscribe import Subscription, UnsubscribeLinks
+from tests.helpers.runners import email_runner, sms_runner
 
 OLD, NEW = "o" * 32, "n" * 32
 LINKS = UnsubscribeLinks("https://mail.example.com/", [NEW, OLD])
@@ -41,7 +41,7 @@ def headers(
     config: dict[str, Any], one: Task, shared: MessageContext = NOTHING_SHARED, **options: Any
 ) -> dict[str, str]:
     """The headers and the text of a message, as one mapping."""
-    made = EmailRunner("smtp://localhost", **{"links": LINKS, **options})
+    made = email_runner("smtp://localhost", **{"links": LINKS, **options})
     content = write(made.compile(config, shared), one, datetime.now(UTC)).content
     message = message_from_bytes(content, policy=policy.default)
     assert isinstance(message, EmailMessage)
@@ -122,7 +122,7 @@ def test_the_language_is_at_the_path_of_the_sequence_also_without_translations()
         link = LINKS.read(token(found["List-Unsubscribe"].strip("<>")))
         assert link is not None
         assert link.language == "fr"
-    made = TwilioRunner("AC1", "t", links=LINKS)
+    made = sms_runner(links=LINKS)
     values = made.preview(made.compile(SMS, shared), task(**data))
     sms = LINKS.read(token(values["message"].removeprefix("Stop: ")))
     assert sms is not None
@@ -151,7 +151,7 @@ def test_a_step_and_a_setting_have_their_own_links() -> None:
 
 
 def test_an_sms_has_a_link_for_its_number() -> None:
-    made = TwilioRunner("AC1", "t", links=LINKS)
+    made = sms_runner(links=LINKS)
     values = made.preview(made.compile(SMS), task(phone="+49 151 123456"))
     link = token(values["message"].removeprefix("Stop: "))
     assert LINKS.read(link) == Subscription("sms", "+49151123456", "news")
@@ -164,9 +164,9 @@ def test_the_host_of_a_link_is_in_ascii() -> None:
 
 def test_without_the_setting_a_link_would_be_empty() -> None:
     with pytest.raises(DefinitionError, match="html: unsubscribe_url would be empty"):
-        EmailRunner("smtp://localhost").compile(MAIL)
+        email_runner("smtp://localhost").compile(MAIL)
     with pytest.raises(DefinitionError, match="message: unsubscribe_url would be empty"):
-        TwilioRunner("AC1", "t").compile(SMS)
+        sms_runner().compile(SMS)
     assert "List-Unsubscribe" not in headers(
         {**MAIL, "html": "x"}, task(email="a@x.org"), links=None
     )
@@ -194,7 +194,7 @@ def test_a_link_in_a_partial_or_a_header_would_be_empty(
     change: dict[str, Any], key: str | None
 ) -> None:
     def compiled(links: UnsubscribeLinks | None) -> object:
-        made = EmailRunner("smtp://localhost", links=links)
+        made = email_runner("smtp://localhost", links=links)
         return made.compile({**MAIL, **change}, MessageContext(partials=PARTIALS))
 
     assert compiled(LINKS)

@@ -7,15 +7,15 @@ import math
 import shlex
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from sequencerd.core.task import OutageCause
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import HttpClient, Unreachable, retry_after
+from sequencerd.settings import EmailSettings, OAuthSettings
 
 RENEWED_EARLY = 120.0
 """How many seconds before it expires a token is renewed; after half its lifetime if that is
@@ -47,17 +47,6 @@ class AccessToken(NamedTuple):
 
     text: str
     life: float
-
-
-@dataclass(frozen=True, slots=True)
-class OAuthClient:
-    """The client's credentials at the token endpoint. With a refresh token, it acts for a user."""
-
-    token_url: str
-    client_id: str
-    client_secret: str | None = field(default=None, repr=False)
-    scope: str | None = None
-    refresh_token: str | None = field(default=None, repr=False)
 
 
 class AccessTokens:
@@ -103,37 +92,34 @@ def _read(text: str) -> _TokenAnswer:
 class TokenEndpoint:
     """Fetches tokens with the client's credentials, or with a refresh token."""
 
-    def __init__(self, client: OAuthClient) -> None:
+    def __init__(self, client: OAuthSettings) -> None:
         self._client = client
-        self._url = client.token_url
         self._refresh_token = client.refresh_token
         self._web = HttpClient(timeout=TIMEOUT, connections=1, allow_private=True)
 
     async def fetch(self) -> AccessToken:
         """Fetch a new token. Raises TokenError."""
         client = self._client
-        form = {"client_id": client.client_id}
-        if self._refresh_token is not None:
-            form |= {"grant_type": "refresh_token", "refresh_token": self._refresh_token}
-        else:
-            form |= {"grant_type": "client_credentials"}
-        if client.client_secret is not None:
-            form["client_secret"] = client.client_secret
+        grant = "client_credentials" if self._refresh_token is None else "refresh_token"
+        secrets = {"client_secret": client.client_secret, "refresh_token": self._refresh_token}
+        given = {key: value.get_secret_value() for key, value in secrets.items() if value}
+        form = {"client_id": client.client_id, "grant_type": grant, **given}
         if client.scope is not None:
             form["scope"] = client.scope
         try:
-            reply = await self._web.call("POST", self._url, headers={}, form=form)
+            reply = await self._web.call("POST", client.token_url, headers={}, form=form)
         except Unreachable as error:
             raise TokenError(f"the token endpoint: {error}", error.cause) from None
         answer = _read(reply.text())
         if reply.status != 200 or not answer.access_token:
             # the body is not shown: even without a token, it may contain another secret
             said = reply.hide(answer.error_description or answer.error or "no token")
-            for secret in (client.client_secret, self._refresh_token):
-                said = said.replace(secret, "***") if secret else said
+            for secret in given.values():
+                said = said.replace(secret, "***")
             text = f"the token endpoint answered {reply.status}: {one_line(said)}"
             raise TokenError(text, "refused", retry_after(reply.headers))
-        self._refresh_token = answer.refresh_token or self._refresh_token  # some servers change it
+        if answer.refresh_token:  # some servers change it
+            self._refresh_token = SecretStr(answer.refresh_token)
         return AccessToken(answer.access_token, answer.expires_in or UNKNOWN_LIFE)
 
     async def close(self) -> None:
@@ -180,9 +166,13 @@ class TokenCommand:
         """Do nothing: there is nothing to release."""
 
 
-def token_source(oauth: OAuthClient | str) -> TokenEndpoint | TokenCommand:
-    """Return the source of tokens: a token endpoint or a command. Raises ValueError."""
-    return TokenCommand(oauth) if isinstance(oauth, str) else TokenEndpoint(oauth)
+def token_source(settings: EmailSettings) -> TokenEndpoint | TokenCommand | None:
+    """Return the source of tokens: a token endpoint or a command, if there is one. Raises
+    ValueError.
+    """
+    if settings.oauth is not None:
+        return TokenEndpoint(settings.oauth)
+    return None if settings.token_command is None else TokenCommand(settings.token_command)
 
 
 def _printed(output: bytes) -> AccessToken:

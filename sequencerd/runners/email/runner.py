@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,14 +16,7 @@ from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.faults import DefinitionError, Fault
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE
-from sequencerd.core.model import (
-    MESSAGE_LIMITS,
-    MESSAGE_RETRY,
-    NOTHING_SHARED,
-    Limits,
-    MessageContext,
-    RetryPolicy,
-)
+from sequencerd.core.model import NOTHING_SHARED, MessageContext
 from sequencerd.core.step_types.effects import EMAIL, EmailConfig
 from sequencerd.core.task import Answer, Failed, NotStarted, Result, Suppressed, Task, Undeliverable
 from sequencerd.runners import unsubscribe
@@ -39,12 +32,11 @@ from sequencerd.runners.email.attachments import (
     compile_attachment,
 )
 from sequencerd.runners.email.mime import parse_mailbox
-from sequencerd.runners.email.oauth import AccessTokens, OAuthClient, token_source
+from sequencerd.runners.email.oauth import AccessTokens, token_source
 from sequencerd.runners.email.plain import plain_text
 from sequencerd.runners.email.smtp import (
     FINAL_TIMEOUT,
     OFFER_TIMEOUT,
-    REPLY_TIMEOUT,
     Mail,
     MailTransport,
 )
@@ -62,6 +54,7 @@ from sequencerd.runners.pace import Pace, TakePermits
 from sequencerd.runners.slow_rendering import SlowRendering
 from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import UnsubscribeLinks
+from sequencerd.settings import EmailSettings
 
 MAX_RECIPIENTS = 100
 
@@ -82,64 +75,45 @@ class EmailProgram:
     locale: str = DEFAULT_LOCALE  # the path of the subject's language
 
 
-LIMITS = replace(MESSAGE_LIMITS, timeout=REPLY_TIMEOUT)
-
-
 class EmailRunner:
-    """Sends a message for each enrollment of a step.
-
-    `url`, `hello_name` and the timeout of `limits` are documented at `smtp.MailTransport`; each
-    call sends one message. `oauth` is a client of a token endpoint, or a command that prints a
-    token. `list_unsubscribe` is the template of a URL for steps without one.
-    `only_to` contains patterns of the recipients that get messages, `attachments_from` patterns of
-    the URLs of attachments. With `suppress_bounces`, results name the addresses that do not exist.
-    Bounces go to `bounce_address`, whose {token} identifies the message. `links` makes the links to
-    unsubscribe. Raises ValueError for invalid values.
+    """Sends a message for each enrollment of a step, by the mail server of the settings. `links`
+    makes the links to unsubscribe. Raises ValueError for settings that cannot be used.
     """
 
     def __init__(
         self,
-        url: str,
+        settings: EmailSettings,
         *,
-        limits: Limits = LIMITS,
-        hello_name: str | None = None,
-        oauth: OAuthClient | str | None = None,
-        list_unsubscribe: str | None = None,
         suppressions: Suppressions | None = None,
-        only_to: Iterable[str] | None = None,
-        attachments_from: Iterable[str] = (),
-        suppress_bounces: bool = True,
-        bounce_address: str | None = None,
         links: UnsubscribeLinks | None = None,
-        retry: RetryPolicy = MESSAGE_RETRY,
         take: TakePermits | None = None,
     ) -> None:
-        self.retry = retry
-        self._suppress_bounces = suppress_bounces
-        self._bounce_address = bounce_address
+        limits = settings.limits
+        self.retry = settings.retry
+        self._suppress_bounces = settings.suppress_bounces
+        self._bounce_address = settings.bounce_address
         self._links = links
         self._suppressions = suppressions
-        self._only_to = OnlyTo("email.only_to", only_to)
+        self._only_to = OnlyTo("email.only_to", settings.only_to)
         self._rendering = SlowRendering()
-        self._attachments = Attachments(attachments_from)
+        self._attachments = Attachments(settings.attachments_from)
         self._pace = Pace(limits, EMAIL.name, take)
         # the transport has limits of its own; this one covers the rest
         longest = 2 * OFFER_TIMEOUT + FINAL_TIMEOUT + self._pace.longest_wait
         longest += FETCH_TIMEOUT * (1 + limits.concurrency // MAX_FETCHES)
         self.limits = replace(limits, timeout=longest)
-        self._source = None if oauth is None else token_source(oauth)
+        self._source = token_source(settings)
         self._transport = MailTransport(
-            url,
+            settings.server,
             connections=limits.concurrency,
             timeout=limits.timeout,
-            hello_name=hello_name,
+            hello_name=settings.hello_name,
             tokens=None if self._source is None else AccessTokens(self._source.fetch),
         )
-        if list_unsubscribe is None and links is not None:
-            list_unsubscribe = f"{{{{{unsubscribe.NAME}}}}}"
-        self._unsubscribe = (
-            None if list_unsubscribe is None else compile_field("listUnsubscribe", list_unsubscribe)
-        )
+        url = settings.list_unsubscribe
+        if url is None and links is not None:
+            url = f"{{{{{unsubscribe.NAME}}}}}"
+        self._unsubscribe = None if url is None else compile_field("listUnsubscribe", url)
 
     def compile(
         self, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypedDict, Unpack
+from typing import Any
 from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError, model_validator
@@ -16,14 +16,7 @@ from sequencerd.core.config import Faults, parse_config
 from sequencerd.core.faults import Fault
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE
-from sequencerd.core.model import (
-    MESSAGE_LIMITS,
-    MESSAGE_RETRY,
-    NOTHING_SHARED,
-    Limits,
-    MessageContext,
-    RetryPolicy,
-)
+from sequencerd.core.model import NOTHING_SHARED, MessageContext
 from sequencerd.core.step_types.effects import SMS, SmsConfig
 from sequencerd.core.task import (
     Answer,
@@ -59,6 +52,7 @@ from sequencerd.runners.sms import segments
 from sequencerd.runners.sms.numbers import read_number
 from sequencerd.runners.suppression_check import Suppressions, describe
 from sequencerd.runners.unsubscribe import UnsubscribeLinks, check_reads
+from sequencerd.settings import SmsSettings, secret_values
 
 # Error codes that say more than the status: https://www.twilio.com/docs/api/errors
 _THROTTLED = frozenset({14107, 20429, 21611, 30001, 30017, 30022, 63017, 63018})
@@ -117,49 +111,40 @@ class SmsProgram:
     locale: str
 
 
-class SmsOptions(TypedDict, total=False):
-    """The options of a runner that do not depend on the provider."""
-
-    limits: Limits
-    suppressions: Suppressions | None
-    only_to: Iterable[str] | None
-    links: UnsubscribeLinks | None
-    retry: RetryPolicy
-    take: TakePermits | None
-
-
-class _SmsRunner:
-    """The common part of both providers: one message for each enrollment."""
-
-    model: type[SmsConfig] = SmsConfig
+class SmsRunner:
+    """Sends a message for each enrollment of a step, by the provider of the settings. `links` makes
+    the links to unsubscribe. Raises ValueError for settings that cannot be used.
+    """
 
     def __init__(
         self,
+        settings: SmsSettings,
         *,
-        allow_private: bool,
-        limits: Limits = MESSAGE_LIMITS,
         suppressions: Suppressions | None = None,
-        only_to: Iterable[str] | None = None,
         links: UnsubscribeLinks | None = None,
-        retry: RetryPolicy = MESSAGE_RETRY,
         take: TakePermits | None = None,
     ) -> None:
-        self.retry = retry
+        limits = settings.limits
+        self.retry = settings.retry
         self._links = links
         self._suppressions = suppressions
-        self._only_to = OnlyTo("sms.only_to", only_to)
+        self._only_to = OnlyTo("sms.only_to", settings.only_to)
         self._rendering = SlowRendering()
         self._pace = Pace(limits, SMS.name, take)
         self.limits = replace(limits, timeout=limits.timeout + self._pace.longest_wait + 1)
+        is_twilio = settings.provider == "twilio"
+        self._gateway = _Twilio(settings) if is_twilio else _HttpGateway(settings)
         self._web = HttpClient(
-            timeout=limits.timeout, connections=limits.concurrency, allow_private=allow_private
+            timeout=limits.timeout,
+            connections=limits.concurrency,
+            allow_private=is_twilio or settings.allow_private,
         )
 
     def compile(
         self, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED
     ) -> SmsProgram:
         """Compile all templates, and check a literal number. Raises DefinitionError."""
-        parsed = parse_config(self.model, config, SMS.name)
+        parsed = parse_config(self._gateway.model, config, SMS.name)
         fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
         faults = Faults()
         program = {}
@@ -227,43 +212,32 @@ class _SmsRunner:
                     return Suppressed(f"not sent to {describe(without)}")
             if task.is_late(asyncio.get_running_loop().time()):
                 return NotStarted()
-            return await self._post(values, task)
+            return await self._gateway.post(self._web, values, task)
         except RenderError as error:
             return Failed(str(error), permanent=True, asked=False, failure="bad_data")
         except Unreachable as error:
             return error.failed(str(error))
-
-    async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
-        raise NotImplementedError
 
     async def close(self) -> None:
         """Close the connections."""
         await self._web.close()
 
 
-class TwilioRunner(_SmsRunner):
-    """Sends with Twilio; each call sends one message."""
+class _Twilio:
+    """Twilio's Messages resource; each call sends one message."""
 
-    model = TwilioConfig
+    model: type[SmsConfig] = TwilioConfig
 
-    def __init__(
-        self,
-        account_sid: str,
-        auth_token: str,
-        *,
-        base_url: str = "https://api.twilio.com",
-        suppress_bounces: bool = True,
-        status_callback: str | None = None,
-        **options: Unpack[SmsOptions],
-    ) -> None:
-        super().__init__(allow_private=True, **options)
-        self._suppress_bounces = suppress_bounces
-        self._status_callback = status_callback
-        self._auth = (account_sid, auth_token)
-        account = quote(account_sid, safe="")
-        self._url = f"{base_url.rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
+    def __init__(self, settings: SmsSettings) -> None:
+        token = settings.auth_token
+        self._suppress_bounces = settings.suppress_bounces
+        self._status_callback = settings.hook_url
+        self._auth = (settings.account_sid or "", token.get_secret_value() if token else "")
+        account = quote(settings.account_sid or "", safe="")
+        self._url = f"{settings.base_url.rstrip('/')}/2010-04-01/Accounts/{account}/Messages.json"
 
-    async def _post(self, values: Mapping[str, str], _task: Task, /) -> Result:
+    async def post(self, web: HttpClient, values: Mapping[str, str], _: Task) -> Result:
+        """Send a message, and return its result. Raises Unreachable."""
         form = {
             name: values[field]
             for field, name in (
@@ -277,7 +251,7 @@ class TwilioRunner(_SmsRunner):
         }
         if self._status_callback is not None:
             form.setdefault("StatusCallback", self._status_callback)
-        reply = await self._web.call("POST", self._url, headers={}, form=form, auth=self._auth)
+        reply = await web.call("POST", self._url, headers={}, form=form, auth=self._auth)
         result = _judge_twilio(reply, values["to"], datetime.now(UTC))
         return result if self._suppress_bounces else replace(result, undeliverable=())
 
@@ -331,29 +305,23 @@ def _judge_twilio(reply: HttpReply, to: str, now: datetime) -> Answer | Failed:
     return failed or Answer(message=one_line(f"sent to {to}: {receipt.sid or 'no sid'} {status}"))
 
 
-class HttpSmsRunner(_SmsRunner):
-    """Sends with any gateway that accepts JSON.
+class _HttpGateway:
+    """Any gateway that accepts JSON.
 
-    `body` is a template of the request's body, which reads `from`, `to`, `message`, `key`, and the
-    enrollment as `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`. Raises
-    ValueError for an invalid template.
+    The template of the request's body reads `from`, `to`, `message`, `key`, and the enrollment as
+    `enrollment`: `{"recipient": {{json to}}, "text": {{json message}}}`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        body: str,
-        headers: Mapping[str, str] | None = None,
-        allow_private: bool = False,
-        **options: Unpack[SmsOptions],
-    ) -> None:
-        super().__init__(allow_private=allow_private, **options)
-        self._url = url
-        self._body = compile_field("body", body)
-        self._headers = {"Content-Type": "application/json", **check_headers(headers or {})}
+    model = SmsConfig
 
-    async def _post(self, values: Mapping[str, str], task: Task, /) -> Result:
+    def __init__(self, settings: SmsSettings) -> None:
+        headers = check_headers(secret_values(settings.headers))
+        self._url = settings.url or ""
+        self._body = compile_field("body", settings.body or "")
+        self._headers = {"Content-Type": "application/json", **headers}
+
+    async def post(self, web: HttpClient, values: Mapping[str, str], task: Task) -> Result:
+        """Send a message, and return its result. Raises RenderError and Unreachable."""
         context = {**values, "key": task.key, "enrollment": dict(task.view)}
         body = render("body", self._body, context)
         try:
@@ -361,7 +329,7 @@ class HttpSmsRunner(_SmsRunner):
         except (ValueError, RecursionError):
             raise RenderError("body: not JSON (write {{json message}} to quote a value)") from None
         headers = {**self._headers, "Idempotency-Key": task.key}
-        reply = await self._web.call("POST", self._url, headers=headers, content=body.encode())
+        reply = await web.call("POST", self._url, headers=headers, content=body.encode())
         answer = f"{reply.status} {reply.excerpt()}".rstrip()
         failed = judge(reply, f"the SMS gateway refuses {values['to']}: {answer}")
         return failed or Answer(message=f"sent to {values['to']}: {answer}")

@@ -14,8 +14,8 @@ from sequencerd.core.faults import DefinitionError
 from sequencerd.core.task import Answer, Failed
 from sequencerd.runners.email import mime
 from sequencerd.runners.email.addresses import compile_addresses
-from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.fields import RenderError
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, smtp_server, task
 
 NAMED = "{{data.name}} <{{data.email}}>"
@@ -56,7 +56,7 @@ async def test_a_name_arrives_as_it_is(name: str) -> None:
         "replyTo": NAMED,
     }
     async with smtp_server() as server:
-        made = EmailRunner(f"smtp://{HOST}:{server.port}")
+        made = email_runner(f"smtp://{HOST}:{server.port}")
         (result,) = await made.run(made.compile(config), [task(name=name, email="ada@x.org")])
         await made.close()
         assert isinstance(result, Answer), result
@@ -149,7 +149,7 @@ def test_values_with_several_addresses_need_many() -> None:
 async def test_many_is_a_key_of_the_step() -> None:
     config = {"from": "hi@example.com", "to": "{{data.v}}", "subject": "x", "text": "x"}
     async with smtp_server() as server:
-        made = EmailRunner(f"smtp://{HOST}:{server.port}")
+        made = email_runner(f"smtp://{HOST}:{server.port}")
         one = task(v="a@x.org, b@x.org")
         (refused,) = await made.run(made.compile(config), [one])
         (sent,) = await made.run(made.compile(config | {"many": True}), [one])

@@ -24,7 +24,7 @@ from sequencerd.runners.email.attachments import (
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers import servers
-from tests.helpers.runners import failed
+from tests.helpers.runners import email_runner, failed
 from tests.helpers.servers import HOST, HttpServer, Mailbox, Request, http_server, smtp_server, task
 
 MAIL = {"from": "a@example.com", "to": "{{data.to}}", "subject": "Hello", "text": "Dear"}
@@ -38,7 +38,7 @@ async def sending(
     """A mail server, a server of files, and a runner that may fetch from it."""
     async with smtp_server() as mail, http_server(respond) as files:
         options = {"attachments_from": [files.url], **options}
-        runner = EmailRunner(f"smtp://{HOST}:{mail.port}", **options)
+        runner = email_runner(f"smtp://{HOST}:{mail.port}", **options)
         try:
             yield mail, files, runner
         finally:
@@ -207,7 +207,7 @@ async def test_a_server_that_is_down_or_hangs_is_passing(monkeypatch: pytest.Mon
     async with sending(pdf) as (_, files, runner):
         url = files.url
     async with smtp_server() as mail:
-        runner = EmailRunner(f"smtp://{HOST}:{mail.port}", attachments_from=[url])
+        runner = email_runner(f"smtp://{HOST}:{mail.port}", attachments_from=[url])
         result = failed(await send(runner, {"url": url}))
         await runner.close()
     assert not result.permanent
@@ -397,7 +397,7 @@ async def test_a_host_that_only_matches_a_wildcard_must_be_public(
         private = f"http://{host}:{files.port}/x"
         named = f"http://127.1:{files.port}"
         allowed = [f"http://*:{files.port}", named]
-        made = EmailRunner(f"smtp://{HOST}:{mail.port}", attachments_from=allowed)
+        made = email_runner(f"smtp://{HOST}:{mail.port}", attachments_from=allowed)
         result = failed(await send(made, {"url": named if is_redirected else private}))
         await made.close()
         assert len(files.requests) == is_redirected
@@ -456,7 +456,7 @@ async def test_names_arrive_in_any_script_and_length() -> None:
 
 
 def test_errors_of_attachments_name_their_key() -> None:
-    runner = EmailRunner("smtp://127.0.0.1:9")
+    runner = email_runner("smtp://127.0.0.1:9")
     for wrong, says in (
         ({}, "attachments.0: write either url or base64"),
         ({"url": "x", "base64": "y"}, "attachments.0: write either url or base64"),

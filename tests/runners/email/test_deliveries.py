@@ -7,10 +7,9 @@ import json
 import asyncpg
 
 from sequencerd.core.model import RetryPolicy
-from sequencerd.runners.email.runner import EmailRunner
 from tests.helpers import servers
 from tests.helpers.engines import define, enroll, running_engine, until
-from tests.helpers.runners import http_runner
+from tests.helpers.runners import email_runner, http_runner
 from tests.helpers.servers import Request, http_server, scripted
 from tests.runners.email.test_smtp_pool import limited
 
@@ -33,12 +32,12 @@ async def test_a_greylisted_copy_outlives_a_restart(
     async with scripted() as server:
         server.answers["RCPT"] = ["250 ok", "450 4.2.0 Greylisted", "450 4.2.0 Greylisted"]
         retry = RetryPolicy(first_delay=0.05, longest_delay=1)
-        first = EmailRunner(server.url, retry=retry)
+        first = email_runner(server.url, retry=retry)
         async with running_engine(database, {"Email": first}):
             await enroll(connection, "s", "ada", '{"email": "ada@x.org"}')
             await until(connection, "SELECT data ? 'emailPending' FROM sequencer.enrollments")
         await first.close()
-        second = EmailRunner(server.url, retry=retry)
+        second = email_runner(server.url, retry=retry)
         async with running_engine(database, {"Email": second}):
             await until(connection, ALL_ENDED)
         await second.close()
@@ -57,7 +56,7 @@ async def test_a_wave_against_a_limit_of_connections(
 ) -> None:
     await define(connection, "s", ("mail", "Email", CONFIG, "end"), ("end", "GoTo", "{}", None))
     async with limited(2) as server:
-        runner = EmailRunner(server.url)
+        runner = email_runner(server.url)
         async with running_engine(database, {"Email": runner}):
             for number in range(30):
                 await enroll(connection, "s", f"u{number}", f'{{"email": "a{number}@x.org"}}')

@@ -21,7 +21,7 @@ from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import MailTransport
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from tests.helpers import servers
-from tests.helpers.runners import failed
+from tests.helpers.runners import email_runner, failed
 from tests.helpers.servers import (
     DIGEST,
     HOST,
@@ -54,7 +54,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]
 @asynccontextmanager
 async def runner(server: Mailbox, query: str = "", **options: Any) -> AsyncIterator[EmailRunner]:
     """A runner for this server, closed at the end."""
-    made = EmailRunner(f"smtp://{HOST}:{server.port}{query}", **options)
+    made = email_runner(f"smtp://{HOST}:{server.port}{query}", **options)
     try:
         yield made
     finally:
@@ -299,7 +299,7 @@ async def test_strict_applies_to_addresses() -> None:
     ],
 )
 async def test_a_config_that_cannot_work_is_refused(change: dict[str, Any], names: str) -> None:
-    made = EmailRunner("smtp://mail.example.com")
+    made = email_runner("smtp://mail.example.com")
     with pytest.raises(DefinitionError, match=names.replace("'", ".")):
         made.compile(BASIC | change)
 
@@ -433,7 +433,7 @@ async def test_an_idle_connection_is_closed() -> None:
         transport = MailTransport(
             f"smtp://{HOST}:{server.port}", connections=1, timeout=5, idle=0.05
         )
-        made = EmailRunner(f"smtp://{HOST}:{server.port}")
+        made = email_runner(f"smtp://{HOST}:{server.port}")
         made._transport = transport
         await made.run(made.compile(BASIC), [task(email="a@x.org")])
         assert len(server.open) == 1
@@ -480,7 +480,7 @@ async def test_cancelled_in_the_middle_the_connection_is_not_used_again() -> Non
 async def test_a_port_without_a_listener() -> None:
     async with smtp_server() as server:
         gone = server.port
-    made = EmailRunner(f"smtp://{HOST}:{gone}")
+    made = email_runner(f"smtp://{HOST}:{gone}")
     result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
     await made.close()
     assert not result.permanent
@@ -488,7 +488,7 @@ async def test_a_port_without_a_listener() -> None:
 
 
 async def test_a_name_that_does_not_exist() -> None:
-    made = EmailRunner("smtp://mail.invalid", limits=Limits(timeout=5))
+    made = email_runner("smtp://mail.invalid", limits=Limits(timeout=5))
     result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
     assert not result.permanent
     assert "mail.invalid" in result.message
@@ -501,7 +501,7 @@ async def test_the_greeting_refuses_the_service() -> None:
         writer.close()
 
     server = await asyncio.start_server(refuse, HOST, 0)
-    made = EmailRunner(f"smtp://{HOST}:{server.sockets[0].getsockname()[1]}")
+    made = email_runner(f"smtp://{HOST}:{server.sockets[0].getsockname()[1]}")
     result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
     server.close()
     await server.wait_closed()
@@ -516,7 +516,7 @@ async def test_a_server_that_does_not_speak_smtp() -> None:
         writer.close()
 
     server = await asyncio.start_server(talk, HOST, 0)
-    made = EmailRunner(f"smtp://{HOST}:{server.sockets[0].getsockname()[1]}")
+    made = email_runner(f"smtp://{HOST}:{server.sockets[0].getsockname()[1]}")
     result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
     server.close()
     await server.wait_closed()
@@ -709,7 +709,7 @@ async def test_starttls_and_login(tls: tuple[ssl.SSLContext, Path]) -> None:
     context, cafile = tls
     async with smtp_server(starttls=context, password="päss:wörd") as server:
         url = f"smtp://ada:p%C3%A4ss%3Aw%C3%B6rd@localhost:{server.port}"
-        made = EmailRunner(f"{url}?starttls=always&cafile={cafile}")
+        made = email_runner(f"{url}?starttls=always&cafile={cafile}")
         (result,) = await made.run(made.compile(BASIC), [task(email="a@x.org")])
         await made.close()
     assert isinstance(result, Answer)
@@ -718,7 +718,7 @@ async def test_starttls_and_login(tls: tuple[ssl.SSLContext, Path]) -> None:
 async def test_tls_from_the_start(tls: tuple[ssl.SSLContext, Path]) -> None:
     context, cafile = tls
     async with smtp_server(tls=context) as server:
-        made = EmailRunner(f"smtps://localhost:{server.port}?cafile={cafile}")
+        made = email_runner(f"smtps://localhost:{server.port}?cafile={cafile}")
         (result,) = await made.run(made.compile(BASIC), [task(email="a@x.org")])
         await made.close()
     assert isinstance(result, Answer)
@@ -741,7 +741,7 @@ async def test_the_name_of_a_mail_server_may_end_with_a_dot(
     async with smtp_server(
         tls=context if is_tls else None, starttls=None if is_tls else context
     ) as server:
-        made = EmailRunner(f"{scheme}://localhost.:{server.port}?{query}cafile={cafile}")
+        made = email_runner(f"{scheme}://localhost.:{server.port}?{query}cafile={cafile}")
         (result,) = await made.run(made.compile(BASIC), [task(email="ada@x.org")])
         await made.close()
     assert isinstance(result, Answer), result
@@ -756,7 +756,7 @@ async def test_an_untrusted_certificate(kind: str, tls: tuple[ssl.SSLContext, Pa
     async with smtp_server(**context) as server:
         for verify in ("", "verify=no"):
             options = "&".join(filter(None, [query, verify]))
-            made = EmailRunner(
+            made = email_runner(
                 f"{scheme}://localhost:{server.port}" + (f"?{options}" if options else "")
             )
             results += await made.run(made.compile(BASIC), [task(email="a@x.org")])
@@ -777,7 +777,7 @@ async def test_starttls_that_is_not_offered() -> None:
 
 async def test_a_refused_login_shows_no_password() -> None:
     async with smtp_server(password="right") as server:
-        made = EmailRunner(f"smtp://ada:wrong-secret@{HOST}:{server.port}")
+        made = email_runner(f"smtp://ada:wrong-secret@{HOST}:{server.port}")
         result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
         await made.close()
     assert not result.permanent
@@ -788,7 +788,7 @@ async def test_a_refused_login_shows_no_password() -> None:
 
 async def test_a_login_that_the_server_does_not_offer() -> None:
     async with smtp_server() as server:
-        made = EmailRunner(f"smtp://ada:secret@{HOST}:{server.port}")
+        made = email_runner(f"smtp://ada:secret@{HOST}:{server.port}")
         result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
         await made.close()
     assert not result.permanent

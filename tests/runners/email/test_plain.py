@@ -9,7 +9,7 @@ import pytest
 
 from sequencerd.core.task import Answer
 from sequencerd.runners.email.plain import MAX_HTML_LENGTH, plain_text
-from sequencerd.runners.email.runner import EmailRunner
+from tests.helpers.runners import email_runner
 from tests.helpers.servers import HOST, smtp_server, task
 
 HTML = """<html><head><title>T</title><style>a{b:c}</style></head><body>
@@ -61,7 +61,7 @@ def test_nonsense_ends() -> None:
 async def test_a_message_with_html_alone_has_both_parts() -> None:
     config = {"from": "a@x.org", "to": "b@x.org", "subject": "x", "html": "<p>{{data.name}}</p>"}
     async with smtp_server() as server:
-        runner = EmailRunner(f"smtp://{HOST}:{server.port}")
+        runner = email_runner(f"smtp://{HOST}:{server.port}")
         tasks = [task(name="<Ada> & Co"), task(name="")]
         results = await runner.run(runner.compile(config), tasks)
         await runner.close()

@@ -12,7 +12,7 @@ import pytest
 
 from sequencerd.core.task import Answer, Failed, NotStarted, Result
 from sequencerd.runners.email.runner import EmailRunner
-from tests.helpers.runners import failed
+from tests.helpers.runners import email_runner, failed
 from tests.helpers.servers import Script, serving, task
 from tests.helpers.waiting import eventually
 
@@ -90,7 +90,7 @@ async def limited(limit: int, **options: Any) -> AsyncIterator[Limited]:
 
 @asynccontextmanager
 async def runner(server: Script) -> AsyncIterator[EmailRunner]:
-    made = EmailRunner(server.url)
+    made = email_runner(server.url)
     try:
         yield made
     finally:

@@ -20,12 +20,11 @@ import pytest
 from sequencerd.core.model import Action, Limits, RetryPolicy
 from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.runners.email import smtp
-from sequencerd.runners.email.oauth import OAuthClient
 from sequencerd.runners.email.pending import DATA_KEY
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp_connect import check_hello_name
 from tests.helpers import servers
-from tests.helpers.runners import failed
+from tests.helpers.runners import email_runner, failed
 from tests.helpers.servers import HOST, Request, Script, certificate, http_server, scripted, task
 
 CONFIG = {"from": "hi@example.com", "to": "{{data.email}}", "subject": "x", "text": "x"}
@@ -34,7 +33,7 @@ CONFIG = {"from": "hi@example.com", "to": "{{data.email}}", "subject": "x", "tex
 @asynccontextmanager
 async def runner(server: Script, **options: Any) -> AsyncIterator[EmailRunner]:
     """A runner for this server, closed at the end."""
-    made = EmailRunner(server.url, **options)
+    made = email_runner(server.url, **options)
     try:
         yield made
     finally:
@@ -84,7 +83,7 @@ async def test_each_other_reply_has_its_time(command: str, fault: str) -> None:
 
 
 async def test_the_time_of_a_call_leaves_room_for_all_phases() -> None:
-    made = EmailRunner("smtp://mail.example.com", limits=Limits(2, per_second=1))
+    made = email_runner("smtp://mail.example.com", limits=Limits(2, per_second=1))
     assert made.limits.timeout >= smtp.OFFER_TIMEOUT + smtp.FINAL_TIMEOUT + 2
 
 
@@ -120,7 +119,7 @@ async def test_the_name_can_be_set() -> None:
     check_hello_name("[192.0.2.1]")
     for bad in ("mailer", "", "a b.example.com", "a.example.com\r\nMAIL", "mail_1.example.com"):
         with pytest.raises(ValueError, match="hello_name"):
-            EmailRunner("smtp://mail.example.com", hello_name=bad)
+            email_runner("smtp://mail.example.com", hello_name=bad)
 
 
 async def test_a_refused_hello_name_is_the_operators_fault() -> None:
@@ -174,7 +173,7 @@ async def test_replies_before_tls_are_refused(tmp_path: Path) -> None:
 
     server = await asyncio.start_server(talk, HOST, 0)
     port = server.sockets[0].getsockname()[1]
-    made = EmailRunner(f"smtp://ada:secret@localhost:{port}?starttls=always&cafile={cafile}")
+    made = email_runner(f"smtp://ada:secret@localhost:{port}?starttls=always&cafile={cafile}")
     result = failed(await send(made))
     await made.close()
     server.close()
@@ -191,7 +190,7 @@ async def test_another_login_is_tried_where_one_is_refused() -> None:
     answers: dict[str, list[str | bytes | None]] = {"AUTH": ["535 5.7.8 no secret for it"]}
     extensions = ["PIPELINING", "AUTH LOGIN PLAIN CRAM-MD5"]
     async with scripted(answers=answers, extensions=extensions) as server:
-        made = EmailRunner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
+        made = email_runner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
         result = await send(made)
         await made.close()
     assert isinstance(result, Answer), result
@@ -203,7 +202,7 @@ async def test_another_login_is_tried_where_one_is_refused() -> None:
 async def test_a_refused_login_is_reported_though_the_server_hangs_up(refusal: str) -> None:
     answers: dict[str, list[str | bytes | None]] = {"AUTH": [refusal, None]}
     async with scripted(answers=answers, extensions=["AUTH PLAIN LOGIN"]) as server:
-        made = EmailRunner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
+        made = email_runner(f"smtp://ada:secret@{HOST}:{server.port}?starttls=never")
         result = failed(await send(made))
         await made.close()
     assert f"refuses the login: {refusal}" in result.message
@@ -215,7 +214,7 @@ async def test_a_login_that_is_not_answered_shows_no_password() -> None:
         server.answers["AUTH"] = ["334 UGFzc3dvcmQ6"]
         server.slow[base64.b64encode(b"secret").decode().upper()] = 60
         url = f"smtp://ada:secret@{HOST}:{server.port}?starttls=never"
-        made = EmailRunner(url, limits=Limits(timeout=1))
+        made = email_runner(url, limits=Limits(timeout=1))
         result = failed(await send(made))
         await made.close()
     assert "no answer within 1 s to AUTH" in result.message
@@ -451,7 +450,7 @@ async def test_a_server_that_is_not_as_the_settings_say_is_there(
 ) -> None:
     """So `doctor` does not advise to start it."""
     async with scripted(answers={"CONNECT": [greeting]}, extensions=[]) as server:
-        made = EmailRunner(url.format(host=f"127.0.0.1:{server.port}"))
+        made = email_runner(url.format(host=f"127.0.0.1:{server.port}"))
         result = await made.check()
         await made.close()
     assert isinstance(result, Failed)
@@ -460,7 +459,7 @@ async def test_a_server_that_is_not_as_the_settings_say_is_there(
 
 
 async def test_an_address_is_named_in_brackets() -> None:
-    made = EmailRunner("smtp://[::1]:1?starttls=never")
+    made = email_runner("smtp://[::1]:1?starttls=never")
     result = await made.check()
     await made.close()
     assert str(getattr(result, "message", "")).startswith("[::1]:1: ")
@@ -663,6 +662,10 @@ def with_user(server: Script) -> str:
     return f"smtp://ada%40example.com@{HOST}:{server.port}?starttls=never"
 
 
+def client(url: str, **changes: str | None) -> dict[str, str | None]:
+    return {"token_url": url, "client_id": "me", "client_secret": "the-secret", **changes}
+
+
 LOGIN = ["PIPELINING", "AUTH LOGIN XOAUTH2"]
 
 
@@ -670,10 +673,8 @@ LOGIN = ["PIPELINING", "AUTH LOGIN XOAUTH2"]
 async def test_a_token_is_fetched_once_and_shown(refresh_token: str | None) -> None:
     asked, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        client = OAuthClient(
-            endpoint.url, "me", "the-secret", "https://mail/.default", refresh_token
-        )
-        made = EmailRunner(with_user(server), oauth=client)
+        oauth = client(endpoint.url, scope="https://mail/.default", refresh_token=refresh_token)
+        made = email_runner(with_user(server), oauth=oauth)
         results = await made.run(made.compile(CONFIG), [task(n, email="a@x.org") for n in range(3)])
         await made.close()
     assert all(isinstance(result, Answer) for result in results)
@@ -690,7 +691,7 @@ async def test_a_token_is_fetched_once_and_shown(refresh_token: str | None) -> N
 async def test_a_token_is_renewed_before_it_ends() -> None:
     asked, respond = tokens_of(0.01, 3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
         await send(made)
         server.answers["MAIL"] = [None]
         await asyncio.sleep(0.02)  # the life of the first token
@@ -705,7 +706,7 @@ async def test_a_token_is_renewed_before_it_ends() -> None:
 async def test_a_token_that_was_withdrawn_is_replaced_at_once() -> None:
     asked, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
         await send(made)
         server.answers["MAIL"] = [None]
         reason = base64.b64encode(b'{"status":"401"}').decode()
@@ -721,7 +722,7 @@ async def test_a_fresh_token_that_is_refused_is_the_operators_fault() -> None:
     _, respond = tokens_of(3600)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
         server.answers["AUTH"] = ["535 5.7.3 Authentication unsuccessful token-1 token-2"] * 2
-        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
         result = failed(await send(made))
         await made.close()
     assert (result.fault, result.permanent) == ("server", False)
@@ -732,7 +733,7 @@ async def test_a_fresh_token_that_is_refused_is_the_operators_fault() -> None:
 async def test_an_endpoint_without_tokens_is_the_operators_fault() -> None:
     _, respond = tokens_of(status=401)
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
         result = failed(await send(made))
         await made.close()
     assert (result.fault, result.permanent, result.cause) == ("server", False, "refused")
@@ -746,7 +747,7 @@ async def test_a_token_endpoint_may_ask_for_a_pause(status: int) -> None:
         return servers.Answer(status, b"later", {"Retry-After": "600"})
 
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
         result = failed(await send(made))
         await made.close()
     assert (result.fault, result.retry_after) == ("server", timedelta(seconds=600))
@@ -767,7 +768,7 @@ async def test_what_token_endpoints_write(body: bytes) -> None:
         return servers.Answer(body=body)
 
     async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=OAuthClient(endpoint.url, "me", "the-secret"))
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
         assert isinstance(await send(made), Answer)
         await made.close()
     assert bearers(server) == ["user=ada@example.com\1auth=Bearer token-9\1\1"]
@@ -785,7 +786,7 @@ async def test_what_token_endpoints_write(body: bytes) -> None:
 )
 async def test_a_command_prints_the_token(words: Sequence[str], said: str | None) -> None:
     async with scripted(extensions=LOGIN) as server:
-        made = EmailRunner(with_user(server), oauth=shlex.join([sys.executable, *words]))
+        made = email_runner(with_user(server), token_command=shlex.join([sys.executable, *words]))
         result = await send(made)
         await made.close()
     if said is None:
@@ -799,6 +800,6 @@ async def test_a_command_prints_the_token(words: Sequence[str], said: str | None
 async def test_settings_of_tokens_that_cannot_work() -> None:
     for url in ("smtp://mail.example.com", "smtp://ada:secret@mail.example.com"):
         with pytest.raises(ValueError, match="smtp://user@host"):
-            EmailRunner(url, oauth=OAuthClient("https://login.example.com", "me"))
+            email_runner(url, oauth=client("https://login.example.com"))
     with pytest.raises(ValueError, match="token_command"):
-        EmailRunner("smtp://ada@mail.example.com", oauth=" ")
+        email_runner("smtp://ada@mail.example.com", token_command=" ")

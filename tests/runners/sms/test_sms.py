@@ -12,9 +12,9 @@ import pytest
 
 from sequencerd.core.faults import DefinitionError
 from sequencerd.core.task import Answer, Failed, Result
-from sequencerd.runners.sms.runner import HttpSmsRunner, TwilioRunner, rest_of_day
+from sequencerd.runners.sms.runner import rest_of_day
 from tests.helpers import servers
-from tests.helpers.runners import failed
+from tests.helpers.runners import failed, sms_runner
 from tests.helpers.servers import KEY, HttpServer, Request, http_server, task
 
 BASIC = {"from": "+11231231234", "to": "{{data.phone}}", "message": "Hello <{{data.name}}>"}
@@ -36,7 +36,7 @@ async def send(
     """Sends one message by a Twilio that answers always the same."""
     data = {"phone": "+4915112345678", "name": "Ada & Söhne", **data}
     async with http_server(answering(answer)) as server:
-        made = TwilioRunner("AC1", "the-token", base_url=server.url + "/")
+        made = sms_runner(base_url=server.url + "/")
         (result,) = await made.run(made.compile(config or BASIC), [task(**data)])
         await made.close()
     return result, server
@@ -225,7 +225,7 @@ async def test_empty_texts_fail() -> None:
 )
 def test_a_config_that_cannot_work_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(DefinitionError, match=says):
-        TwilioRunner("AC1", "t").compile(BASIC | change)
+        sms_runner().compile(BASIC | change)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ async def test_numbers_that_nothing_reaches_are_named_in_the_result(
     answer = servers.Answer(400, json.dumps({"code": code, "message": "why"}).encode())
     for suppress in (True, False):
         async with http_server(answering(answer)) as server:
-            made = TwilioRunner("AC1", "t", base_url=server.url, suppress_bounces=suppress)
+            made = sms_runner(base_url=server.url, suppress_bounces=suppress)
             (result,) = await made.run(made.compile(BASIC), [task(phone="+49151123456")])
             await made.close()
         named = [(one.address, one.source) for one in failed(result).undeliverable]
@@ -253,7 +253,7 @@ async def test_the_hook_receives_the_status_of_messages_without_a_callback() -> 
     hook, own = "https://mail.example.com/hooks/twilio", "https://shop.example.com/sms"
     answer = servers.Answer(201, json.dumps({"sid": "SM1", "status": "queued"}).encode())
     async with http_server(answering(answer)) as server:
-        made = TwilioRunner("AC1", "t", base_url=server.url, status_callback=hook)
+        made = sms_runner(base_url=server.url, hook_url=hook)
         for config in (BASIC, {**BASIC, "statusCallback": own}):
             await made.run(made.compile(config), [task(phone="+49151123456")])
         await made.close()
@@ -264,7 +264,9 @@ async def test_the_hook_receives_the_status_of_messages_without_a_callback() -> 
 async def test_any_gateway_gets_the_rendered_body() -> None:
     body = '{"to": {{json to}}, "text": {{json message}}, "ref": "{{key}} {{enrollment.id}}"}'
     async with http_server(answering(servers.Answer(202, b"ok"))) as server:
-        made = HttpSmsRunner(f"{server.url}/send", body=body, headers={"X-Key": "k"})
+        made = sms_runner(
+            provider="http", url=f"{server.url}/send", body=body, headers={"X-Key": "k"}
+        )
         program = made.compile({"to": "{{data.phone}}", "message": 'say "hi"\n{{data.name}}'})
         (result,) = await made.run(program, [task(phone="+49151123456", name="Söhne")])
         await made.close()
@@ -295,7 +297,7 @@ async def test_any_gateway_gets_the_rendered_body() -> None:
 )
 async def test_braces_of_json_may_follow_those_of_a_tag(body: str, sent: object) -> None:
     async with http_server(answering(servers.Answer(202, b"ok"))) as server:
-        made = HttpSmsRunner(server.url, body=body)
+        made = sms_runner(provider="http", url=server.url, body=body)
         program = made.compile({"to": "{{data.phone}}", "message": "Hi"})
         (result,) = await made.run(program, [task(phone="+49151123456")])
         await made.close()
@@ -314,7 +316,7 @@ async def test_braces_of_json_may_follow_those_of_a_tag(body: str, sent: object)
 )
 async def test_a_gateway_that_refuses(status: int, permanent: bool, fault: str) -> None:
     async with http_server(answering(servers.Answer(status, b"why"))) as server:
-        made = HttpSmsRunner(server.url, body="{{json to}}")
+        made = sms_runner(provider="http", url=server.url, body="{{json to}}")
         program = made.compile({"to": "+49151123456", "message": "x"})
         bad = failed((await made.run(program, [task()]))[0])
         await made.close()
@@ -323,7 +325,7 @@ async def test_a_gateway_that_refuses(status: int, permanent: bool, fault: str) 
 
 
 async def test_a_body_that_is_no_json() -> None:
-    made = HttpSmsRunner("http://127.0.0.1:9", body='{"text": "{{message}}"}')
+    made = sms_runner(provider="http", url="http://127.0.0.1:9", body='{"text": "{{message}}"}')
     program = made.compile({"to": "+49151123456", "message": '"'})
     bad = failed((await made.run(program, [task()]))[0])
     await made.close()
