@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 import httpx
@@ -22,6 +22,7 @@ from sequencerd.core.faults import DefinitionError
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.step_types.effects import AttachmentConfig
 from sequencerd.core.task import Failed
+from sequencerd.runners.email.mime import AttachmentFile
 from sequencerd.runners.fields import RenderError, compile_field, one_line, render
 from sequencerd.runners.http_client import (
     AnswerTooLarge,
@@ -76,54 +77,34 @@ class AttachmentError(ValueError):
             self.failed = Failed(message, judged.permanent, judged.retry_after, asked=False)
 
 
-class AttachmentFile(NamedTuple):
-    """A complete attachment. HTML refers to one with a content id as cid:..."""
-
-    name: str
-    type: str
-    content: bytes
-    content_id: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """The templates of one attachment: either `url` or `base64` is set."""
+    """The templates of one attachment, by key: there is either `url` or `base64`."""
 
     path: str
-    url: Template | None
-    base64: Template | None
-    filename: Template | None
-    content_type: Template | None
-    content_id: Template | None
+    templates: Mapping[str, Template]
     inline: bool
 
     def value(self, key: str, view: Mapping[str, Any]) -> str:
         """Render a template; empty if there is none. Raises RenderError."""
-        template: Template | None = getattr(self, key)
-        name = {"content_type": "contentType", "content_id": "contentId"}.get(key, key)
-        return "" if template is None else render(f"{self.path}.{name}", template, view).strip()
+        template = self.templates.get(key)
+        return "" if template is None else render(f"{self.path}.{key}", template, view).strip()
 
 
 def compile_attachment(number: int, config: AttachmentConfig, *, strict: bool) -> Attachment:
     """Compile the templates of an attachment. Raises DefinitionError."""
     faults = Faults()
-    compiled: dict[str, Template | None] = {}
-    for key, name in (
-        ("url", "url"),
-        ("base64", "base64"),
-        ("filename", "filename"),
-        ("content_type", "contentType"),
-        ("content_id", "contentId"),
-    ):
-        source = getattr(config, key)
+    templates = {}
+    sources = config.model_dump(by_alias=True, exclude_none=True, exclude={"inline"})
+    for key, source in sources.items():
         with faults.at("attachments", number):
-            compiled[key] = None if source is None else compile_field(name, source, strict=strict)
+            templates[key] = compile_field(key, source, strict=strict)
     url = config.url
     if url is not None and "{{" not in url and not re.match(r"https?://[^/]", url):
         with faults.at("attachments", number, "url"):
             raise DefinitionError("must be a URL such as https://example.com/terms.pdf")
     faults.check()
-    return Attachment(f"attachments.{number}", **compiled, inline=config.inline)
+    return Attachment(f"attachments.{number}", templates, config.inline)
 
 
 # --- allowed URLs
@@ -228,7 +209,7 @@ class Attachments:
             left -= len(content)
             if left < 0:
                 raise _too_large(one.path)
-            type_ = _content_type(one.value("content_type", view), name, given)
+            type_ = _content_type(one.value("contentType", view), name, given)
             name = file_name(name, type_)
             found.append(AttachmentFile(name, type_, content, _content_id(one, name, view)))
         return tuple(found)
@@ -349,7 +330,7 @@ def _read_type(text: str) -> list[str]:
 
 
 def _content_id(attachment: Attachment, name: str, view: Mapping[str, Any]) -> str | None:
-    content_id = attachment.value("content_id", view).removeprefix("cid:")
+    content_id = attachment.value("contentId", view).removeprefix("cid:")
     if not content_id and not attachment.inline:
         return None
     content_id = content_id or name

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from email import message_from_bytes
 from email.header import Header
 from email.policy import default
-from typing import Protocol
+from typing import NamedTuple
 from urllib.parse import quote
 
 import idna
@@ -238,20 +238,13 @@ def _encoded_words(text: str, used: int) -> str:
     return Header(text, "utf-8", maxlinelen=75, header_name="x" * used).encode(linesep="\r\n")
 
 
-class MessagePart(Protocol):
-    """A file in a message. With a content id, it belongs to the HTML."""
+class AttachmentFile(NamedTuple):
+    """A complete attachment. HTML refers to one with a content id as cid:..."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def type(self) -> str: ...
-
-    @property
-    def content(self) -> bytes: ...
-
-    @property
-    def content_id(self) -> str | None: ...
+    name: str
+    type: str
+    content: bytes
+    content_id: str | None = None
 
 
 def message(
@@ -259,7 +252,7 @@ def message(
     text: str | None,
     html: str | None,
     boundary: str,
-    files: Sequence[MessagePart] = (),
+    files: Sequence[AttachmentFile] = (),
 ) -> bytes:
     """Return the complete message, with `text`, `html`, or both. Raises RenderError.
 
@@ -297,7 +290,7 @@ def _multipart(subtype: str, boundary: str, parts: Iterable[bytes]) -> bytes:
     )
 
 
-def _file(file: MessagePart) -> bytes:
+def _file(file: AttachmentFile) -> bytes:
     """Return a file as a part."""
     kind = "attachment" if file.content_id is None else "inline"
     head = [f"Content-Type: {file.type}", "Content-Transfer-Encoding: base64"]

@@ -36,9 +36,10 @@ class PendingMail(BaseModel):
     since: datetime
     tries: int
 
-    def end(self, message: str) -> Answer:
-        """Give up, so that the enrollment continues."""
-        return Answer(message=message, data={DATA_KEY: None})
+
+def end(message: str) -> Answer:
+    """Give up what is pending, so that the enrollment continues."""
+    return Answer(message=message, data={DATA_KEY: None})
 
 
 def read(task: Task) -> PendingMail | None:
@@ -67,9 +68,7 @@ def follow_up(
     message = result.message or ""
     since = now if left is None else left.since
     if not later or now - since > MAX_RETRY_PERIOD:
-        if left is None:
-            return Answer(message=message)
-        return left.end(message)
+        return Answer(message=message) if left is None else end(message)
     tries = 0 if left is None else left.tries + 1
     seconds = doubled(retry.first_delay, retry.longest_delay, tries + 1)
     again = PendingMail(key=task.key, to=later, since=since, tries=tries)

@@ -27,11 +27,10 @@ from sequencerd.runners.email.attachments import (
     MAX_FETCHES,
     Attachment,
     AttachmentError,
-    AttachmentFile,
     Attachments,
     compile_attachment,
 )
-from sequencerd.runners.email.mime import parse_mailbox
+from sequencerd.runners.email.mime import AttachmentFile, parse_mailbox
 from sequencerd.runners.email.oauth import AccessTokens, token_source
 from sequencerd.runners.email.plain import plain_text
 from sequencerd.runners.email.smtp import (
@@ -253,7 +252,7 @@ class EmailRunner:
         if left is not None:
             mail = mail.only(left.to)
             if not mail.recipients:
-                return left.end("not sent to others: they are no longer recipients")
+                return pending.end("not sent to others: they are no longer recipients")
         delivery = await self._transport.deliver(
             mail, lambda: task.is_late(asyncio.get_running_loop().time())
         )
