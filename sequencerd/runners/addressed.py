@@ -59,7 +59,9 @@ class AddressedRunner:
         recipient, own = None, None
         if config.keys() >= KEYS:
             with faults.at():
-                recipient = _compile_recipient(config)
+                parsed = parse_config(RecipientConfig, {key: config[key] for key in KEYS})
+                template = compile_field("address", parsed.address)
+                recipient = Recipient(parsed.channel, template)
         with faults.at():
             own = self._runner.compile(config)
         faults.check()
@@ -95,8 +97,3 @@ class AddressedRunner:
     async def close(self) -> None:
         """Release the runner's connections."""
         await self._runner.close()
-
-
-def _compile_recipient(config: Mapping[str, Any]) -> Recipient:
-    parsed = parse_config(RecipientConfig, {key: config[key] for key in KEYS})
-    return Recipient(parsed.channel, compile_field("address", parsed.address))
