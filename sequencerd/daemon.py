@@ -31,7 +31,7 @@ from sequencerd.engine.loop import Engine
 from sequencerd.errors import DatabaseError, SequencerdError, SettingsError
 from sequencerd.runners import Runner, tracing
 from sequencerd.runners.pace import TakePermits
-from sequencerd.runners.protocol import NotNow
+from sequencerd.runners.protocol import NotNow, close_all
 from sequencerd.runners.registry import make_endpoint, make_runners
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
 from sequencerd.service.health import Health
@@ -133,9 +133,7 @@ class ReloadableParts:
     async def close(self, but: ReloadableParts | None = None) -> None:
         """Close the parts that the others do not use."""
         kept = [] if but is None else list(but.runners.values())
-        for runner in self.runners.values():
-            if runner not in kept:
-                await runner.close()
+        await close_all(runner for runner in self.runners.values() if runner not in kept)
         if but is None or but.lookups is not self.lookups:
             await self.lookups.close()
 

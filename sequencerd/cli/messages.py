@@ -29,7 +29,7 @@ from sequencerd.definitions.stored import read_sequences
 from sequencerd.errors import UsageError
 from sequencerd.runners import registry
 from sequencerd.runners.email.page import page
-from sequencerd.runners.protocol import Runner
+from sequencerd.runners.protocol import Runner, close_all
 from sequencerd.service.redaction import make_redaction
 from sequencerd.settings import Settings
 from sequencerd.storage.connections import Shard
@@ -83,8 +83,7 @@ async def _send(
     try:
         return await step_message.send(test, address, redact)
     finally:
-        for runner in runners.values():
-            await runner.close()
+        await close_all(runners.values())
 
 
 def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:

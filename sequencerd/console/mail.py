@@ -32,7 +32,7 @@ from sequencerd.definitions import step_message
 from sequencerd.definitions.options import read_object
 from sequencerd.errors import UsageError
 from sequencerd.runners.email.page import inlined
-from sequencerd.runners.protocol import MessageRunner
+from sequencerd.runners.protocol import MessageRunner, close_all
 from sequencerd.storage import connections
 from sequencerd.storage.statements import QUERIES
 
@@ -135,8 +135,7 @@ async def send_test(request: Request) -> Response:
     except UsageError as error:
         return await _page(request, query, as_sentence(str(error)), 422)
     finally:
-        for runner in runners.values():
-            await runner.close()
+        await close_all(runners.values())
     number = secrets.token_urlsafe(12)
     context.sent_tests[number] = SentTest(address, f"Test {report}.")
     for old in list(context.sent_tests)[:-MAX_SENT_TESTS]:
@@ -198,8 +197,7 @@ async def _mail(context: PageContext, query: Query, id_: str | None) -> MessageP
     except UsageError as error:
         raise UsageError(masked(str(error))) from error
     finally:
-        for one in runners.values():
-            await one.close()
+        await close_all(runners.values())
     read = message_from_bytes(content, policy=default)
     assert isinstance(read, EmailMessage)
     text, html = (_part(read, kind) for kind in ("plain", "html"))

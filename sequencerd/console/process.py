@@ -18,6 +18,7 @@ from sequencerd.definitions.stored import read_sequences
 from sequencerd.engine.clock import Clock
 from sequencerd.errors import DatabaseError, SequencerdError, SettingsError
 from sequencerd.runners import Runner
+from sequencerd.runners.protocol import close_all
 from sequencerd.runners.registry import make_runners
 from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.redaction import make_redaction
@@ -49,7 +50,7 @@ async def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(_close, runners)
+        stack.push_async_callback(close_all, runners.values())
         found = [_PresentDefinitions(shard, runners, log) for shard in shards]
         for definitions in found:
             stack.callback(definitions.close)
@@ -92,11 +93,6 @@ async def run(
             await asyncio.gather(*(definitions.keep(stop) for definitions in found))
             notify("STOPPING=1")
     log.info("stopped")
-
-
-async def _close(runners: Mapping[str, Runner]) -> None:
-    for runner in runners.values():
-        await runner.close()
 
 
 def _refuse_taken_address(listen: str) -> None:

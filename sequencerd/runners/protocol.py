@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from sequencerd.core.model import NOTHING_SHARED, Limits, MessageContext, RetryPolicy
@@ -46,6 +46,12 @@ class Runner(Protocol):
     async def close(self) -> None:
         """Release connections, when no call is in progress any more."""
         ...
+
+
+async def close_all(runners: Iterable[Runner]) -> None:
+    """Release the connections of runners."""
+    for runner in runners:
+        await runner.close()
 
 
 @runtime_checkable
