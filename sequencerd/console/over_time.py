@@ -129,27 +129,27 @@ async def read(
 
 def _added_up(parts: list[Activity]) -> Activity:
     """Add up the activity of several shards."""
-    first, *others = parts
-    times = {
-        measure: defaultdict(Counter, {key: Counter(by_time) for key, by_time in known.items()})
-        for measure, known in first.times.items()
-    }
-    longest = {key: dict(delays) for key, delays in first.longest.items()}
-    for part in others:
+    times = _no_times()
+    longest: defaultdict[StepKey, dict[datetime, float]] = defaultdict(dict)
+    for part in parts:
         for measure, found in part.times.items():
             for key, by_time in found.items():
                 times[measure][key].update(by_time)
         for key, delays in part.longest.items():
-            known = longest.setdefault(key, {})
+            known = longest[key]
             known |= {at: max(delay, known.get(at, 0)) for at, delay in delays.items()}
-    until = [part.counted_until for part in parts]
-    known_until = [at for at in until if at is not None]
+    until = [part.counted_until for part in parts if part.counted_until is not None]
     return Activity(
         times,
         longest,
-        min(known_until) if len(known_until) == len(until) else None,
+        min(until) if len(until) == len(parts) else None,
         any(part.is_capped for part in parts),
     )
+
+
+def _no_times() -> dict[str, defaultdict[StepKey, Counter[datetime]]]:
+    """Return counts by measure, to be added to."""
+    return {measure: defaultdict(Counter) for measure in (*MEASURES, *LATENESS)}
 
 
 async def _read_one(
@@ -171,9 +171,7 @@ async def _read_one(
         if sequence in (None, row["sequence"]) and chosen.since <= row["at"] < chosen.until:
             rows.append({**row, "at": _floor(row["at"], chosen.unit)})
     arrivals = _Arrivals(definitions)
-    times: dict[str, defaultdict[StepKey, Counter[datetime]]] = {
-        measure: defaultdict(Counter) for measure in (*MEASURES, *LATENESS)
-    }
+    times = _no_times()
     for row in rows:
         key = row["sequence"], row["step"]
         if (to := arrivals.of(*key, row["action"])) and chosen.has(to):
