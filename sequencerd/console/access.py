@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from sequencerd.console.auth import TooManyError, Visitor
+from sequencerd.console.auth import Auth, TooManyError, Visitor
 from sequencerd.console.context import context_of, local, message_page, query_of, render
-from sequencerd.console.oidc import LoginError
+from sequencerd.console.oidc import LoginError, Provider
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.sessions import hash_of
 from sequencerd.console.tables import at
@@ -83,11 +83,9 @@ async def log_out(request: Request) -> Response:
 async def to_provider(request: Request) -> Response:
     """Redirect to the provider's login."""
     auth = context_of(request).auth
-    if auth.provider is None:
-        raise NotFoundError("No provider is set.")
     to = local(Query(request.state.form).get("to"))
     try:
-        return await auth.provider.begin(request, to, is_https=auth.is_https(request))
+        return await _provider(auth).begin(request, to, is_https=auth.is_https(request))
     except LoginError as error:
         return _failed(request, error)
 
@@ -95,10 +93,8 @@ async def to_provider(request: Request) -> Response:
 async def from_provider(request: Request) -> Response:
     """Log in the user that the provider names."""
     auth = context_of(request).auth
-    if auth.provider is None:
-        raise NotFoundError("No provider is set.")
     try:
-        login = await auth.provider.finish(request)
+        login = await _provider(auth).finish(request)
     except LoginError as error:
         return _failed(request, error)
     if auth.role_of_groups(login.groups) is None:
@@ -106,6 +102,12 @@ async def from_provider(request: Request) -> Response:
     request.state.visitor = await auth.log_in_by_provider(request, login)
     # an own page redirects further: after a redirect, SameSite treats the provider as the origin
     return RedirectResponse(local(login.to), 303)
+
+
+def _provider(auth: Auth) -> Provider:
+    if auth.provider is None:
+        raise NotFoundError("No provider is set.")
+    return auth.provider
 
 
 def _failed(request: Request, error: LoginError) -> Response:

@@ -237,6 +237,21 @@ def _query_for(part: PageContext, context: PageContext, query: Query) -> Query:
     return query.of_shard(str(part.shard.name), context.parts) or query
 
 
+def _of_shards(found: Mapping[str | None, Table]) -> list[dict[str, Any]]:
+    """Return the enrollments in tables of shards, each with its shard and its number there."""
+    return [
+        {
+            **row,
+            "shard": name,
+            "number": row["id"],
+            "id": f"{name}/{row['id']}",
+            "url": at_shard(name, f"/enrollments/{row['id']}"),
+        }
+        for name, table in found.items()
+        for row in table.rows
+    ]
+
+
 async def waiting_in_all(context: PageContext, query: Query) -> Table:
     """Return the enrollments at a step by wake time, in the order of a single database."""
 
@@ -246,16 +261,7 @@ async def waiting_in_all(context: PageContext, query: Query) -> Table:
     found = await in_all(context, of)
     if None in found:
         return found[None]
-    rows = [
-        {
-            **row,
-            "shard": name,
-            "id": f"{name}/{row['id']}",
-            "url": at_shard(name, f"/enrollments/{row['id']}"),
-        }
-        for name, table in found.items()
-        for row in table.rows
-    ]
+    rows = _of_shards(found)
     rows.sort(key=lambda row: row["wake_at"])
     shown = rows[: query.rows]
     more: dict[str, str] | None = None
@@ -340,16 +346,7 @@ async def found_in_all(
         if name in asked and name not in found
     ]
     first = next(iter(found.values())).table
-    rows = [
-        {
-            **row,
-            "id": f"{name}/{row['id']}",
-            "number": row["id"],
-            "url": at_shard(name, f"/enrollments/{row['id']}"),
-        }
-        for name, one in found.items()
-        for row in one.table.rows
-    ]
+    rows = _of_shards({name: one.table for name, one in found.items()})
     more: dict[str, str] | None = None
     further: dict[str, str] = {}
     if is_by_id:
