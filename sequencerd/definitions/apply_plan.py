@@ -54,12 +54,13 @@ async def write(
     the number of side effects that may begin in an hour, for a day, in the sequences that change.
     Raises FileError if the database rejects a definition.
     """
-    written = zip(plan.sequences, definitions, strict=True)
-    # by name, like the brakes that daemons lock
-    for one, definition in sorted(written, key=lambda pair: pair[0].sequence):
-        if one.changes:
+    written = [pair for pair in zip(plan.sequences, definitions, strict=True) if pair[0].changes]
+    written.sort(key=lambda pair: pair[0].sequence)  # like the brakes that daemons lock
+    # a step may get the former name of another: what is written names steps as they are afterwards
+    for part in (_rename, _write):
+        for one, definition in written:
             try:
-                await _write(connection, one, definition)
+                await part(connection, one, definition)
             except (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError) as error:
                 raise FileError(f"{definition.where}: {error}") from error
     if brake is not None:
@@ -69,6 +70,11 @@ async def write(
         await connection.execute(QUERIES["archive"], plan.archived)
     if from_files:
         await connection.execute(QUERIES["mark_from_file"], [s.sequence for s in plan.sequences])
+
+
+async def _rename(connection: asyncpg.Connection, one: SequencePlan, _: Definition) -> None:
+    for old, new in one.changes.renamed.items():
+        await connection.execute(QUERIES["rename_step"], one.sequence, old, new)
 
 
 async def _write(connection: asyncpg.Connection, one: SequencePlan, definition: Definition) -> None:
@@ -94,8 +100,6 @@ async def _write(connection: asyncpg.Connection, one: SequencePlan, definition: 
         brake and brake["at_most"],
         brake and brake["per"]["amount"] * (3600.0 if brake["per"]["unit"] == "hours" else 1.0),
     )
-    for old, new in one.changes.renamed.items():
-        await connection.execute(QUERIES["rename_step"], one.sequence, old, new)
     await connection.execute(
         QUERIES["apply_steps"],
         one.sequence,
