@@ -152,18 +152,24 @@ def advance(
     )
 
 
-def is_unchanged(before: Enrollment, advanced: Advanced) -> bool:
-    """Return whether an enrollment that waits continues to wait exactly as before."""
+def wakes_as_before(before: Enrollment, advanced: Advanced) -> bool:
+    """Return whether an enrollment continues to wait in the same visit until the same time."""
     decision = advanced.decision
     return (
         isinstance(decision, Wait)
+        and advanced.enrollment.visit == before.visit
         and before.wake_at is not None
         and (
             decision.until == before.wake_at
             or decision.until.year == before.wake_at.year == NEVER.year
         )
-        and advanced.enrollment == before
-        and not advanced.events
+    )
+
+
+def is_unchanged(before: Enrollment, advanced: Advanced) -> bool:
+    """Return whether an enrollment that waits continues to wait exactly as before."""
+    return (
+        wakes_as_before(before, advanced) and advanced.enrollment == before and not advanced.events
     )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 
 import asyncpg
 
-from sequencerd.core.advance import advance, is_unchanged
+from sequencerd.core.advance import advance, wakes_as_before
 from sequencerd.core.decision import Execute, Fail, QueryLookup, Wait
 from sequencerd.core.describe import counted, text
-from sequencerd.core.enrollment import Enrollment
+from sequencerd.core.enrollment import Enrollment, effect_key
 from sequencerd.core.model import Definitions
 from sequencerd.core.step_types import is_instant
 from sequencerd.definitions.compiler import Definition, Runners, from_rows
@@ -130,20 +130,41 @@ async def changed_definitions(
 
 
 async def count_waiting(
-    connection: asyncpg.Connection, sequence: str, step: str, before: str, after: Definitions
+    connection: asyncpg.Connection,
+    sequence: str,
+    step: str,
+    renamed: Mapping[str, str],
+    after: Definitions,
 ) -> WaitingCounts:
     """Evaluate all enrollments at a step with the changed definitions, with one batch in memory at
-    a time, and count the outcomes. `before` is the present name of the step.
+    a time, and count the outcomes. `renamed` maps present names of steps to the new ones.
     """
     count = WaitingCounts(step)
+    before = next((old for old, new in renamed.items() if new == step), step)
     now = await server.server_time(connection)
     async with connection.transaction():  # a cursor needs one
         async for rows in connections.batches(
             connection, "waiting", QUERIES["enrollments_at"], sequence, before, size=BATCH_SIZE
         ):
             for row in rows:
-                _classify(count, Enrollment(*row)._replace(step=step), after, now)
+                enrollment = Enrollment(*row)
+                if renamed:
+                    enrollment = _renamed(enrollment, renamed)
+                _classify(count, enrollment, after, now)
     return count
+
+
+def _renamed(enrollment: Enrollment, new_names: Mapping[str, str]) -> Enrollment:
+    """Return an enrollment after renames of steps, as the database changes it."""
+    effects = {
+        effect_key(enrollment.sequence, old): effect_key(enrollment.sequence, new)
+        for old, new in new_names.items()
+    }
+    return enrollment._replace(
+        step=new_names.get(enrollment.step, enrollment.step),
+        goals_met=[new_names.get(goal, goal) for goal in enrollment.goals_met],
+        executed=[effects.get(key, key) for key in enrollment.executed],
+    )
 
 
 def _classify(
@@ -155,7 +176,7 @@ def _classify(
         return
     after = advance(definitions, before, now)
     match after.decision:
-        case Wait() if after.enrollment.visit == before.visit and is_unchanged(before, after):
+        case Wait() if wakes_as_before(before, after):
             count.as_before += 1
         case Wait(until) if after.enrollment.visit == before.visit:
             count.add_later(until)

@@ -198,10 +198,9 @@ async def make(
                     for d, m in zip(definitions, made, strict=True)
                 ]
                 everything = await affected.changed_definitions(connection, known, seeded, runners)
-            old_names = {new: old for old, new in one.changes.renamed.items()}
             waiting = [
                 await affected.count_waiting(
-                    connection, one.sequence, step, old_names.get(step, step), everything
+                    connection, one.sequence, step, one.changes.renamed, everything
                 )
                 for step in steps
             ]

@@ -536,6 +536,58 @@ async def test_renames_keep_enrollments_and_goals(
     assert not await apply(renamed)
 
 
+async def test_names_that_are_given_on_are_written_as_planned(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    """The first step gets the former name of another, also in the configs of other sequences."""
+    jump = "---\nname: a\nsteps:\n  - {name: j, type: GoTo, config: {sequence: s, step: STEP}}\n"
+    await apply(GOOD + jump.replace("STEP", "hello"))
+    renamed = (GOOD + jump.replace("STEP", "pause")).replace("steps:", "reentry: never\nsteps:")
+    renamed = renamed.replace("name: pause", "name: rest, renamedFrom: pause")
+    renamed = renamed.replace("name: hello", "name: pause, renamedFrom: hello")
+    assert (await apply.lines(renamed))[2:4] == ["renamed pause → rest", "renamed hello → pause"]
+    waiting = await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    await apply(renamed)
+    assert await apply.lines(renamed) == ["s: nothing changed", "a: nothing changed"]
+    new = await enroll(connection, "s", "bob")
+    rows = await connection.fetch("SELECT id, step FROM sequencer.enrollments")
+    assert dict(rows) == {waiting: "rest", new: "pause"}
+
+
+async def test_a_plan_knows_met_goals_and_executed_side_effects_by_their_new_names(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    repeated = GOAL.replace("type: Goal", "type: Goal, next: hello")
+    await apply(GOOD + repeated)
+    for subject in ("ada", "bob"):
+        await enrolled_at(connection, "pause", subject, "1 days", "3 days")
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET data = '{\"paid\": 1}', goals_met = '{paid}',"
+        " wake_at = entered_at + interval '3 days', executed = CASE subject WHEN 'bob' THEN"
+        " '{s/bye}' ELSE '{}' END::text[]"
+    )
+    # the step at which they wait becomes one that is executed once more, or, for bob, a loop
+    renamed = (GOOD + repeated).replace("name: paid", "name: customer, renamedFrom: paid")
+    renamed = renamed.replace("amount: 3", "amount: 1").replace(
+        "name: bye", "name: end, renamedFrom: bye"
+    )
+    assert (await apply.lines(renamed))[-1] == (
+        "2 wait at pause: 1 would continue at once, 1 would fail: loop, a loop that never waits: "
+        "s/end → s/end; add a step that waits, so that time passes before a side effect is "
+        "executed again"
+    )
+
+
+async def test_a_met_goal_that_is_forgotten_changes_no_wait(
+    apply: Applying, connection: asyncpg.Connection
+) -> None:
+    await apply(GOOD + GOAL)
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    await connection.execute("UPDATE sequencer.enrollments SET goals_met = '{paid}'")
+    repeated = GOOD + GOAL.replace("{lodash", "{repeat: true, lodash")
+    assert (await apply.lines(repeated))[-1] == "1 waits at pause: 1 waits as before"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
