@@ -262,7 +262,7 @@ def named_calendars(type_: str, config: Mapping[str, Any]) -> frozenset[str]:
     """Return the holiday calendars that a config names, other than that of its window."""
     found = step_types.calendars(type_, config)
     match config.get("expires"):
-        case {"holidays": str(calendar)}:
+        case {"holidays": str(calendar)} | {"within": {"holidays": str(calendar)}}:
             found.add(calendar)
     return frozenset(found) if found else _NO_CALENDARS
 

@@ -20,6 +20,7 @@ from sequencerd.core.step_types import compile_step, describe_wait, roots
 from sequencerd.core.step_types.condition_config import (
     compile_condition,
     condition_roots,
+    describe_condition,
     explain,
     read_condition,
 )
@@ -202,7 +203,7 @@ def test_the_present_time_is_the_evaluation_s() -> None:
         assert advance(definitions, at("if", due_at), now).enrollment.step == leads
 
 
-def moved(operand: Mapping[str, object], amount: float, unit: str, **keys: str) -> dict[str, Any]:
+def moved(operand: Mapping[str, object], amount: float, unit: str, **keys: Any) -> dict[str, Any]:
     return {**operand, "offset": {"amount": amount, "unit": unit, **keys}}
 
 
@@ -309,6 +310,10 @@ def test_an_offset_is_described() -> None:
     config["value"] = get("data.at")
     config["compareTo"].append(moved({"type": "now"}, -1.5, "hours"))
     shown = 'isBetween(data.at, "2026-03-01" + 1 day, now - 1.5 hours)'
+    open_ = compare("isAfter", "2026-03-01", [])
+    open_["compareTo"] = moved({"type": "now"}, 4, "hours", within={"days": ["mon"]})
+    assert describe_condition(open_) == 'isAfter("2026-03-01", now + 4 hours within mon)'
+    assert " + 4 hours within mon) is" in explain(read_condition(open_), context({}))
     assert describe_wait("Goal", config) == f"waits until {shown} is true"
     told = explain(read_condition(config), context({"at": "2026-03-02"}))
     assert told == (

@@ -58,6 +58,13 @@ def until(text: str) -> Wait:
 
 DUE = {"date": "{{data.due}}"}
 DAYS = {"unit": "days"}
+OFFICE = {
+    "days": ["mon", "tue", "wed", "thu", "fri"],
+    "from": "09:00",
+    "to": "17:00",
+    "holidays": "DE",
+}
+HOURS = {"amount": 4, "unit": "hours", "within": OFFICE}
 WORKDAYS = {"unit": "business days", "holidays": "DE"}
 
 
@@ -238,6 +245,17 @@ def test_data_that_do_not_fit_fail_with_the_value(
         ),
         ("WaitForDuration", {"amount": 1.5, "unit": "business days"}, "must be a whole number"),
         *[
+            ("WaitForDuration", {"amount": 1, "unit": unit, "within": OFFICE}, "shorter units")
+            for unit in ("days", "business days", "M")
+        ],
+        ("WaitForDate", {**DUE, "offset": {**HOURS, "amount": -4}}, "offset: amount must be more"),
+        ("WaitForDuration", {**HOURS, "within": {}}, "within: is always open"),
+        (
+            "WaitForDuration",
+            {**HOURS, "within": {**OFFICE, "spread": {"minutes": 5}}},
+            "within has no spread",
+        ),
+        *[
             ("WaitForDuration", {"amount": 3, "unit": unit}, "did you mean 'business days'?")
             for unit in ("workdays", "business_days", "working day", "weekdays", "Business Days")
         ],
@@ -277,6 +295,25 @@ def test_amounts_of_the_data() -> None:
         "2026-04-09T10:00:00Z"
     )
     assert "external" in (roots("WaitForDuration", {"amount": "{{external.n}}"}) or ())
+
+
+def test_an_amount_of_working_hours() -> None:
+    """It is Monday, 11:00; Easter Monday is a holiday."""
+    thursday = datetime(2026, 4, 2, 13, tzinfo=UTC)  # 15:00
+    tuesday = until("2026-04-07T09:00:00Z")
+    here: dict[str, Any] = {"now": thursday, "entered_at": thursday}
+    assert decided(HOURS, {}, "WaitForDuration", **here) == tuesday
+    rendered = {**HOURS, "amount": "{{data.n}}"}
+    assert decided(rendered, {"n": 4}, "WaitForDuration", **here) == tuesday
+    decision = decided(rendered, {"n": -1}, "WaitForDuration", **here)
+    assert isinstance(decision, Fail)
+    assert decision.message == "step 'wait': amount -1 hours: must not be negative with within"
+    condition = {"lodashCommand": "isNumber", "value": {"type": "get", "value": "data.paid"}}
+    assert decided({**condition, "timeout": HOURS}, {}, "WaitForCondition", **here) == tuesday
+    due = {"due": "2026-04-02T13:00:00Z"}
+    assert decided({**DUE, "offset": HOURS}, due, **here) == tuesday
+    items = {"items": [1], "collecting": {"since": thursday.isoformat()}}
+    assert decided({"quiet": HOURS}, items, "Collect", **here) == tuesday
 
 
 def test_values_of_the_data() -> None:

@@ -41,7 +41,10 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
             ]
         },
     ],
-    "WaitForDuration": [{"amount": 1, "unit": "day"}],
+    "WaitForDuration": [
+        {"amount": 1, "unit": "day"},
+        {"amount": 4, "unit": "hours", "within": {"from": "09:00"}},
+    ],
     "WaitForDate": [
         {"date": "{{data.due}}"},
         {"date": "{{data.due}}", "past": "altNext", "missing": "altNext"},
@@ -68,6 +71,7 @@ SOON = {
     "value": {"type": "get", "value": "data.due"},
     "compareTo": {"type": "now", "offset": {"amount": 2, **BUSINESS_DAYS}},
 }
+HOURS = {"amount": 2, "unit": "hours", "within": {"from": "09:00", "holidays": "DE"}}
 CASES = [(type_, config) for type_, configs in CONFIGS.items() for config in configs]
 
 
@@ -196,6 +200,15 @@ def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
         ("WaitForCondition", {**IS_PRO, "timeout": {"amount": 1, **BUSINESS_DAYS}}, True),
         ("WaitForWindow", {"holidays": "DE"}, True),
         ("Switch", {"cases": [{"when": {"not": SOON}, "step": None}]}, True),
+        ("WaitForDuration", HOURS, True),
+        ("WaitForDate", {"date": "2030-01-01", "offset": HOURS}, True),
+        ("WaitForCondition", {**IS_PRO, "timeout": HOURS}, True),
+        ("Collect", {"quiet": HOURS}, True),
+        (
+            "Conditional",
+            {**SOON, "compareTo": {"type": "now", "offset": HOURS}},
+            True,
+        ),
         ("WaitForWindow", {"holidays": "FR"}, False),
         ("UpdateData", {"data": {"holidays": "DE"}}, False),  # a key of the user's
     ],

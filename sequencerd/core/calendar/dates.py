@@ -38,6 +38,7 @@ __all__ = [
     "get",
     "impossible",
     "is_bare_number",
+    "is_elapsed",
     "next_match",
     "next_start",
     "normalise_unit",
@@ -78,6 +79,11 @@ def normalise_unit(unit: str) -> str:
         hint = f"did you mean {near[0]!r}?" if near else "write days, hours or the like"
         raise DefinitionError(f"{unit!r} is not a unit of time, {hint}")
     return name
+
+
+def is_elapsed(unit: str) -> bool:
+    """Return whether a unit is elapsed time: hours to milliseconds. Raises DefinitionError."""
+    return normalise_unit(unit) in _MILLISECONDS
 
 
 def add(instant: datetime, amount: float, unit: str, tz: ZoneInfo) -> datetime:

@@ -66,6 +66,25 @@ def closing(
     return instant
 
 
+def open_for(
+    window: Window,
+    amount: timedelta,
+    since: datetime,
+    tz: ZoneInfo,
+    holidays: Collection[date] = (),
+) -> datetime:
+    """Return when a window will have been open for an amount of time since an instant: with 0, when
+    it opens. Raise EvaluationError (unsatisfiable) if that takes more than four years.
+    """
+    instant = opening(window, since, tz, holidays)
+    while (closes := closing(window, instant, tz, holidays)) - instant < amount:
+        amount -= closes - instant
+        instant = opening(window, closes, tz, holidays)
+        if (instant - since).days > _HORIZON_DAYS:
+            raise EvaluationError("unsatisfiable", "the window is not open as long in four years")
+    return instant + amount
+
+
 def begin(
     window: Window,
     now: datetime,

@@ -22,7 +22,7 @@ from sequencerd.core.javascript.conditions import (
     first_key,
     known_command,
 )
-from sequencerd.core.step_types.durations import FixedOffset, compile_move, in_words
+from sequencerd.core.step_types.durations import FixedOffset, compile_move, describe_duration
 from sequencerd.core.step_types.template_config import no_date, parse_date, shown
 from sequencerd.core.view import Context
 
@@ -159,7 +159,7 @@ def condition_roots(config: ConditionConfig) -> frozenset[str]:
 def condition_calendars(config: ConditionConfig) -> frozenset[str]:
     """Return the calendars of holidays that a condition names."""
     offsets = [operand.offset for _, one in commands(config) for _, operand in one.operands()]
-    return frozenset(offset.holidays for offset in offsets if offset and offset.holidays)
+    return frozenset(offset.calendar for offset in offsets if offset and offset.calendar)
 
 
 # --- compiled
@@ -328,7 +328,7 @@ def _with_values(config: ConditionConfig, context: Context) -> str:
 def _operand_with_value(operand: ConditionOperand, context: Context) -> str:
     moved = ""
     if operand.offset is not None:
-        moved = _describe_offset(operand.offset.amount, operand.offset.unit)
+        moved = _describe_offset(operand.offset.model_dump(by_alias=True))
     if operand.type == "now":
         return f"now = {context.now:%Y-%m-%dT%H:%M:%SZ}{moved}"
     predicate = compile_predicate("isNil", operand, None)
@@ -365,8 +365,8 @@ def describe_condition(config: Any) -> str:
 
 def _describe_operand(operand: object) -> str:
     match operand:
-        case {"offset": {"amount": int() | float() as amount, "unit": str(unit)}, **rest}:
-            return _describe_operand(rest) + _describe_offset(amount, unit)
+        case {"offset": {"amount": int() | float()} as offset, **rest}:
+            return _describe_operand(rest) + _describe_offset(offset)
         case {"type": "now"}:
             return "now"
         case {"type": "get", "value": path}:
@@ -376,6 +376,7 @@ def _describe_operand(operand: object) -> str:
     return "?"
 
 
-def _describe_offset(amount: float, unit: str) -> str:
+def _describe_offset(offset: Mapping[str, Any]) -> str:
     """Describe an offset, such as " - 30 days"."""
-    return f" {'-' if amount < 0 else '+'} {in_words(abs(amount), unit)}"
+    size = describe_duration({**offset, "amount": abs(offset["amount"])})
+    return f" {'-' if offset['amount'] < 0 else '+'} {size}" if size else ""

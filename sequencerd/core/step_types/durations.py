@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from sys import intern
@@ -24,11 +24,13 @@ from pydantic.config import JsonDict
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.business_days import BUSINESS_DAYS, MAX_AMOUNT, add_business_days
 from sequencerd.core.calendar.next_match import full_name
+from sequencerd.core.calendar.windows import open_for
 from sequencerd.core.config import Config, Faults
 from sequencerd.core.faults import DefinitionError, EvaluationError, KeyPath
+from sequencerd.core.model import Window
 from sequencerd.core.step_types.template_config import TemplateText, compile_number
 from sequencerd.core.view import Context
-from sequencerd.core.window_config import CalendarName
+from sequencerd.core.window_config import CalendarName, WindowConfig, describe_window
 
 MAX_PERIOD = timedelta(days=366)
 
@@ -65,6 +67,13 @@ class DurationConfig(Config):
     are elapsed time."""
     holidays: CalendarName | None = None
     """For business days: the calendar of sequencer.holidays to skip, such as DE."""
+    within: WindowConfig | None = None
+    """For hours and shorter units: the window in which time counts, such as working hours."""
+
+    @property
+    def calendar(self) -> str | None:
+        """The calendar of holidays that it needs."""
+        return self.holidays if self.within is None else self.within.holidays
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +90,13 @@ class DurationConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.within is not None:
+            if self.unit in BUSINESS_DAYS or not dates.is_elapsed(self.unit):
+                raise ValueError("within is for hours and shorter units")
+            if self.within.spread is not None:
+                raise ValueError("within has no spread")
+            if not isinstance(self.amount, str) and self.amount <= 0:
+                raise ValueError("amount must be more than 0 with within")
         if self.unit not in BUSINESS_DAYS:
             if self.holidays is not None:
                 raise ValueError("holidays are for the unit business days")
@@ -89,6 +105,11 @@ class DurationConfig(Config):
         ):
             raise ValueError(f"amount must be a whole number of days, at most {MAX_AMOUNT:,}")
         return self
+
+
+def calendars_of(path: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of the calendars that the duration at a path of a config may name."""
+    return ((*path, "holidays"), (*path, "within", "holidays"))
 
 
 MoveTime = Callable[[datetime], datetime]
@@ -104,6 +125,7 @@ class _CompiledDuration:
     name: str  # of its unit, as in the config
     unit: str  # the full name; "" for business days
     calendar: str | None
+    window: Window | None  # in which time counts
     path: KeyPath
 
     def bind(self, context: Context) -> MoveTime:
@@ -111,13 +133,18 @@ class _CompiledDuration:
         tz = dates.zone(context.timezone)
         number = self.amount(context) if callable(self.amount) else self.amount
         off = context.holidays(self.calendar)
-        unit = self.unit
+        unit, window = self.unit, self.window
 
         def move(instant: datetime) -> datetime:
             try:
                 if not unit:
                     return add_business_days(instant, number, tz, off)
-                return dates.add(instant, number, unit, tz)
+                moved = dates.add(instant, number, unit, tz)
+                if window is None:
+                    return moved
+                if moved < instant:
+                    raise EvaluationError("bad_data", "must not be negative with within")
+                return open_for(window, moved - instant, instant, tz, off)
             except EvaluationError as error:
                 where = ".".join(map(str, (*self.path, "amount")))
                 message = f"{where} {number:g} {self.name}: {error}"
@@ -140,7 +167,8 @@ def _compile(duration: DurationConfig, path: KeyPath) -> _CompiledDuration:
         assert not isinstance(amount, str)
     name = intern(duration.unit)
     unit = "" if name in BUSINESS_DAYS else dates.normalise_unit(name)
-    return _CompiledDuration(amount, name, unit, duration.holidays, path)
+    window = None if duration.within is None else duration.within.window()
+    return _CompiledDuration(amount, name, unit, duration.calendar, window, path)
 
 
 def compile_move(duration: DurationConfig, path: KeyPath = ()) -> Callable[[Context], MoveTime]:
@@ -171,6 +199,18 @@ def in_words(amount: object, unit: str) -> str:
     return f"{number} {one}" if number == "1" else f"{number} {one}s"
 
 
+def describe_duration(config: Mapping[str, Any]) -> str:
+    """Return "3 days", or "4 hours within mon to fri, 09:00 to 17:00"; empty without an amount and
+    a unit.
+    """
+    match config:
+        case {"amount": amount, "unit": str() as unit}:
+            window = config.get("within")
+            within = describe_window(window) if isinstance(window, dict) else ""
+            return in_words(amount, unit) + (f" within {within}" if within else "")
+    return ""
+
+
 class FixedOffset(DurationConfig):
     """How far an instant is moved: a fixed amount of a unit of time."""
 
@@ -197,6 +237,7 @@ Duration = Annotated[
                         "amount": {"type": "number", "description": "How many."},
                         "unit": {"type": "string", "description": "The unit of time."},
                         "holidays": {"type": "string", "description": "For business days."},
+                        "within": {"type": "object", "description": "The window that counts."},
                     },
                     "required": ["amount", "unit"],
                     "additionalProperties": False,
@@ -229,6 +270,8 @@ def elapsed(duration: FixedDuration) -> timedelta:
     size = _ELAPSED.get(unit)
     if size is None:
         raise DefinitionError("unit must be weeks, days, hours, minutes or seconds")
+    if duration.within is not None:
+        raise DefinitionError("is elapsed time: leave within out")
     if duration.amount > MAX_PERIOD / size:  # a product could overflow
         raise DefinitionError("is more than a year")
     return duration.amount * size

@@ -29,7 +29,13 @@ from sequencerd.core.step_types.data import (
     copies_object,
     data_paths,
 )
-from sequencerd.core.step_types.durations import Duration, compile_move, in_words, spelled_out
+from sequencerd.core.step_types.durations import (
+    Duration,
+    calendars_of,
+    compile_move,
+    describe_duration,
+    spelled_out,
+)
 from sequencerd.core.step_types.record import StepType
 from sequencerd.core.step_types.template_config import compile_text
 from sequencerd.core.view import REMOVED, Context, parse_data
@@ -204,8 +210,8 @@ def _describe_collect(config: Mapping[str, Any]) -> str:
     ends = []
     for key, words in (("quiet", "until {} without one"), ("most", "at most {}")):
         match spelled_out(config.get(key)):
-            case {"amount": amount, "unit": str() as unit}:
-                ends.append(words.format(in_words(amount, unit)))
+            case dict() as duration:
+                ends.append(words.format(describe_duration(duration)))
     return f"waits for items, {', '.join(ends)}" if ends else ""
 
 
@@ -223,7 +229,7 @@ TYPES = (
         config=CollectConfig,
         compile=_collect,
         describe=_describe_collect,
-        calendars=(("quiet", "holidays"), ("most", "holidays")),
+        calendars=(*calendars_of(("quiet",)), *calendars_of(("most",))),
         produces=("batch", "collected", "items", "collecting"),
     ),
 )

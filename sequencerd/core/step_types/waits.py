@@ -25,9 +25,10 @@ from sequencerd.core.step_types.condition_config import (
 )
 from sequencerd.core.step_types.durations import (
     DurationConfig,
+    calendars_of,
     compile_duration,
     compile_move,
-    in_words,
+    describe_duration,
     spelled,
 )
 from sequencerd.core.step_types.in_a_row import in_a_row
@@ -102,10 +103,8 @@ class _WaitUntil:
 
 
 def _describe_duration(config: Mapping[str, Any]) -> str:
-    match config:
-        case {"amount": amount, "unit": str() as unit}:
-            return f"waits for {in_words(amount, unit)}"
-    return ""
+    described = describe_duration(config)
+    return f"waits for {described}" if described else ""
 
 
 # --- conditions
@@ -138,10 +137,8 @@ def _wait_for_condition(config: WaitForConditionConfig) -> InstantStep:
 
 def _describe_condition(config: Mapping[str, Any]) -> str:
     described = describe_wait(config)
-    match config.get("timeout"):
-        case {"amount": amount, "unit": str() as unit} if described:
-            return f"{described}, at most {in_words(amount, unit)}"
-    return described
+    most = describe_duration(config.get("timeout") or {})
+    return f"{described}, at most {most}" if described and most else described
 
 
 # --- dates
@@ -256,10 +253,11 @@ def _describe_date(config: Mapping[str, Any]) -> str:
         monthly = "monthly " if every == "month" else ""
         what = f"the next {monthly}anniversary of {config['date']}"
     match config.get("offset"):
-        case {"amount": int() | float() as amount, "unit": str() as unit}:
-            what = f"{in_words(abs(amount), unit)} {'before' if amount < 0 else 'after'} {what}"
-        case {"amount": amount, "unit": str() as unit}:
-            what = f"{in_words(amount, unit)} from {what}"
+        case {"amount": int() | float() as amount}:
+            size = describe_duration({**config["offset"], "amount": abs(amount)})
+            what = f"{size} {'before' if amount < 0 else 'after'} {what}"
+        case dict() as offset:
+            what = f"{describe_duration(offset)} from {what}"
     at = config.get("at")
     return f"waits for {what}" + (f" at {at}" if at else "")
 
@@ -392,7 +390,7 @@ TYPES = (
         compile=_wait_for_duration,
         describe=_describe_duration,
         templates=("amount",),
-        calendars=(("holidays",),),
+        calendars=calendars_of(()),
     ),
     StepType(
         name="WaitForDate",
@@ -400,7 +398,7 @@ TYPES = (
         compile=_wait_for_date,
         describe=_describe_date,
         templates=("date", "offset", "at"),
-        calendars=(("offset", "holidays"),),
+        calendars=calendars_of(("offset",)),
         never_alt=(
             'never taken: write "past: altNext" or "missing: altNext" into the config, or leave '
             "altNext out"
@@ -422,7 +420,7 @@ TYPES = (
         never_alt="never taken without a timeout: write one into the config, or leave altNext out",
         conditions=((),),
         templates=("timeout",),
-        calendars=(("timeout", "holidays"),),
+        calendars=calendars_of(("timeout",)),
     ),
     StepType(
         name="WaitForWindow",

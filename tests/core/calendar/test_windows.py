@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sequencerd.core.calendar import dates
-from sequencerd.core.calendar.windows import begin, closing, opening
+from sequencerd.core.calendar.windows import begin, closing, open_for, opening
 from sequencerd.core.faults import EvaluationError
 from sequencerd.core.model import Window
 from tests.core.calendar.test_dates import ZONES, at, instants
@@ -92,6 +92,32 @@ def test_a_window_that_never_opens_is_reported() -> None:
     assert error.value.failure == "unsatisfiable"
 
 
+@pytest.mark.parametrize(
+    ("window", "hours", "since", "ends"),
+    [
+        (OFFICE, 4, "2026-04-01T08:00:00Z", "2026-04-01T12:00:00Z"),
+        (OFFICE, 5, "2026-04-01T10:00:00Z", "2026-04-01T15:00:00Z"),  # as it closes
+        (OFFICE, 4, "2026-04-02T13:00:00Z", "2026-04-07T09:00:00Z"),  # two before Easter, two after
+        (OFFICE, 4, "2026-03-28T13:00:00Z", "2026-03-30T11:00:00Z"),  # arrives on Saturday
+        (OFFICE, 20, "2026-04-08T07:00:00Z", "2026-04-10T11:00:00Z"),
+        (OFFICE, 0, "2026-04-08T17:00:00Z", "2026-04-09T07:00:00Z"),
+        (NIGHT, 9, "2026-03-27T21:00:00Z", "2026-04-03T21:00:00Z"),
+        (EARLY, 2, "2026-10-24T12:00:00Z", "2026-10-27T01:45:00Z"),  # shown twice on the 25th
+        (Window(frozenset({5, 6})), 47, "2026-03-27T12:00:00Z", "2026-03-29T22:00:00Z"),
+    ],
+)
+def test_time_counts_while_a_window_is_open(
+    window: Window, hours: int, since: str, ends: str
+) -> None:
+    off = frozenset() if window is NIGHT else EASTER
+    assert open_for(window, timedelta(hours=hours), at(since), BERLIN, off) == at(ends)
+
+
+def test_an_amount_that_never_is_over_is_reported() -> None:
+    with pytest.raises(EvaluationError, match="not open as long in four years"):
+        open_for(NIGHT, timedelta(hours=8 * 220), at("2026-04-01T08:00:00Z"), BERLIN)
+
+
 def _is_open(window: Window, instant: datetime, tz: object, off: frozenset[date]) -> bool:
     """The rule, written once more in another way."""
     wall = instant.astimezone(tz)  # type: ignore[arg-type]
@@ -138,6 +164,19 @@ def test_the_opening_is_monotone(
 ) -> None:
     later = opening(window, now + ahead, tz, off)  # type: ignore[arg-type]
     assert later >= opening(window, now, tz, off)  # type: ignore[arg-type]
+
+
+@given(windows, changes, st.integers(0, 300), zones, offs)
+def test_the_quarters_of_an_hour_in_which_a_window_is_open_are_counted(
+    window: Window, now: datetime, quarters: int, tz: object, off: frozenset[date]
+) -> None:
+    quarter = timedelta(minutes=15)
+    now = now.replace(minute=now.minute // 15 * 15)
+    ends = open_for(window, quarters * quarter, now, tz, off)  # type: ignore[arg-type]
+    parts = range(int((ends - now) / quarter))
+    assert sum(_is_open(window, now + n * quarter, tz, off) for n in parts) == quarters
+    if quarters:  # it is over as soon as that
+        assert _is_open(window, ends - timedelta(microseconds=1), tz, off)
 
 
 SPREAD = Window(frozenset(range(5)), time(9), time(17), spread=timedelta(minutes=30))
