@@ -239,6 +239,13 @@ def test_an_offset_moves_any_time(first: str, offset: tuple[int, str], second: s
     assert not holds(compare("isSame", second, first), timezone="Europe/Berlin")
 
 
+def test_an_offset_beyond_the_calendar_is_named() -> None:
+    first = raw("2026-03-01")
+    far = compare("isBetween", "2026-03-02", [first, moved(first, 9_000, "years")])
+    with pytest.raises(EvaluationError, match=r"compareTo\.1\.offset\.amount 9000 years: the date"):
+        holds(far, {})
+
+
 def test_an_offset_without_a_time_is_an_error() -> None:
     several = {"lodashCommand": "gt", "value": moved(get("data.n"), 1, "day"), "compareTo": raw(1)}
     with pytest.raises(DefinitionError, match=r"value\.offset: belongs to momentCommand"):
@@ -278,7 +285,8 @@ def test_an_invalid_date_fails_the_enrollment(wrong: object) -> None:
 @pytest.mark.parametrize("type_", ["Goal", "WaitForCondition"])
 def test_the_present_time_wakes_nothing(type_: str) -> None:
     now = {"momentCommand": "isAfter", "value": {"type": "now"}, "compareTo": get("data.due")}
-    for config in (now, {"any": [PAID, {"not": now}]}):
+    ahead = {**now, "value": moved({"type": "now"}, 1, "day")}
+    for config in (now, ahead, {"any": [PAID, {"not": now}]}):
         with pytest.raises(DefinitionError, match="WaitForDate, or compare with now in a Cond"):
             compile_step(type_, config)
     late = {**now, "value": get("data.at")}
