@@ -162,7 +162,6 @@ async def connect_pool(
     pooled: bool = False,
     least: int = 1,
     runs_others: bool = False,
-    **options: Any,
 ) -> asyncpg.Pool:
     """Open connections for the daemon, whose writes send no notifications.
 
@@ -172,14 +171,12 @@ async def connect_pool(
     applications, which may change it: our own statements do not, and a reset takes a round trip.
     """
     notify = {} if pooled else {_NOTIFY: "off"}
-    if not runs_others:
-        options["reset"] = _keep
+    options: dict[str, Any] = {} if runs_others else {"reset": _keep}
     if pooled:
-        options["statement_cache_size"] = 0
+        options |= {"statement_cache_size": 0}
     else:
-        # for the lifetime of the connection: a lone timer must not wait for them
-        options["max_cached_statement_lifetime"] = 0
-        options["init"] = _prepare_session
+        # statements live as long as the connection: a lone timer must not wait for them
+        options |= {"max_cached_statement_lifetime": 0, "init": _prepare_session}
     return await open_pool(
         shard,
         name="sequencerd",

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import asyncpg
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -161,7 +161,6 @@ async def listen(
     log: FilteringBoundLogger,
     heard: Callable[[bool], None] = lambda _: None,
     refused: Callable[[], None] = lambda: None,
-    **options: Any,
 ) -> None:
     """Listen for ever, and reconnect whatever happens to the connection or the server.
 
@@ -179,7 +178,6 @@ async def listen(
                 name="sequencerd listener",
                 timeout=PROBE_TIMEOUT * 2,
                 command_timeout=PROBE_TIMEOUT,
-                **options,
             )
         except TRANSIENT_ERRORS as error:
             pause = min(max(pause * 2, 0.1), MAX_PAUSE)
