@@ -27,6 +27,7 @@ from tests.helpers.servers import (
     HOST,
     Mailbox,
     certificate,
+    serving,
     smtp_server,
     task,
 )
@@ -494,33 +495,26 @@ async def test_a_name_that_does_not_exist() -> None:
     assert "mail.invalid" in result.message
 
 
-async def test_the_greeting_refuses_the_service() -> None:
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"554 no service for you\r\n")
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(refuse, HOST, 0)
-    made = email_runner(f"smtp://{HOST}:{server.sockets[0].getsockname()[1]}")
-    result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
-    server.close()
-    await server.wait_closed()
-    assert not result.permanent
-    assert "554 no service for you" in result.message
-
-
-async def test_a_server_that_does_not_speak_smtp() -> None:
+@pytest.mark.parametrize(
+    ("greeting", "said"),
+    [
+        (b"554 no service for you\r\n", "554 no service for you"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP/1.1 400 Bad Request"),
+    ],
+    ids=["refusal", "other protocol"],
+)
+async def test_a_server_that_does_not_greet(greeting: bytes, said: str) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.write(greeting)
         await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(talk, HOST, 0)
-    made = email_runner(f"smtp://{HOST}:{server.sockets[0].getsockname()[1]}")
-    result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
-    server.close()
-    await server.wait_closed()
+    async with serving(talk) as port:
+        made = email_runner(f"smtp://{HOST}:{port}")
+        result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
+        await made.close()
     assert not result.permanent
+    assert said in result.message
 
 
 async def test_each_subject_gets_a_language() -> None:

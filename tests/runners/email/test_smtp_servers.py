@@ -669,6 +669,17 @@ def client(url: str, **changes: str | None) -> dict[str, str | None]:
 LOGIN = ["PIPELINING", "AUTH LOGIN XOAUTH2"]
 
 
+@asynccontextmanager
+async def with_tokens(respond: servers.Respond) -> AsyncIterator[tuple[Script, EmailRunner]]:
+    """A mail server, and a runner that gets its tokens from an endpoint."""
+    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
+        made = email_runner(with_user(server), oauth=client(endpoint.url))
+        try:
+            yield server, made
+        finally:
+            await made.close()
+
+
 @pytest.mark.parametrize("refresh_token", [None, "refresh-1"])
 async def test_a_token_is_fetched_once_and_shown(refresh_token: str | None) -> None:
     asked, respond = tokens_of(3600)
@@ -690,30 +701,26 @@ async def test_a_token_is_fetched_once_and_shown(refresh_token: str | None) -> N
 
 async def test_a_token_is_renewed_before_it_ends() -> None:
     asked, respond = tokens_of(0.01, 3600)
-    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = email_runner(with_user(server), oauth=client(endpoint.url))
+    async with with_tokens(respond) as (server, made):
         await send(made)
         server.answers["MAIL"] = [None]
         await asyncio.sleep(0.02)  # the life of the first token
         assert isinstance(await send(made), Answer)
         server.answers["MAIL"] = [None]
         assert isinstance(await send(made), Answer)
-        await made.close()
     assert len(asked) == 2
     assert [text[-9:-2] for text in bearers(server)] == ["token-1", "token-2", "token-2"]
 
 
 async def test_a_token_that_was_withdrawn_is_replaced_at_once() -> None:
     asked, respond = tokens_of(3600)
-    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = email_runner(with_user(server), oauth=client(endpoint.url))
+    async with with_tokens(respond) as (server, made):
         await send(made)
         server.answers["MAIL"] = [None]
         reason = base64.b64encode(b'{"status":"401"}').decode()
         server.answers["AUTH"] = [f"334 {reason}"]
         server.answers[""] = ["535 5.7.8 expired"]
         result = await send(made)
-        await made.close()
     assert isinstance(result, Answer)
     assert len(asked) == 2
 
@@ -732,10 +739,8 @@ async def test_a_fresh_token_that_is_refused_is_the_operators_fault() -> None:
 
 async def test_an_endpoint_without_tokens_is_the_operators_fault() -> None:
     _, respond = tokens_of(status=401)
-    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = email_runner(with_user(server), oauth=client(endpoint.url))
+    async with with_tokens(respond) as (_, made):
         result = failed(await send(made))
-        await made.close()
     assert (result.fault, result.permanent, result.cause) == ("server", False, "refused")
     assert "the token endpoint answered 401: ***!" in result.message
     assert "the-secret" not in repr(made._source.__dict__)
@@ -746,10 +751,8 @@ async def test_a_token_endpoint_may_ask_for_a_pause(status: int) -> None:
     async def respond(_: Request) -> servers.Answer:
         return servers.Answer(status, b"later", {"Retry-After": "600"})
 
-    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = email_runner(with_user(server), oauth=client(endpoint.url))
+    async with with_tokens(respond) as (_, made):
         result = failed(await send(made))
-        await made.close()
     assert (result.fault, result.retry_after) == ("server", timedelta(seconds=600))
 
 
@@ -767,10 +770,8 @@ async def test_what_token_endpoints_write(body: bytes) -> None:
     async def respond(_: Request) -> servers.Answer:
         return servers.Answer(body=body)
 
-    async with http_server(respond) as endpoint, scripted(extensions=LOGIN) as server:
-        made = email_runner(with_user(server), oauth=client(endpoint.url))
+    async with with_tokens(respond) as (server, made):
         assert isinstance(await send(made), Answer)
-        await made.close()
     assert bearers(server) == ["user=ada@example.com\1auth=Bearer token-9\1\1"]
 
 
