@@ -97,12 +97,9 @@ def secret_values(secrets: Mapping[str, SecretStr]) -> dict[str, str]:
     return {key: value.get_secret_value() for key, value in secrets.items()}
 
 
-def _unless_empty(value: SecretStr | None) -> SecretStr | None:
-    """Return None for an empty text: a variable without a value is not set."""
-    return value or None
+OptionalUrl = Annotated[Secret | None, AfterValidator(lambda value: value or None)]
+"""None for an empty text, as a variable without a value is not set."""
 
-
-OptionalUrl = Annotated[Secret | None, AfterValidator(_unless_empty)]
 HttpUrl = Annotated[str, AfterValidator(check_url)]
 BaseUrl = Annotated[str, AfterValidator(check_base_url)]
 Origin = Annotated[str, AfterValidator(check_origin)]

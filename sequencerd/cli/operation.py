@@ -86,9 +86,7 @@ async def change_command(
             await check_names(connection, ours.sequence, ours.step, ours.failure)
             ids, groups = await _select(connection, action, ours, to, arguments.dry_run)
             if ours.ids is not None:
-                await _check_ids(
-                    connection, shard, ours.ids, ids, command=arguments.command, action=action
-                )
+                await _check_ids(connection, shard, ours.ids, ids, arguments.command)
             if to is not None:
                 await _check_step(connection, to, groups, ours.sequence)
         return ids, groups
@@ -149,9 +147,7 @@ async def _check_ids(
     shard: Shard,
     wanted: Sequence[int],
     found: Sequence[int],
-    *,
     command: str,
-    action: str,
 ) -> None:
     """Reject ids that the command does not apply to, so that scripts notice wrong ids."""
     if missing := sorted(set(wanted) - set(found)):
@@ -160,7 +156,7 @@ async def _check_ids(
             raise UsageError(f"enrollment {Id(shard.name, absent)} does not exist")
         ids = [str(Id(shard.name, number)) for number in missing]
         names = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
-        takes = " and ".join(bulk.STATUSES[action])
+        takes = " and ".join(bulk.STATUSES[command])
         elsewhere = " at another step" if command == "move" else ""
         raise UsageError(
             f"{command} applies to {takes} enrollments{elsewhere}, not to {names}; "

@@ -122,14 +122,8 @@ def _read(query: Query) -> dict[str, Any]:
     at = None
     if (start := given["start"]) and (at := dates.parse(start, dates.zone("UTC"))) is None:
         raise UsageError(f"start {start!r} is not an ISO 8601 date")
-    return {
-        "sequence": given["sequence"],
-        "subject": given["subject"],
-        "data": content,
-        "timezone": given["timezone"],
-        "step": given["step"],
-        "at": at,
-    }
+    kept = {name: given[name] for name in ("sequence", "subject", "timezone", "step")}
+    return {**kept, "data": content, "at": at}
 
 
 async def _enroll(shard: Shard, given: dict[str, Any], cause: str) -> int:
