@@ -727,6 +727,9 @@ class _Evaluation:
             self._merge(answer.data)
         step = self._step_of_result(answer)
         if answer.action is Action.NOOP:
+            effect = step.behaviour
+            if answer.unknown and isinstance(effect, SideEffect) and effect.at_most_once:
+                return Fail("outcome_unknown", f"{answer.message}: {_CHECK_OUTCOME}")
             if answer.message:
                 self.record(answer.action.value, answer.message)
             wait = NOOP_DELAY if answer.retry_after is None else answer.retry_after

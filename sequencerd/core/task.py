@@ -47,7 +47,8 @@ class Undeliverable(NamedTuple):
 class Answer:
     """The side effect is done or, with NOOP, to be executed again: at `wake_at`, or later.
 
-    `undeliverable` are recipients that turned out to be undeliverable.
+    `undeliverable` are recipients that turned out to be undeliverable. `unknown`: what is to be
+    executed again may have taken place.
     """
 
     action: Action = Action.NEXT
@@ -56,6 +57,7 @@ class Answer:
     wake_at: datetime | None = None
     retry_after: timedelta | None = None
     undeliverable: tuple[Undeliverable, ...] = ()
+    unknown: bool = False
 
 
 Attribution = Literal["enrollment", "server", "unclear"]

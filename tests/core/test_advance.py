@@ -597,6 +597,20 @@ def test_at_most_once_is_left_to_an_operator_after_a_crash() -> None:
     assert decision.failure == "outcome_unknown"
 
 
+def test_a_part_that_may_have_taken_place_is_repeated_only_if_allowed() -> None:
+    part = Answer(Action.NOOP, "sent to a", {"left": "b"}, unknown=True)
+    here = at("mail", attempt=1, leased_by="host:1")
+    assert isinstance(advance(MAIL, here, NOW, part).decision, Wait)
+    once = sequence(step("mail", "Email", effect=replace(EFFECT, at_most_once=True)))
+    advanced = advance(once, here, NOW, part)
+    assert isinstance(advanced.decision, Fail)
+    assert advanced.decision.failure == "outcome_unknown"
+    assert "sent to a: it must not be executed twice" in advanced.decision.message
+    assert '"left"' in advanced.enrollment.data  # `retry` then sends it alone
+    known = replace(part, unknown=False)
+    assert isinstance(advance(once, here, NOW, known).decision, Wait)
+
+
 def test_an_unknown_outcome_is_recorded_and_repeated_only_if_allowed() -> None:
     lost = Failed("no answer", unknown=True)
     advanced = advance(MAIL, at("mail", attempt=1, leased_by="host:1"), NOW, lost)

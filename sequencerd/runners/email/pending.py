@@ -77,4 +77,5 @@ def follow_up(
         f"{message}; sent to {len(later)} later",
         {DATA_KEY: again.model_dump(mode="json")},
         retry_after=timedelta(seconds=seconds),
+        unknown=result.unknown,
     )

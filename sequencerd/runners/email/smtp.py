@@ -400,10 +400,13 @@ class _DeliveryAttempt:
             return Delivery(failed)
         refused = dict.fromkeys(self.rest, failed or _LEFT) | self.refused
         later = [address for address, why in refused.items() if not why.permanent]
+        is_unknown = failed is not None and failed.unknown
         message = f"sent to {_listed(self.sent)}: {self.said}"
         if refused:
             message += f"; refused: {_list_refusals(refused)}"
-        return Delivery(Answer(message=one_line(message, 2000)), tuple(later))
+        if is_unknown:
+            message += "; it may have been delivered"
+        return Delivery(Answer(message=one_line(message, 2000), unknown=is_unknown), tuple(later))
 
 
 _LEFT = Failed("too many recipients at a time")

@@ -388,6 +388,9 @@ async def test_a_broken_connection_leaves_only_the_remaining_recipients() -> Non
         (one,) = await made.run(program, [first])
         (two,) = await made.run(program, [again(one, first)])
     assert [recipients for recipients, _ in server.messages] == [["a@x.org"], ["b@x.org"]]
+    assert isinstance(one, Answer)
+    assert one.unknown
+    assert "it may have been delivered; sent to 1 later" in (one.message or "")
     assert isinstance(two, Answer)
 
 
