@@ -101,7 +101,7 @@ class Heartbeat:
                 if rows or self._had_problems:
                     await daemons.write_problems(connection, self._name, rows)
                     self._had_problems = bool(rows)
-                await daemons.remove_dead_daemons(connection)
+                await daemons.remove_dead_daemons(connection, self._name)
 
     async def end(self) -> None:
         """Remove the daemon. If that fails, it counts as dead after the duration of a lease."""

@@ -35,9 +35,9 @@ async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozen
     return frozenset(row[0] for row in await connection.fetch(QUERIES["types_elsewhere"], daemon))
 
 
-async def remove_dead_daemons(connection: asyncpg.Connection) -> None:
-    """Remove daemons that have sent no heartbeat for too long."""
-    await connection.execute(QUERIES["remove_dead_daemons"])
+async def remove_dead_daemons(connection: asyncpg.Connection, daemon: str) -> None:
+    """Remove daemons that have sent no heartbeat for too long, while this one is alive."""
+    await connection.execute(QUERIES["remove_dead_daemons"], daemon)
 
 
 async def remove_daemon(connection: asyncpg.Connection, daemon: str) -> None:

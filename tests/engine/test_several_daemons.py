@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.faults import DefinitionError
+from sequencerd.storage import daemons
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import (
     ALL_ENDED,
@@ -286,6 +287,40 @@ async def test_a_clock_that_is_set_back_takes_over_no_lease_of_a_living_daemon(
             await until(connection, "SELECT count(*) = 2 FROM sequencer.daemons")
             monkeypatch.setattr(ahead._env.clock, "_offset", ahead._env.clock._offset + 3600)
             await ahead._claims.claim_all(("s", "call"))
+            held.released.set()
+            await until(connection, ALL_ENDED)
+    assert not other.keys
+    found = "SELECT count(*) FROM sequencer.events WHERE action = 'lease_expired'"
+    assert await connection.fetchval(found) == 0
+
+
+async def test_a_clock_that_is_set_forward_during_a_heartbeat_takes_over_no_lease(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a machine with a server and daemons was suspended."""
+    await define(connection, "s", ("call", "Call", "{}", None))
+    held, other = Held(), Recorder()
+    remove = daemons.remove_dead_daemons
+
+    async def remove_later(*arguments: Any) -> None:
+        await connection.execute(
+            "UPDATE sequencer.daemons SET alive_until = now() - interval '1 second'"
+        )
+        await remove(*arguments)
+
+    async with running_engine(database, {"Call": Recorder(held)}):
+        await enroll(connection, "s", "ada")
+        await held.begun.wait()
+        async with running_engine(database, {"Call": other}) as second:
+            await until(connection, "SELECT count(*) = 2 FROM sequencer.daemons")
+            await connection.execute(
+                "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 second'"
+            )
+            monkeypatch.setattr(daemons, "remove_dead_daemons", remove_later)
+            await second._heartbeat.beat()
+            monkeypatch.undo()
+            await second._heartbeat.beat()
+            await second._claims.claim_all(("s", "call"))
             held.released.set()
             await until(connection, ALL_ENDED)
     assert not other.keys

@@ -128,9 +128,13 @@ SELECT pg_notify('sequencer', json_build_object(
 
 -- name: remove_dead_daemons
 -- Delete dead daemons with the problems that they reported. Rows that another session has locked are
--- skipped.
+-- skipped. None is deleted if the daemon $1 itself counts as dead, as when the clock was set forward: its next
+-- heartbeat extends the time of the others.
 DELETE FROM sequencer.daemons WHERE name = ANY (ARRAY(
-    SELECT name FROM sequencer.daemons WHERE alive_until < now() FOR UPDATE SKIP LOCKED));
+    SELECT d.name FROM sequencer.daemons AS d
+     WHERE d.alive_until < now()
+       AND EXISTS (SELECT FROM sequencer.daemons WHERE name = $1 AND alive_until > now())
+       FOR UPDATE OF d SKIP LOCKED));
 
 -- name: remove_daemon
 -- Delete a daemon that shuts down.
