@@ -601,7 +601,7 @@ WITH free AS MATERIALIZED (
     SELECT e.id
       FROM unnest($1::text::bigint[], $28::text::xid[]) AS known (id, version)
       JOIN sequencer.enrollments AS e ON e.id = known.id AND e.xmin = known.version
-     WHERE e.leased_by IS NOT DISTINCT FROM $31 AND e.leases = ANY ($32::text::int[])
+     WHERE e.leased_by IS NOT DISTINCT FROM $31 AND e.leases = ANY ((SELECT $32::text::int[])::int[])
        AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $30 AND q.revision = $29)
        FOR UPDATE OF e SKIP LOCKED
 ), all_free AS MATERIALIZED (
@@ -644,11 +644,11 @@ SELECT {number_unless_changed} AS number FROM written WHERE 1 / coalesce(is_stor
 -- name: write_alike_unchanged
 -- Write the new state of enrollments that have the same, and insert the same events for each, like
 -- write_unchanged: only if none has been written since the transactions $26 and none is locked, and if their
--- sequence $28 still has the revision $27.
+-- sequence $28 still has the revision $27. A subselect converts a text to an array once, not for each row.
 WITH free AS MATERIALIZED (
     SELECT e.ctid FROM sequencer.enrollments AS e
-     WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = ANY ($26::text::xid[])
-       AND e.leased_by IS NOT DISTINCT FROM $29 AND e.leases = ANY ($30::text::int[])
+     WHERE e.id = ANY ($1::text::bigint[]) AND e.xmin = ANY ((SELECT $26::text::xid[])::xid[])
+       AND e.leased_by IS NOT DISTINCT FROM $29 AND e.leases = ANY ((SELECT $30::text::int[])::int[])
        AND EXISTS (SELECT FROM sequencer.sequences AS q WHERE q.name = $28 AND q.revision = $27)
        FOR UPDATE OF e SKIP LOCKED
 ), written AS (
