@@ -413,6 +413,53 @@ BEGIN
 END $$;
 
 
+-- changes of steps ------------------------------------------------------------------------------
+
+-- A goal whose new condition is that of another goal in the same statement, as when two goals swap their
+-- conditions, also affects all enrollments in the sequence.
+CREATE OR REPLACE FUNCTION sequencer.touch_sequences() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    changed text[];
+    goals text[];
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        SELECT array_agg(DISTINCT sequence), array_agg(DISTINCT sequence) FILTER (WHERE type = 'Goal')
+          INTO changed, goals FROM new_steps;
+    ELSIF TG_OP = 'DELETE' THEN
+        SELECT array_agg(DISTINCT sequence) INTO changed FROM old_steps;
+    ELSE
+        -- the columns that the daemon writes do not count
+        WITH before AS (
+            SELECT sequence, name, position, type, config, next_step, alt_next_step, seed
+              FROM old_steps
+        ), after AS (
+            SELECT sequence, name, position, type, config, next_step, alt_next_step, seed
+              FROM new_steps
+        ), difference AS (
+            (TABLE before EXCEPT TABLE after) UNION ALL (TABLE after EXCEPT TABLE before)
+        )
+        SELECT array_agg(DISTINCT sequence) INTO changed FROM difference;
+        -- a goal that is only renamed, moved or given another next step is met by no other enrollments
+        SELECT array_agg(DISTINCT sequence) INTO goals FROM (
+            SELECT sequence, config FROM new_steps WHERE type = 'Goal'
+            EXCEPT ALL SELECT sequence, config FROM old_steps WHERE type = 'Goal'
+            UNION ALL
+            SELECT n.sequence, n.config FROM new_steps AS n JOIN old_steps AS o USING (sequence, name)
+             WHERE n.type = 'Goal' AND o.type = 'Goal' AND n.config <> o.config) AS other;
+    END IF;
+    -- the second update fires this trigger again, which then finds nothing changed
+    IF changed IS NOT NULL THEN
+        UPDATE sequencer.sequences SET revision = revision WHERE name = ANY (changed);
+    END IF;
+    IF goals IS NOT NULL THEN
+        -- a goal affects all enrollments in the sequence
+        UPDATE sequencer.steps SET reschedule_from = 0 WHERE sequence = ANY (goals);
+    END IF;
+    RETURN NULL;
+END $$;
+
+
 -- limits ----------------------------------------------------------------------------------------
 
 CREATE OR REPLACE FUNCTION sequencer.reserve(

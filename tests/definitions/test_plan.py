@@ -370,6 +370,28 @@ async def test_a_goal_and_a_zone_affect_all_enrollments(
     assert not any(" wait at " in line for line in await apply.lines(first))
 
 
+@pytest.mark.parametrize("is_swapped", [True, False])
+async def test_a_goal_that_takes_the_condition_of_another_affects_all_enrollments(
+    apply: Applying, connection: asyncpg.Connection, is_swapped: bool
+) -> None:
+    """Two goals swap their conditions; or a wait becomes a goal with that of one that moves on."""
+    vip = PAID.replace("data.paid", "data.vip")
+    other = GOAL.replace("paid, type", "vip, type").replace(PAID, vip)
+    before, after = GOOD + GOAL + other, GOOD + GOAL.replace(PAID, vip) + other.replace(vip, PAID)
+    if not is_swapped:
+        before = GOOD + GOAL
+        after = GOOD.replace("steps:\n", f"steps:\n{GOAL}").replace(
+            "name: bye, type: Note", f"name: bye, type: Goal, config: {PAID}"
+        )
+    await apply(before)
+    await enrolled_at(connection, "pause", "ada", "1 days", "3 days")
+    await connection.execute("UPDATE sequencer.steps SET reschedule_from = NULL")
+    assert any(line.startswith("1 waits at pause: ") for line in await apply.lines(after))
+    await apply(after)
+    rescheduled = "SELECT reschedule_from FROM sequencer.steps WHERE name = 'pause'"
+    assert await connection.fetchval(rescheduled) == 0
+
+
 async def test_a_removed_step_with_enrollments_needs_a_move(
     apply: Applying, connection: asyncpg.Connection
 ) -> None:
