@@ -12,6 +12,8 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
 from typing import TextIO, cast
 
 import structlog
@@ -23,6 +25,8 @@ from sequencerd.service.systemd import is_journal
 from sequencerd.settings import Settings
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
+REPEATS_WITHIN = 5.0  # seconds in which equal warnings are about one cause
+REPEATED_EVERY = 60.0  # seconds after which such a warning is written again
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 
@@ -43,6 +47,7 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
+            _limit_repetitions(),
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _make_visible
             if isinstance(render, structlog.dev.ConsoleRenderer)
@@ -58,6 +63,40 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
     # warnings that libraries log are written in the same form
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING)
     return log
+
+
+@dataclass(slots=True)
+class _Repetition:
+    written_at: float
+    seen_at: float
+    dropped: int = 0
+
+
+def _limit_repetitions() -> Processor:
+    """Return a processor that drops what each attempt would log again: while a warning about an
+    error repeats, it is written once a minute, with how often it was not.
+    """
+    repeating: dict[str, _Repetition] = {}
+
+    def limit(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        if event["level"] != "warning" or "error" not in event:
+            return event
+        line, now = repr(event), monotonic()
+        for old in [old for old, one in repeating.items() if now - one.seen_at > REPEATS_WITHIN]:
+            del repeating[old]
+        one = repeating.get(line)
+        if one is None:
+            repeating[line] = _Repetition(now, now)
+            return event
+        one.seen_at = now
+        if now - one.written_at < REPEATED_EVERY:
+            one.dropped += 1
+            raise structlog.DropEvent
+        event["repeated"] = one.dropped
+        repeating[line] = _Repetition(now, now)
+        return event
+
+    return limit
 
 
 def _make_visible(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

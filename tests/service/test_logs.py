@@ -71,6 +71,29 @@ for error in (ConnectionError("away"), asyncpg.InternalClientError("cut"), KeyEr
 """
 
 
+REPEATED = """
+import os
+from sequencerd.service import logs
+from sequencerd.settings_file import load
+log = logs.make_log(load(os.environ))
+now = 0
+logs.monotonic = lambda: now
+for now in range(70):
+    log.warning("trying again", error="away", at="a")
+    log.warning("enrollment failed", enrollment=7)
+now += 6  # it was back meanwhile
+log.warning("trying again", error="away", at="a")
+log.warning("trying again", error="away", at="b")
+"""
+
+
+async def test_a_warning_that_each_attempt_repeats_is_written_once_a_minute() -> None:
+    lines = [json.loads(line) for line in (await said("-c", REPEATED)).splitlines()]
+    about = [(line["at"], line.get("repeated")) for line in lines if "error" in line]
+    assert about == [("a", None), ("a", 59), ("a", None), ("b", None)]
+    assert len(lines) == len(about) + 70
+
+
 @pytest.fixture(scope="module")
 def lines() -> list[dict[str, Any]]:
     """What a program without a terminal writes."""
