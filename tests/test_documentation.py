@@ -13,6 +13,7 @@ from typing import get_args
 import asyncpg
 import pytest
 
+from sequencerd.cli.arguments import make_parser
 from sequencerd.runners.registry import make_runners
 from sequencerd.settings import Section, Settings
 from sequencerd.storage.embedded import PostgresPrograms
@@ -132,10 +133,12 @@ async def test_the_sql_of_a_page_runs(
     assert count == {"scaling": 5001, "security": 0}.get(page, 1)
 
 
-@pytest.mark.parametrize("page", ["messages", "suppressions", "settings"])
+@pytest.mark.parametrize("page", ["lookups", "messages", "runners", "settings", "suppressions"])
 def test_runners_can_be_made_with_the_settings_of_a_page(page: str) -> None:
     texts = [
-        text for language, text in blocks(REPOSITORY / f"docs/{page}.md") if language == "toml"
+        text
+        for language, text in blocks(REPOSITORY / f"docs/{page}.md")
+        if language == "toml" and not text.startswith("[project.")
     ]
     assert texts
     for text in texts:
@@ -143,8 +146,9 @@ def test_runners_can_be_made_with_the_settings_of_a_page(page: str) -> None:
         make_runners(Settings.model_validate(tomllib.loads(given)))
 
 
-@pytest.mark.parametrize("page", ["suppressions", "steps"])
+@pytest.mark.parametrize("page", ["lookups", "steps", "suppressions"])
 async def test_statements_for_applications_run(connection: asyncpg.Connection, page: str) -> None:
+    await connection.execute("CREATE SCHEMA app; CREATE TABLE app.accounts (name text, plan text)")
     statements = [
         text for language, text in blocks(REPOSITORY / f"docs/{page}.md") if language == "sql"
     ]
@@ -176,6 +180,25 @@ async def test_each_column_of_an_enrollment_is_described(connection: asyncpg.Con
         " WHERE attrelid = 'sequencer.enrollments'::regclass AND attnum > 0 AND NOT attisdropped"
     )
     assert [name for name, description in columns if description is None] == []
+
+
+def test_commands_that_pages_name_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """With their options; blocks are run by other tests."""
+    wrong, count = [], 0
+    for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
+        for named in re.findall(r"`(?:sudo )?sequencerd ([a-z-][^`\n]*)`", page.read_text()):
+            command = re.split(r" [|<>]", re.sub(r"\bID\b", "7", named))[0]
+            arguments = shlex.split(command)
+            if len(arguments) == 1:
+                arguments.append("--help")  # without the arguments that it requires
+            count += 1
+            try:
+                make_parser().parse_args(arguments)
+            except SystemExit as exited:
+                if exited.code:
+                    wrong.append(f"{page.name}: {named}: {capsys.readouterr().err}")
+    assert wrong == []
+    assert count > 80
 
 
 def test_pages_use_standard_terms() -> None:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from textwrap import dedent
 
 import asyncpg
 import pytest
@@ -45,8 +46,9 @@ SHIMS = {
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
-    """The fenced blocks of a page: language and text."""
-    return re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    """The fenced blocks of a page, also those in lists: language and text."""
+    found = re.findall(r"^ *```(\w+)\n(.*?)^ *```", path.read_text(), re.MULTILINE | re.DOTALL)
+    return [(language, dedent(text)) for language, text in found]
 
 
 @pytest.fixture

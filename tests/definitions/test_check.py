@@ -7,6 +7,7 @@ import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -548,6 +549,51 @@ async def test_the_page_about_files_can_be_followed(
     assert schema_file.name in first_line
     schema = json.loads(schema_file.read_text())
     Draft202012Validator(schema).validate(yaml.safe_load(trial))
+
+
+# --- all pages
+
+PAGES = [
+    page
+    for page in sorted((REPOSITORY / "docs").glob("*.md"))
+    if page.name != "recipes.md" and any(language == "yaml" for language, _ in blocks(page))
+]
+MESSAGE = {"from": "a@x.org", "to": "b@x.org", "subject": "s", "text": "t"}
+
+
+def completed(shown: Any) -> dict[str, Any]:
+    """Make a sequence of what a page shows of one: its steps, one of them, or keys."""
+    if isinstance(shown, list):
+        return {"name": "shown", "steps": shown}
+    if "type" in shown:
+        return {"name": "shown", "steps": [{"name": "step", **shown}]}
+    if shown.keys() & {"name", "enroll"}:
+        return {"name": "shown", "steps": [{"name": "step", "type": "GoTo"}], **shown}
+    config = {**MESSAGE, **{key: shown[key] for key in shown.keys() - {"partials"}}}
+    return {
+        "name": "shown",
+        "partials": shown.get("partials", {}),
+        "steps": [{"name": "step", "type": "Email", "config": config}],
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_definitions_of_a_page_are_valid(page: Path, tmp_path: Path) -> None:
+    """Whole sequences have no warnings either. Of parts, steps that they name are elsewhere."""
+    for name in ("welcome.html", "welcome.en.txt", "welcome.de.txt", "layout.html"):
+        (tmp_path / name).touch()
+    file = tmp_path / "shown.json"
+    for text in (text for language, text in blocks(page) if language == "yaml"):
+        for shown in filter(None, yaml.safe_load_all(text)):
+            sequence = completed(shown)
+            file.write_text(json.dumps(sequence))
+            found = [
+                str(finding)
+                for finding in read_files([file], {**RUNNERS, "Push": Recorder()})[1]
+                if sequence == shown
+                or (finding.is_error and not re.search("step '.*' does not", finding.message))
+            ]
+            assert found == [], text
 
 
 # --- cycles
