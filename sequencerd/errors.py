@@ -53,6 +53,6 @@ class UsageError(SequencerdError):
 
 
 class ArgumentError(UsageError):
-    """The arguments of a command contradict each other, or are incomplete."""
+    """The arguments of a command are wrong, whatever the database and files contain."""
 
     exit_code = 2

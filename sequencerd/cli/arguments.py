@@ -19,6 +19,7 @@ from sequencerd.cli.streams import write
 from sequencerd.core.brake import MAX_BRAKE, read_brake
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: a mail server keeps the message
+MAX_NAMED = 10  # choices in an error
 MAX_SECONDS = 10 * 365 * 86400
 
 WITHOUT_SETTINGS = frozenset({"completion", "console-password", "install-service", "schema"})
@@ -71,6 +72,15 @@ class _Parser(argparse.ArgumentParser):
 
         super().error(visible(message))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Report what a command does not know with the usage of that command."""
+        given, rest = super().parse_known_args(args, namespace)
+        if rest:
+            near = get_close_matches(rest[0].partition("=")[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return given, rest
+
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Keep `--` as the value of an option, as in --subject=--, which argparse drops."""
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
@@ -85,6 +95,9 @@ class _Parser(argparse.ArgumentParser):
         near = get_close_matches(str(value), choices, n=1)
         if near and near[0] != str(value):
             hint = f"invalid choice: {value!r}; did you mean {near[0]!r}?"
+            raise argparse.ArgumentError(action, hint)
+        if not near and len(choices) > MAX_NAMED:
+            hint = f"invalid choice: {value!r}; see: {self.prog} --help"
             raise argparse.ArgumentError(action, hint)
         super()._check_value(action, value)
 

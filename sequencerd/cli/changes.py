@@ -52,9 +52,9 @@ def _moves(arguments: argparse.Namespace) -> dict[str, str]:
     for move in arguments.move:
         old, equals, new = move.partition("=")
         if not (old and equals and new):
-            raise UsageError(f"--move {move}: use --move OLD=NEW, with the names of two steps")
+            raise ArgumentError(f"--move {move}: use --move OLD=NEW, with the names of two steps")
         if moves.setdefault(old, new) != new:
-            raise UsageError(f"--move {move}: {old} already moves to {moves[old]}")
+            raise ArgumentError(f"--move {move}: {old} already moves to {moves[old]}")
     return moves
 
 

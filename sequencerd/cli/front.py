@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sequencerd.cli.commands import connect, explain, on_shards
 from sequencerd.cli.output import say_lines
-from sequencerd.errors import UsageError
+from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.settings import Settings
 from sequencerd.storage import fdw
 from sequencerd.storage.connections import Shard
@@ -16,7 +16,7 @@ from sequencerd.storage.every_shard import ask_all
 
 def fdw_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.shard:
-        raise UsageError("leave out --shard: the front has all shards, numbered in their order")
+        raise ArgumentError("leave out --shard: the front has all shards, numbered in their order")
     if not settings.shards:
         raise UsageError("there are no [shards] in the settings; see docs/shards.md")
     return _print(arguments, settings)

@@ -26,7 +26,7 @@ from sequencerd.definitions.options import read_object
 from sequencerd.definitions.simulator import check_lookup, choose
 from sequencerd.definitions.step_message import StepMessage
 from sequencerd.definitions.stored import read_sequences
-from sequencerd.errors import UsageError
+from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.runners import registry
 from sequencerd.runners.email.page import page
 from sequencerd.runners.protocol import Runner, close_all
@@ -69,7 +69,7 @@ def send_test_command(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         test = step_message.make_test(message, arguments.to, runners)
     except ValueError as error:
-        raise UsageError(f"--{error}") from error
+        raise ArgumentError(f"--{error}") from error
     say(asyncio.run(_send(runners, test, arguments.to, make_redaction(settings))))
     return 0
 
@@ -93,7 +93,7 @@ def _read(arguments: argparse.Namespace, settings: Settings) -> StepMessage:
     if arguments.enrollment is not None:
         for option in ("data", "subject", "timezone"):
             if getattr(arguments, option) is not None:
-                raise UsageError(f"--{option} does not go with --enrollment")
+                raise ArgumentError(f"--{option} does not go with --enrollment")
     if not reads_file:
         check_one_sequence(path, arguments.sequence)
     runners = make_runners(settings, files.types(path) if reads_file else ())
@@ -165,4 +165,4 @@ def _enrollment(arguments: argparse.Namespace) -> Enrollment:
     try:
         return step_message.sample(data, arguments.subject, arguments.timezone)
     except UsageError as error:
-        raise UsageError(f"--{error}") from error
+        raise ArgumentError(f"--{error}") from error

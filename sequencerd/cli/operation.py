@@ -40,7 +40,7 @@ async def enroll_command(
         read_zone(arguments.timezone)
     at = None
     if arguments.at is not None and (at := dates.parse(arguments.at, dates.zone("UTC"))) is None:
-        raise UsageError(f"--at {arguments.at!r} is not an ISO 8601 date")
+        raise ArgumentError(f"--at {arguments.at!r} is not an ISO 8601 date")
 
     async def work(shard: Shard) -> int:
         async with connected(shard) as connection:
@@ -57,6 +57,8 @@ async def enroll_command(
 
     try:
         id_ = (await ask(explain(arguments), [shard], work)).found[shard]
+    except ArgumentError:  # the shard does not matter
+        raise
     except UsageError as error:
         if len(shards) == 1:
             raise

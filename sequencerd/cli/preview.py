@@ -59,10 +59,10 @@ def simulate_command(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.from_enrollment is not None:
         for option in ("data", "subject", "timezone", "start"):
             if getattr(arguments, option) is not None:
-                raise UsageError(f"--{option} does not go with --from-enrollment")
+                raise ArgumentError(f"--{option} does not go with --from-enrollment")
         return on_shards(_simulate_enrollment)(arguments, settings)
     if arguments.file is None:
-        raise UsageError("simulate needs a NAME or a FILE, or --from-enrollment ID")
+        raise ArgumentError("simulate needs a NAME or a FILE, or --from-enrollment ID")
     if not is_file(arguments.file):
         check_one_sequence(arguments.file, arguments.sequence)
         return on_shards(_simulate_present)(arguments, settings)
@@ -228,7 +228,7 @@ def _outcomes(arguments: argparse.Namespace) -> dict[str, Outcome]:
         type_, _, text = given.partition("=")
         word = next((known for known in OUTCOME_WORDS if known == text), None)
         if not type_ or not (word or text.startswith("{")):
-            raise UsageError(
+            raise ArgumentError(
                 f"--runner {given!r}: use TYPE={'|'.join(OUTCOME_WORDS)}, or an answer such as "
                 """'Score={"action": "next", "data": {"score": 80}}'"""
             )
@@ -252,7 +252,7 @@ def _changes(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
     for given in arguments.set:
         found = re.fullmatch(r"(.+?):(?:\s+|(?=\{))(.*)", given, re.DOTALL)
         if not found:
-            raise UsageError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
+            raise ArgumentError(f"--set {given!r}: use for example 'P3D: {{\"paid\": true}}'")
         when = found[1].strip()
         changes[when] = {**changes.get(when, {}), **read_object(found[2], "--set", exact=True)}
     return changes

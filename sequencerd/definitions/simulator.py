@@ -21,7 +21,7 @@ from sequencerd.core.model import SideEffect, Step
 from sequencerd.core.task import Answer, Failed, Task
 from sequencerd.definitions.options import read_zone
 from sequencerd.definitions.simulate import MAX_ENTRIES, DataChange, Simulation, simulate, zone_of
-from sequencerd.errors import UsageError
+from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.runners import Runner
 from sequencerd.runners.answers import StrictActionAnswer, read_outcome
 
@@ -171,20 +171,22 @@ def check_lookup(
 
 
 def read_time(given: str | datetime, name: str) -> datetime:
-    """Parse a time, in UTC if it has no offset. Raises UsageError."""
+    """Parse a time, in UTC if it has no offset. Raises ArgumentError."""
     at = given if isinstance(given, datetime) else dates.parse(given, dates.zone("UTC"))
     if at is None:
-        raise UsageError(f"{name}: {given!r} is not an ISO 8601 time such as 2026-03-02T09:00:00Z")
+        raise ArgumentError(
+            f"{name}: {given!r} is not an ISO 8601 time such as 2026-03-02T09:00:00Z"
+        )
     if at.year not in YEARS:
-        raise UsageError(f"{name}: {given!r} is not in the years {YEARS[0]} to {YEARS[-1]}")
+        raise ArgumentError(f"{name}: {given!r} is not in the years {YEARS[0]} to {YEARS[-1]}")
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def read_until(given: str | datetime, start: datetime) -> datetime:
-    """Parse the end of a simulation. Raises UsageError."""
+    """Parse the end of a simulation. Raises ArgumentError."""
     until = read_time(given, "until")
     if until < start:
-        raise UsageError(f"until: {until:%Y-%m-%d %H:%M:%S}Z is before the start")
+        raise ArgumentError(f"until: {until:%Y-%m-%d %H:%M:%S}Z is before the start")
     return until
 
 
@@ -198,10 +200,10 @@ def read_when(key: str, start: datetime, steps: Collection[str], zone: ZoneInfo)
             for unit, amount in found.groupdict(default="0").items():
                 at = dates.add(at, float(amount), unit, zone)
         except EvaluationError as error:
-            raise UsageError(f"{key!r}: {error}") from error
+            raise ArgumentError(f"{key!r}: {error}") from error
         return at
     if re.fullmatch(r"P[0-9.TYMWDHS]*", key):
-        raise UsageError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M")
+        raise ArgumentError(f"{key!r} is not an ISO 8601 duration such as P3D or PT90M")
     if key[:1].isdigit():
         return read_time(key, "change")
     raise UsageError(
@@ -210,12 +212,12 @@ def read_when(key: str, start: datetime, steps: Collection[str], zone: ZoneInfo)
 
 
 def read_result(type_: str, outcome: Outcome) -> Answer | Failed:
-    """Parse the outcome of a step type's side effects. Raises UsageError."""
+    """Parse the outcome of a step type's side effects. Raises ArgumentError."""
     if outcome == "fail":
         return Failed("simulated failure")
     result = read_outcome(outcome, StrictActionAnswer)
     if not isinstance(result, Answer):
         message = result.message if isinstance(result, Failed) else ""
         words = ", ".join(OUTCOME_WORDS)
-        raise UsageError(f"outcome of {type_}: {message}; write one of {words}, or an answer")
+        raise ArgumentError(f"outcome of {type_}: {message}; write one of {words}, or an answer")
     return result

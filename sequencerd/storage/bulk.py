@@ -21,7 +21,7 @@ import asyncpg
 
 from sequencerd.core.describe import counted
 from sequencerd.core.enrollment import MAX_SUBJECT
-from sequencerd.errors import UsageError
+from sequencerd.errors import ArgumentError, UsageError
 from sequencerd.storage.connections import batches, counting
 from sequencerd.storage.database_errors import with_hint
 from sequencerd.storage.statements import QUERIES
@@ -121,9 +121,9 @@ async def enroll(
     """
     size = len(subject.encode())
     if not 1 <= size <= MAX_SUBJECT:
-        raise UsageError(f"the subject has {size:,} bytes; it must have 1 to {MAX_SUBJECT:,}")
+        raise ArgumentError(f"the subject has {size:,} bytes; it must have 1 to {MAX_SUBJECT:,}")
     if at is not None and not 1900 <= at.year < 9999:
-        raise UsageError("the start time must be in the years 1900 to 9998")
+        raise ArgumentError("the start time must be in the years 1900 to 9998")
     try:
         id_: int | None = await connection.fetchval(
             QUERIES["enroll"], sequence, subject, data, timezone, step, at

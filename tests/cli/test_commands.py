@@ -92,10 +92,10 @@ def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["enroll", "s", "ada", "--data", "[1]"], 1, "JSON object"),
-        (["enroll", "s", "ada", "--data", "{"], 1, "not JSON"),
-        (["enroll", "s", "ada", "--at", "soon"], 1, "ISO 8601"),
-        (["enroll", "s", "ada", "--timezone", "Europe/Berln"], 1, "timezone: "),
+        (["enroll", "s", "ada", "--data", "[1]"], 2, "JSON object"),
+        (["enroll", "s", "ada", "--data", "{"], 2, "not JSON"),
+        (["enroll", "s", "ada", "--at", "soon"], 2, "ISO 8601"),
+        (["enroll", "s", "ada", "--timezone", "Europe/Berln"], 2, "timezone: "),
         (["enroll", "t", "ada"], 1, "sequence 't' does not exist"),
         (["enroll", "s", "ada", "--step", "x"], 1, "sequence 's' has no step 'x'"),
         (["show", "999"], 1, "enrollment 999 does not exist"),
@@ -103,7 +103,12 @@ def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:
         (["apply", "nowhere.yaml"], 1, "nowhere.yaml:1: error: cannot be read"),
         (["appply"], 2, "invalid choice: 'appply'; did you mean 'apply'?"),
         (["list", "--status", "faild"], 2, "did you mean 'failed'?"),
-        (["zzz"], 2, "(choose from"),
+        (["zzz"], 2, "invalid choice: 'zzz'; see: sequencerd --help"),
+        (
+            ["list", "--sequnce", "s"],
+            2,
+            "list: error: unrecognized arguments: --sequnce s; did you mean --sequence?",
+        ),
         (["--config", "nowhere.toml", "status"], 2, "nowhere.toml"),
         (["--database", "mysql://x", "status"], 2, "write postgresql://"),
     ],
@@ -154,14 +159,14 @@ def test_data_that_the_database_cannot_store_are_refused_by_name(
     applied: Command, data: str
 ) -> None:
     for command in ("enroll s ada --data", "simulate s --data", "check s.yaml --data"):
-        applied(*command.split(), data, code=1)
+        applied(*command.split(), data, code=2)
         assert applied.errors.startswith("sequencerd: --data "), applied.errors
     kept = r'{"a": "\\u0000 \ud83d\ude00", "b": 12345678901234567890.5, "c": 1e999}'
     applied("enroll", "s", "ada", "--data", kept)
 
 
 def test_values_beyond_those_of_the_database_are_refused_by_name(applied: Command) -> None:
-    applied("enroll", "s", "ada", "--at", "9999-12-31T23:59:59Z", code=1)
+    applied("enroll", "s", "ada", "--at", "9999-12-31T23:59:59Z", code=2)
     assert applied.errors == "sequencerd: the start time must be in the years 1900 to 9998\n"
     applied("export", "s", "--revision", "3000000000", code=1)
     assert "'s' has no revision 3000000000" in applied.errors

@@ -34,7 +34,7 @@ async def test_all_shards_are_printed_in_their_order(
     assert "(sequencer.shard_of(subject, 2))" in printed
     assert 0 < printed.index("schema_name 'x'") < printed.index("schema_name 'y'")
     assert "secret" not in printed
-    sequencerd("fdw", "--shard", "a", code=1)
+    sequencerd("fdw", "--shard", "a", code=2)
     assert "leave out --shard" in sequencerd.errors
 
     connection = await connections.connect(Shard(database, "y"))

@@ -181,7 +181,7 @@ def test_subjects_of_all_kinds(filled: Command) -> None:
         (row,) = json.loads(filled("list", "--json", f"--subject={subject}"))
         assert (row["shard"], row["subject"]) == (name, subject)
     for subject, size in (("", "0"), ("é" * 501, "1,002")):
-        filled("enroll", "s", subject, code=1)
+        filled("enroll", "s", subject, code=2)
         assert f"the subject has {size} bytes; it must have 1 to 1,000" in filled.errors
     for command in ("enroll s", "forget --yes", "list --subject"):
         filled(*command.split(), "caf\udce9", code=2)

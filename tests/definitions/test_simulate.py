@@ -411,7 +411,7 @@ def test_the_timeline_is_in_the_zone_of_the_subject(sequencerd: Command, tmp_pat
     ],
 )
 def test_wrong_options_are_named(applied: Command, option: tuple[str, str], words: str) -> None:
-    applied("simulate", "s.yaml", *option, code=1)
+    applied("simulate", "s.yaml", *option, code=2)
     assert words in applied.errors
 
 
