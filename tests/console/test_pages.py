@@ -29,6 +29,7 @@ from sequencerd.console.pages import FILES
 from sequencerd.console.query import Query
 from sequencerd.console.tables import Column, Table, as_csv
 from sequencerd.storage import connections
+from sequencerd.storage.statements import QUERIES
 from tests.console.conftest import (
     BEGUN,
     DAY,
@@ -743,6 +744,38 @@ async def test_the_end_waits_until_connections_are_given_back(
     await asyncio.sleep(0)
     gc.collect()  # reports exceptions that nothing has looked at
     assert caplog.records == []
+
+
+async def test_an_open_enrollment_is_read_again_with_whatever_its_page_shows(
+    connection: asyncpg.Connection,
+) -> None:
+    id_, _ = await waiting_and_failing(connection)
+
+    async def version() -> str:
+        (row,) = await connection.fetch(QUERIES["console_versions"], [id_])
+        return str(row["version"])
+
+    known = await version()
+    await report(connection, {"kind": "quarantined", "about": str(id_), "message": "denied"})
+    for change in (
+        "SELECT",
+        "UPDATE sequencer.problems SET message = 'refused'",
+        "UPDATE sequencer.daemons SET alive_until = now()",
+        "UPDATE sequencer.steps SET problem = 'no date'",
+        "UPDATE sequencer.sequences SET status = 'paused'",
+    ):
+        await connection.execute(change)
+        assert await version() != known, change
+        known = await version()
+    await connection.execute(
+        "UPDATE sequencer.enrollments SET wake_at = clock_timestamp() + interval '0.5 s'"
+    )
+    known = await version()
+
+    async def changed() -> str | None:
+        return found if (found := await version()) != known else None
+
+    known = await eventually(changed)
 
 
 @pytest.mark.slow

@@ -59,6 +59,15 @@ SELECT id, sequence, step, subject, status, wake_at,
    AND id > $7
  ORDER BY id LIMIT $8;
 
+-- part: reported
+-- What living daemons report of an active enrollment e, or of the runner of its step s.
+LEFT JOIN LATERAL (
+      SELECT p.kind, p.since, p.message
+        FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
+       WHERE d.alive_until > now() AND e.status = 'active'
+         AND (p.kind = 'quarantined' AND p.about = e.id::text OR p.kind = 'runner' AND p.about = s.type)
+       ORDER BY p.kind, p.since LIMIT 1) AS r ON true
+
 -- name: show
 -- Read one enrollment with its step and its sequence, and what living daemons report of it or of the runner
 -- of its step.
@@ -75,12 +84,7 @@ SELECT e.id, e.sequence, e.step, e.subject, e.status, e.wake_at, e.entered_at, e
   FROM sequencer.enrollments AS e
   LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
   LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
-  LEFT JOIN LATERAL (
-      SELECT p.kind, p.since, p.message
-        FROM sequencer.problems AS p JOIN sequencer.daemons AS d ON d.name = p.daemon
-       WHERE d.alive_until > now() AND e.status = 'active'
-         AND (p.kind = 'quarantined' AND p.about = e.id::text OR p.kind = 'runner' AND p.about = s.type)
-       ORDER BY p.kind, p.since LIMIT 1) AS r ON true
+  {reported}
  WHERE e.id = $1;
 
 -- name: simulated

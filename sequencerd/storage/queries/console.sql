@@ -183,11 +183,16 @@ SELECT at, sequence, step, visit, action, message, revision
  ORDER BY at DESC, visit DESC, action = 'enrolled', action, message LIMIT $4 OFFSET $3;
 
 -- name: console_versions
--- Build a version for each enrollment that differs after any change to it.
+-- Build a version for each enrollment that differs after any change to what its page shows: by a write, or
+-- because it becomes due or daemons report a problem.
 SELECT e.id, concat_ws('-', e.xmin, e.ctid, extract(epoch FROM (
-           SELECT max(v.at) FROM sequencer.events AS v WHERE v.enrollment_id = e.id)),
-           (SELECT q.revision FROM sequencer.sequences AS q WHERE q.name = e.sequence)) AS version
-  FROM sequencer.enrollments AS e WHERE e.id = ANY ($1::bigint[]);
+           SELECT max(v.at) FROM sequencer.events AS v WHERE v.enrollment_id = e.id)), q.revision,
+           e.wake_at <= now(), md5(concat_ws('-', s.problem, r.kind, r.since, r.message))) AS version
+  FROM sequencer.enrollments AS e
+  LEFT JOIN sequencer.steps AS s ON s.sequence = e.sequence AND s.name = e.step
+  LEFT JOIN sequencer.sequences AS q ON q.name = e.sequence
+  {reported}
+ WHERE e.id = ANY ($1::bigint[]);
 
 -- name: console_by_subject
 -- Read enrollments in a range of subjects, in order, after a given one.
