@@ -249,11 +249,13 @@ class WithHeaders:
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         missing.set({})
         lost.set({})
+        # Back leads to what a form has shown, and the browser does not ask to send it again
+        kept = "private, no-cache" if scope.get("method") == "POST" else "no-store"
 
         async def send_more(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 known = {name.lower() for name, _ in message["headers"]}
-                for name, value in {**HEADERS, "Cache-Control": "no-store"}.items():
+                for name, value in {**HEADERS, "Cache-Control": kept}.items():
                     if name.lower().encode() not in known:
                         message["headers"].append((name.lower().encode(), value.encode()))
             await send(message)

@@ -253,8 +253,6 @@ def _page(
         "style-src 'self'", f"style-src 'self' 'nonce-{nonce}'"
     )
     answer.headers["Content-Security-Policy"] = policy
-    # Back leads here without the browser's question whether to send the form again
-    answer.headers["Cache-Control"] = "private, no-cache"
     return answer
 
 
