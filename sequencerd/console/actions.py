@@ -54,6 +54,7 @@ class BulkChange:
     done: BulkResult = field(default_factory=BulkResult)
     errors: list[str] = field(default_factory=list)
     ended: float | None = None  # by the monotonic clock
+    page: str | None = None  # the address of the page that shows its report
 
     @property
     def selected(self) -> int:
@@ -92,11 +93,13 @@ class BulkChanges:
         self._changes: dict[int, BulkChange] = {}
         self._numbers = itertools.count(first_number())
 
-    def report(self, nonce: str) -> str | None:
-        """Return the report of the session's latest change, for a while after its end."""
+    def report(self, nonce: str, page: str) -> str | None:
+        """Return the report of the session's latest change if it led to this page, for a while
+        after its end.
+        """
         for change in reversed(self._changes.values()):
             if change.nonce == nonce:
-                is_shown = (
+                is_shown = change.page == page and (
                     change.ended is None or time.monotonic() - change.ended < REPORT_SHOWN_FOR
                 )
                 return change.report if is_shown else None

@@ -175,7 +175,8 @@ async def change(request: Request) -> Response:
     for one in (context, *context.parts.values()):
         one.enrollments_read.clear()
     if sum(len(one.ids or ()) for one in selections.values()) == 1 and query.get("id"):
-        return RedirectResponse(local(query.get("back")), 303)
+        made.page = local(query.get("back"))
+        return RedirectResponse(made.page, 303)
     return RedirectResponse(at(f"/changes/{made.number}"), 303)
 
 

@@ -114,17 +114,18 @@ def render(request: Request, template: str, code: int = 200, /, **given: Any) ->
     """Return a page."""
     context = context_of(request)
     visitor: Visitor | None = getattr(request.state, "visitor", None)
+    address = str(request.url.replace(scheme="", netloc=""))
     text = context.templates.get_template(template).render(
         visitor=visitor,
         here=request.url.path.removeprefix(at("")),
         shards=context.shards or tuple(context.parts),
         shard=None if context.parts else context.shard.name,
         missing={**context.summary.missing, **missing.get()},
-        address=str(request.url.replace(scheme="", netloc="")),
+        address=address,
         may_write=_may(context, visitor, "operator"),
         may_edit=_may(context, visitor, "editor"),
         may_log_out=context.auth.has_sessions,
-        done=context.actions.report(visitor.nonce) if visitor else None,
+        done=context.actions.report(visitor.nonce, address) if visitor else None,
         once=secrets.token_urlsafe(12),
         **given,
     )

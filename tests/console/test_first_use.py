@@ -158,8 +158,32 @@ async def test_a_waiting_enrollment_is_reevaluated(
     await writable.get_by_role("button", name="Reevaluate 1 enrollment").click()
     await shows(writable, ".done", "Reevaluated 1 enrollment.")
     await _has_buttons(writable, "Move…", "Cancel…", "Reevaluate…")
+    # what was done to one is not said of another
     await writable.goto("/console/enrollments/2")
     await _has_buttons(writable, "Retry…", "Skip the step…", "Move…", "Cancel…")
+    assert await writable.locator(".done").count() == 0
+
+
+async def test_a_change_of_one_row_is_confirmed_above_its_list(writable: Page) -> None:
+    await writable.goto("/console/search?sequence=s")
+    await writable.get_by_label("Select enrollment 1").check()
+    await writable.get_by_role("button", name="Cancel…").click()
+    await writable.get_by_label("Reason").fill("asked")
+    await writable.get_by_role("button", name="Cancel 1 enrollment").click()
+    await shows(writable, ".done", "Cancelled 1 enrollment.")
+    assert "/console/search?sequence=s" in writable.url
+
+
+async def test_back_leads_to_what_a_form_has_shown(writable: Page) -> None:
+    await writable.goto("/console/data?id=1")
+    await writable.get_by_label("JSON").fill('{"name": "Grace"}')
+    await writable.get_by_role("button", name="Check").click()
+    await shows(writable, "h2", "Changes")
+    await writable.get_by_label("Reason").fill("asked")
+    await writable.get_by_role("button", name="Change the data").click()
+    await shows(writable, ".timeline .tag", "edited")
+    await writable.go_back()  # the browser asks nothing
+    await shows(writable, "h2", "Changes")
 
 
 async def _has_buttons(page: Page, *names: str) -> None:
