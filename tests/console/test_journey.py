@@ -15,7 +15,7 @@ from sequencerd.console import summary
 from sequencerd.definitions import apply_plan
 from sequencerd.definitions.files import read_file
 from sequencerd.runners import Runner
-from tests.console.conftest import console, window
+from tests.console.conftest import console, waiting_and_failing, window
 from tests.console.test_browser import (
     MANY,
     REPOSITORY,
@@ -213,3 +213,23 @@ async def _pinch(page: Page, start: int, end: int, *, upright: bool) -> None:
         await touch("touchMove", start + (end - start) * step / 10)
     await touch("touchEnd", None)
     await session.detach()
+
+
+async def test_a_page_is_printed_dark_on_white_and_nothing_is_covered(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    await waiting_and_failing(connection)
+    async with (
+        console(database, is_served=True) as client,
+        window(browser, client, viewport={"width": 794, "height": 1123}) as page,
+    ):
+        await page.goto("/console/sequence?sequence=s&step=wait")
+        await page.locator("#graph .node").first.wait_for()
+        await page.emulate_media(media="print", color_scheme="dark")
+        colour, position = await page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor,"
+            " getComputedStyle(document.getElementById('step')).position]"
+        )
+        assert colour == "rgb(255, 255, 255)"
+        assert position not in ("fixed", "absolute")
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 794
