@@ -555,7 +555,7 @@ class _Daemon:
             turned=self.health.turned,
             redact=self._redact,
         )
-        self.health.heartbeat_age = self._engine.heartbeat_age
+        self.health.heartbeat_age = self._engine.heartbeat.age
         self._enrolling = Enrolling(
             pools.enrolling,
             self._engine.problems,

@@ -111,7 +111,7 @@ class Engine:
         self._cursors = Cursors()
         self.catalog = Catalog(env, runners, self._start_rescheduling)
         definitions = self.catalog.sequences
-        self._heartbeat = Heartbeat(
+        self.heartbeat = Heartbeat(
             heart,
             self.problems,
             name=name,
@@ -139,7 +139,7 @@ class Engine:
             definitions,
             self.executors,
             request_reload=self._request_reload,
-            lease_expired=self._heartbeat.lease_expired,
+            lease_expired=self.heartbeat.lease_expired,
         )
         self._leases = Leases(env, self.executors, self._report_wake, self._report_invalid)
         self._read_ahead = ReadAhead(
@@ -195,7 +195,7 @@ class Engine:
             helpers = [
                 group.create_task(work)
                 for work in (
-                    self._heartbeat.keep(),
+                    self.heartbeat.keep(),
                     every(self._settings.sweep, partial(self.sweep, whole=False)),
                     every(self._settings.lease / 3, self._extend_leases),
                     every(QUARANTINE_TURN, self._try_quarantined),
@@ -209,16 +209,12 @@ class Engine:
             self._background.cancel()
             for helper in helpers:
                 helper.cancel()
-        await self._heartbeat.end()
+        await self.heartbeat.end()
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns when results of side effects in flight are written."""
         self._env.stopping.set()
         self._wake.set()
-
-    def heartbeat_age(self) -> float:
-        """Return for how many seconds no heartbeat has been written. Any thread may call it."""
-        return self._heartbeat.age()
 
     @property
     def in_flight(self) -> int:

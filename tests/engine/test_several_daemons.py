@@ -224,7 +224,7 @@ async def test_a_daemon_that_was_cut_off_starts_nothing_that_others_have_taken_o
     one = Recorder(held, batch_size=1, concurrency=1)
     is_cut_off, is_over = True, asyncio.Event()
     async with running_engine(database, {"Call": one}, lease=1.0) as cold:
-        beat, extend = cold._heartbeat.beat, cold._leases._extend
+        beat, extend = cold.heartbeat.beat, cold._leases._extend
 
         async def hang() -> None:
             await is_over.wait()
@@ -237,7 +237,7 @@ async def test_a_daemon_that_was_cut_off_starts_nothing_that_others_have_taken_o
         ids = [await enroll(connection, "s", f"u{number}") for number in range(2)]
         await until(connection, "SELECT count(leased_by) = 2 FROM sequencer.enrollments")
         await held.begun.wait()
-        monkeypatch.setattr(cold._heartbeat, "beat", hang)
+        monkeypatch.setattr(cold.heartbeat, "beat", hang)
         monkeypatch.setattr(cold._leases, "_extend", extend_later)
         async with running_engine(database, {"Call": other}, lease=1.0):
             await until(connection, ALL_ENDED)
@@ -317,9 +317,9 @@ async def test_a_clock_that_is_set_forward_during_a_heartbeat_takes_over_no_leas
                 "UPDATE sequencer.enrollments SET wake_at = now() - interval '1 second'"
             )
             monkeypatch.setattr(daemons, "remove_dead_daemons", remove_later)
-            await second._heartbeat.beat()
+            await second.heartbeat.beat()
             monkeypatch.undo()
-            await second._heartbeat.beat()
+            await second.heartbeat.beat()
             await second._claims.claim_all(("s", "call"))
             held.released.set()
             await until(connection, ALL_ENDED)
