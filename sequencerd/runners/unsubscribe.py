@@ -88,7 +88,7 @@ class UnsubscribeLinks:
 
 
 def check_reads(
-    templates: Mapping[str, Template | Translations | None],
+    templates: Mapping[str, Template | Translations],
     partials: Mapping[str, str] = NO_PARTIALS,
 ) -> None:
     """Reject templates that need a link where there is none, also in one of the partials that they
@@ -96,6 +96,6 @@ def check_reads(
     """
     for name, template in templates.items():
         several = template.templates.values() if isinstance(template, Translations) else [template]
-        if any(one is not None and NAME in surely_read(one.source, partials) for one in several):
+        if any(NAME in surely_read(one.source, partials) for one in several):
             message = f"{NAME} would be empty: set unsubscribe.url and unsubscribe.keys"
             raise DefinitionError([Fault((name,), message)])

@@ -146,7 +146,7 @@ class EmailRunner:
         for number, attachment in enumerate(parsed.attachments):
             with faults.at():
                 attachments.append(compile_attachment(number, attachment, strict=parsed.strict))
-        texts: dict[str, Template | Translations | None] = {}
+        texts: dict[str, Template | Translations] = {}
         for name, source, escape in (
             ("subject", parsed.subject, False),
             ("text", parsed.text, False),
@@ -154,25 +154,23 @@ class EmailRunner:
             ("listUnsubscribe", parsed.list_unsubscribe, False),
         ):
             with faults.at():
-                texts[name] = (
-                    source
-                    if source is None
-                    else compile_texts(name, source, shared, escape=escape, strict=parsed.strict)
-                )
+                if source is not None:
+                    texts[name] = compile_texts(
+                        name, source, shared, escape=escape, strict=parsed.strict
+                    )
         if self._links is None:
             with faults.at():
                 unsubscribe.check_reads(texts, dict(shared.partials))
             with faults.at("headers"):
                 unsubscribe.check_reads(headers)
         faults.check()
-        assert texts["subject"] is not None
         return EmailProgram(
             addresses,
             texts["subject"],
-            texts["text"],
-            texts["html"],
+            texts.get("text"),
+            texts.get("html"),
             headers,
-            texts["listUnsubscribe"] or self._unsubscribe,
+            texts.get("listUnsubscribe", self._unsubscribe),
             tuple(attachments),
             self._bounce_address,
             self._links,
