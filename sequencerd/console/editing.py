@@ -323,11 +323,9 @@ async def change(request: Request) -> Response:
         reason, given = reason_of(query), query.get("brake") or ""
         brake = read_brake(given)
         if reason is None:
-            wrong = "Write a reason: it is recorded with the revision."
-        elif given and brake is None:
-            wrong = f"The brake is a number from 1 to {MAX_BRAKE:,}, or empty."
-        if wrong or reason is None:
-            return page(422, wrong=wrong)
+            return page(422, wrong="Write a reason: it is recorded with the revision.")
+        if given and brake is None:
+            return page(422, wrong=f"The brake is a number from 1 to {MAX_BRAKE:,}, or empty.")
         cause, expected = why(request, reason), query.must("plan")
         await _in_thread(context, lambda: edited.apply(cause, expected, brake))
     except (PlanError, FileError) as error:

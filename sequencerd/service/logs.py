@@ -34,24 +34,20 @@ def make_log(settings: Settings) -> FilteringBoundLogger:
     """Return the logger for all parts of the program. A later call reconfigures all loggers made
     before.
     """
-    form = settings.log.format
     is_terminal = sys.stderr.isatty()
-    render: Processor
-    if form == "text" or (form == "auto" and is_terminal):
+    is_text = settings.log.format == "text" or (settings.log.format == "auto" and is_terminal)
+    render: Processor = structlog.processors.JSONRenderer(default=str)
+    if is_text:
         # not rich's tracebacks, which show the values of variables
         render = structlog.dev.ConsoleRenderer(
             colors=is_terminal, exception_formatter=_write_traceback
         )
-    else:
-        render = structlog.processors.JSONRenderer(default=str)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             _limit_repetitions(),
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _make_visible
-            if isinstance(render, structlog.dev.ConsoleRenderer)
-            else structlog.processors.format_exc_info,
+            _make_visible if is_text else structlog.processors.format_exc_info,
             _finish(render, make_redaction(settings)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(

@@ -85,9 +85,8 @@ async def editor(connection: asyncpg.Connection, database: str) -> str:
 async def test_no_setting_of_a_session_fails_a_trigger(
     editor: str, connection: asyncpg.Connection
 ) -> None:
-    assert (
-        await daemons.acquire_notify_lock(connection) is daemons.NotifyLock.OURS
-    )  # as a daemon, to be notified
+    # as a daemon, to be notified
+    assert await daemons.acquire_notify_lock(connection) is daemons.NotifyLock.OURS
     for setting in SETTINGS:
         session = await asyncpg.connect(editor)
         await session.execute(f"SET {setting}")
