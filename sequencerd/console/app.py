@@ -189,7 +189,9 @@ def guarded_routes(log: FilteringBoundLogger) -> tuple[ToRoute, ToRoute]:
 
 
 def routes_of_pages(log: FilteringBoundLogger) -> list[Route]:
-    """Return the routes of every console: for one database, or for several shards together."""
+    """Return the routes of every console: for one database, or for several shards together; at the
+    end, those for logins, sessions, and static files.
+    """
     get, post = guarded_routes(log)
     return [
         get("/", pages.overview),
@@ -221,14 +223,6 @@ def routes_of_pages(log: FilteringBoundLogger) -> list[Route]:
         post("/edit/check", editing.check, "editor"),
         get("/status", editing.ask_status, "editor"),
         post("/status", editing.set_status, "editor"),
-        *_routes_of_access(log),
-    ]
-
-
-def _routes_of_access(log: FilteringBoundLogger) -> list[Route]:
-    """Return the routes for logins, sessions, and static files."""
-    get, post = guarded_routes(log)
-    return [
         get("/sessions", access.sessions),
         post("/sessions", access.end_session, "viewer"),
         get("/login", access.login, None),

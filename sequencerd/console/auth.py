@@ -250,11 +250,9 @@ class Auth:
     def _wait(self, address: str) -> int:
         """Return for how many seconds this address may not try again."""
         recent = _recent(self._failures.get(address, ()))
-        return (
-            0
-            if len(recent) < MAX_WRONG_PASSWORDS
-            else int(recent[0] + WRONG_PASSWORDS_PERIOD - time.monotonic()) + 1
-        )
+        if len(recent) < MAX_WRONG_PASSWORDS:
+            return 0
+        return int(recent[0] + WRONG_PASSWORDS_PERIOD - time.monotonic()) + 1
 
     def _failed(self, address: str) -> None:
         failures = [*_recent(self._failures.pop(address, ())), time.monotonic()]

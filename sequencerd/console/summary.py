@@ -274,22 +274,22 @@ class Summary:
         """Count what has happened since the last time, and one more day of the past."""
         until = now - COMMIT_DELAY
         today = until.astimezone(UTC).date()
-        if self._counted_to is None or until - self._counted_to > _days(HISTORY_DAYS):
+        if self._counted_to is None or until - self._counted_to > timedelta(days=HISTORY_DAYS):
             self._flow.clear()
             self._counted_to = _midnight(today)
             self._known_since = today
-            self._past = [today - _days(n) for n in range(HISTORY_DAYS - 1, 0, -1)]
+            self._past = [today - timedelta(days=n) for n in range(HISTORY_DAYS - 1, 0, -1)]
         elif self._past:
             day = self._past.pop()
             try:
-                await self._add_flow(_midnight(day), _midnight(day + _days(1)))
+                await self._add_flow(_midnight(day), _midnight(day + timedelta(days=1)))
                 self._known_since = day
             except (TimeoutError, asyncpg.QueryCanceledError):
                 self._past = []  # the days before it are no smaller
         if until > self._counted_to:
             await self._add_flow(self._counted_to, until)
             self._counted_to = until
-        first = today - _days(HISTORY_DAYS - 1)
+        first = today - timedelta(days=HISTORY_DAYS - 1)
         for days in self._flow.values():
             for day in [day for day in days if day < first]:
                 del days[day]
@@ -303,10 +303,6 @@ class Summary:
         for row in stays:
             if row["seconds"] is not None:
                 self._stays[row["sequence"], row["step"]].append(row["seconds"])
-
-
-def _days(number: int) -> timedelta:
-    return timedelta(days=number)
 
 
 def _tens(time: datetime) -> datetime:
