@@ -2,11 +2,12 @@
 // locales and returns what sandbox.py calls. Texts that may hold any character are passed as JSON.
 "use strict";
 (localesText) => {
-  const { _, Handlebars } = globalThis;
+  const { _, Handlebars, charge } = globalThis;
   const { parse, stringify } = JSON;
   const compile = globalThis.eval; // of code that handlebars wrote
   delete globalThis._;
   delete globalThis.Handlebars;
+  delete globalThis.charge;
 
   // --- conditions
 
@@ -39,13 +40,28 @@
     return (view) => _.get(view, value in Object(view) ? [value] : keys);
   }
 
+  // A function that a path reached, for a command that may call it often: each call may read the whole
+  // view.
+  function charged(found, text) {
+    if (typeof found !== "function") return found;
+    return function (...values) {
+      charge(text.length);
+      return Reflect.apply(found, this, values);
+    };
+  }
+
   function condition(program) {
     const { command, value, compareTo } = parse(program);
     const [ask, read, readOther] = [_[command], reader(value), reader(compareTo)];
-    const parsed = ONLY_READS.test(command) ? parsedOnce : parse;
+    if (ONLY_READS.test(command)) {
+      return (text) => {
+        const view = parsedOnce(text);
+        return !!ask(read(view), readOther(view));
+      };
+    }
     return (text) => {
-      const view = parsed(text);
-      return !!ask(read(view), readOther(view));
+      const view = parse(text);
+      return !!ask(read(view), charged(readOther(view), text));
     };
   }
 
@@ -91,7 +107,9 @@
   }
 
   function text(value) {
-    return isMissing(value) ? "" : String(value);
+    const found = isMissing(value) ? "" : String(value);
+    charge(found.length);
+    return found;
   }
 
   // What a helper prints for a value, which must exist in strict mode.

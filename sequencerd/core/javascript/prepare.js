@@ -1,5 +1,8 @@
 // Runs in a new context before lodash and handlebars. It removes everything whose results may differ,
 // and limits the few native functions that loop without checking the limits.
+//
+// QuickJS checks the limit of time once in 10,000 calls and passes of loops. A native function is one
+// call, however much it reads: so what reads much passes through `charge` as well.
 "use strict";
 (() => {
   for (const name of [
@@ -16,6 +19,13 @@
   Math.random = () => 0.5;
   delete String.raw; // it loops as often as its argument says, and paths of conditions reach it
 
+  // One pass for so many elements or characters that a native function reads in a microsecond or a few.
+  const READ_IN_A_PASS = 64;
+  function charge(length) {
+    for (let left = length; left > READ_IN_A_PASS; left -= READ_IN_A_PASS);
+  }
+  globalThis.charge = charge; // until evaluate.js takes it
+
   // With `{"length": 1e15}`, these would not return, and no limit would stop them.
   const LONGEST = 1e6;
   for (const name of [
@@ -29,6 +39,7 @@
         if (!Array.isArray(this) && this?.length > LONGEST) {
           throw new RangeError("Invalid array length");
         }
+        charge(name === "splice" ? this?.length - args[0] : this?.length);
         return Reflect.apply(native, this, args);
       },
     }[name];
