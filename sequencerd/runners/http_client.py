@@ -32,6 +32,7 @@ import h2.events
 import h2.exceptions
 import httpx
 
+from sequencerd.core.hiding import hiding
 from sequencerd.core.task import Attribution, Failed, OutageCause
 from sequencerd.runners.encodings import EncodingError, decode
 from sequencerd.runners.error_causes import (
@@ -56,7 +57,10 @@ MAX_PREFERRED = 1000  # hosts of which the address to try first is remembered
 MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
 _PUBLIC = frozenset(
-    {"accept", "content-type", "idempotency-key", "webhook-id", "webhook-timestamp"}
+    {
+        *("accept", "content-type", "idempotency-key", "traceparent", "tracestate", "webhook-id"),
+        *("webhook-signature", "webhook-timestamp"),
+    }
 )
 """Headers that are not secret. All others come from the settings, and may be."""
 
@@ -132,9 +136,7 @@ class HttpReply:
 
     def hide(self, text: str) -> str:
         """Return a text of the answer without the secrets that were sent."""
-        for secret in sorted(self.secrets, key=len, reverse=True):
-            text = text.replace(secret, "***")
-        return text
+        return hiding(self.secrets)(text)
 
 
 class HttpClient:
@@ -268,7 +270,7 @@ class HttpClient:
         ) as error:
             sent = sent and not _is_unprocessed(error)
             failed = Unreachable(
-                f"{place}: {_reason(error)}",
+                f"{place}: {hiding(secrets)(_reason(error))}",  # a line that was not HTTP
                 sent=sent,
                 exhausted=is_exhausted(error),
                 cause=None if sent else _cause(error),
@@ -589,10 +591,9 @@ def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozen
 
 
 def _secrets_of_url(url: httpx.URL) -> frozenset[str]:
-    """Return the parts of a URL that may be secret, as written and decoded: a password, the values
-    of the query, and random parts of the path. Many servers repeat the URL in their answers.
+    """Return the parts of a URL that may be secret: a password, the values of the query, and random
+    parts of the path. Many servers repeat the URL in their answers.
     """
-    query = url.query.decode("ascii")
-    values = [value for _, value in parse_qsl(query)] + query.replace("=", "&").split("&")[1::2]
+    values = [value for _, value in parse_qsl(url.query.decode("ascii"))]
     parts = [part for part in url.path.split("/") if len(part) > 15 and re.search("[0-9]", part)]
     return frozenset(text for text in (url.password, *values, *parts) if len(text) > 5)

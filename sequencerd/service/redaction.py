@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
+from sequencerd.core.hiding import hiding
 from sequencerd.errors import SettingsError
 from sequencerd.settings import Settings
 from sequencerd.storage import conninfo
@@ -22,15 +22,8 @@ _BASIC = re.compile(r"\bBasic ([A-Za-z0-9+/]+)=*")
 
 def make_redaction(settings: Settings, min_length: int = MIN_SECRET_LENGTH) -> Callable[[str], str]:
     """Return the function that replaces the secrets of the settings in a text."""
-    parts = {part for part in _parts(settings.secrets()) if len(part) >= min_length}
-    secrets = sorted(parts, key=len, reverse=True)
-
-    def redact(text: str) -> str:
-        for secret in secrets:
-            text = text.replace(secret, "***")
-        return _BASIC.sub(_without_login, text) if "Basic " in text else text
-
-    return redact
+    hide = hiding(_parts(settings.secrets()), min_length)
+    return lambda text: hide(_BASIC.sub(_without_login, text) if "Basic " in text else text)
 
 
 def _without_login(found: re.Match[str]) -> str:
@@ -40,21 +33,16 @@ def _without_login(found: re.Match[str]) -> str:
 
 
 def _parts(secrets: Iterable[str]) -> Iterator[str]:
-    """Yield secrets and secret parts of URLs, in each form in which a text may have them."""
+    """Yield secrets, the words of headers, and the passwords of URLs."""
     for secret in secrets:
         parts = {secret, *secret.split(), *_passwords(secret)}
-        for part in parts:
-            if part not in ("Bearer", "Basic"):
-                yield part
-                yield json.dumps(part)[1:-1]
-                yield quote(part, safe="")
+        yield from parts - {"Bearer", "Basic"}
 
 
 def _passwords(url: str) -> Iterator[str]:
     with suppress(ValueError):
         if password := urlsplit(url).password:
             yield password
-            yield unquote(password)
     with suppress(SettingsError):  # as written in the database's connection string
         if password := conninfo.parse(url).get("password"):
             yield password

@@ -202,6 +202,18 @@ async def test_secret_parts_of_the_url_are_not_repeated_in_messages() -> None:
     )
 
 
+async def test_secret_parts_of_the_url_are_not_repeated_from_what_is_not_http() -> None:
+    async def echo(request: servers.Request) -> servers.Answer:
+        return servers.Answer(raw=f"unknown command {request.target}\r\n\r\n".encode())
+
+    async with http_server(echo) as server:
+        made = http_runner(f"{server.url}/?key=Url5ecret%2FKey")
+        (result,) = await made.run(made.compile({}), [task(7)])
+        await made.close()
+    assert "unknown command" in failed(result).message
+    assert "Url5ecret" not in failed(result).message
+
+
 async def test_an_answer_that_repeats_the_url_is_used_without_its_secrets() -> None:
     items = [
         {"id": 7, "action": "next", "message": "POST /?key=Url5ecret%2FKey, by ada:passw0rd"},

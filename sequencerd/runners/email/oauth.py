@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, SecretStr, ValidationError
 
+from sequencerd.core.hiding import hiding
 from sequencerd.core.task import OutageCause
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import HttpClient, Unreachable, retry_after
@@ -71,7 +72,7 @@ class AccessTokens:
 
     def hide(self, text: str) -> str:
         """Return a text with the token masked, in case a server repeats it."""
-        return text.replace(self._token, "***") if self._token else text
+        return hiding([self._token])(text)
 
 
 class _TokenAnswer(BaseModel):
@@ -114,8 +115,7 @@ class TokenEndpoint:
         if reply.status != 200 or not answer.access_token:
             # the body is not shown: even without a token, it may contain another secret
             said = reply.hide(answer.error_description or answer.error or "no token")
-            for secret in given.values():
-                said = said.replace(secret, "***")
+            said = hiding(given.values())(said)
             text = f"the token endpoint answered {reply.status}: {one_line(said)}"
             raise TokenError(text, "refused", retry_after(reply.headers))
         if answer.refresh_token:  # some servers change it

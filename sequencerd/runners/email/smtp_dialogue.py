@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 from aiosmtplib import SMTP
 
 from sequencerd.runners.email.refusals import Stage
+from sequencerd.runners.fields import one_line
 
 MAX_LINE_LENGTH = 8192  # bytes; RFC 5321 says 512, but servers send more
 MAX_REPLY_LINES = 100  # lines
@@ -207,7 +208,8 @@ class Dialogue:
                 continue  # some servers send blank lines before a reply
             match = _REPLY.fullmatch(line)
             if match is None:
-                raise MismatchError(f"the answer of the server is not SMTP: {line[:80]!r}")
+                said = one_line(line.decode("latin-1"), 80)
+                raise MismatchError(f"the answer of the server is not SMTP: {said!r}")
             texts.append(decode_reply(match[3]))
             if match[2] != b"-":
                 return SmtpReply(int(match[1]), "\n".join(texts))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import ssl
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from urllib.parse import parse_qsl, unquote
 
+from sequencerd.core.hiding import hiding
 from sequencerd.urls import split_url
 
 
@@ -29,13 +29,8 @@ class SmtpServer:
         return self.host.rstrip(".")
 
     def hide(self, text: str) -> str:
-        """Return a text with the password masked, whether plain or percent-encoded."""
-        if self.password:
-            plain = f"\0{self.user}\0{self.password}"
-            for secret in (plain, self.password):
-                text = text.replace(base64.b64encode(secret.encode()).decode(), "***")
-                text = text.replace(secret, "***")
-        return text
+        """Return a text with the password masked."""
+        return hiding([self.password or ""])(text)
 
 
 def parse_url(url: str, *, has_token: bool = False) -> SmtpServer:

@@ -63,3 +63,5 @@ def test_the_password_is_hidden_as_such_and_as_it_is_sent() -> None:
     server = parse_url("smtp://ada:hunter22@mail.example.com")
     said = "bad: AUTH PLAIN AGFkYQBodW50ZXIyMg== aHVudGVyMjI= hunter22"
     assert server.hide(said) == "bad: AUTH PLAIN *** *** ***"
+    server = parse_url("smtp://ada:hunter22%2Fab@mail.example.com")
+    assert server.hide("bad: hunter22%2fab, AUTH hunter22/...") == "bad: ***, AUTH ***..."
