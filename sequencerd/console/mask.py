@@ -20,10 +20,12 @@ CUT_OFF = 40  # characters after which a text may have been truncated
 
 _ADDRESS = re.compile(
     r"(?P<date>\b(?:19|20)\d\d-[01]\d-[0-3]\d\b)"
-    r"|[^\s<>(),;:\"'/=?&]+(?:@|%40|&#64;)[^\s<>(),;:\"'&]+"
+    r"|[^\s<>(),;:\"'/=?&]{1,256}(?:@|%40|&#64;)[^\s<>(),;:\"'&]+"
     r"|\+?\d[\d ()/.-]{6,}\d"
 )
-"""An e-mail address or a telephone number, which may no longer be in the data. Not a date."""
+"""An e-mail address or a telephone number, which may no longer be in the data. Not a date. In a
+long word, each character is read a limited number of times.
+"""
 
 _TOKEN = re.compile(rf"(?<={re.escape(UNSUBSCRIBE)})[\w.=-]+")
 """The token of an unsubscribe link: it contains the address, and could be used to unsubscribe it.
@@ -68,7 +70,7 @@ def make_mask(paths: Sequence[str]) -> Callable[[Mapping[str, Any]], MaskedRow]:
             values.update(filter(None, (known_subject, shown.get("subject"))))
         if shown.get("reported") == "runner":
             shown["reported_message"] = MASKED_VALUE
-        hide = _hiding(values)
+        hide = _hiding(values, [shown[name] for name in _TEXTS if shown.get(name) is not None])
         for name in _TEXTS:
             if shown.get(name) is not None:
                 shown[name] = hide(shown[name])
@@ -88,12 +90,16 @@ def _without_addresses(text: str) -> str:
     return _ADDRESS.sub(lambda found: found["date"] or MASKED_VALUE, text)
 
 
-def _hiding(values: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that hides values in a text, in whatever form the text contains them."""
+def _hiding(values: Iterable[str], texts: Iterable[str]) -> Callable[[str], str]:
+    """Return a function that hides values in these texts, in whatever form they contain them."""
     patterns = []
+    searched = "\n".join(texts).casefold()
     for value in sorted({*values}, key=len, reverse=True):
         for word in (value, *_words(value)):
             if len(word) < MIN_MASKED_LENGTH:
+                continue
+            # data may have a hundred thousand words, which all forms contain as they are
+            if word.isascii() and word.isalnum() and word[:CUT_OFF].casefold() not in searched:
                 continue
             edge = "" if word == value else r"\b"
             for form in _forms(word):

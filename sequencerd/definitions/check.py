@@ -374,7 +374,7 @@ def _check_reads(
             yield Remark(step, keys, wrong, root in FORMER_KEYS)
 
 
-_STYLE = re.compile(r"<style\b[^>]*>(.*?)</style\b", re.DOTALL | re.IGNORECASE)
+_STYLE = re.compile(r"<style\b[^<>]*>((?:(?!<style\b).)*?)</style\b", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"\{\{~?\s*([^\s~{}#/>!&^\"'()]+)\s*~?\}\}")
 _DATA = ("@root", "@key", "@index", "@first", "@last")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import process_time
 from typing import Any
 
 import pytest
@@ -60,6 +61,20 @@ def test_values_in_lists_are_masked_in_texts() -> None:
     data = json.dumps({"people": [{"name": "Ada"}, {"name": "Bob Jones"}]})
     row = mask({"data": data, "message": "Bob Jones and Ada"})
     assert row["message"] == f"{MASKED_VALUE} and {MASKED_VALUE}"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("Ada", "長" * 30_000),
+        (" ".join(f"w{number}" for number in range(150_000)), "sent to W77777, w77777x"),
+    ],
+)
+def test_long_texts_take_little_time(value: str, message: str) -> None:
+    data, before = json.dumps({"text": value}), process_time()
+    row = make_mask(["data.text"])({"data": data, "message": message})
+    assert process_time() - before < 2  # seconds, in which nothing else is done
+    assert row["message"] == message.replace("W77777,", f"{MASKED_VALUE},")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from email.message import EmailMessage
 from email.policy import default
 
 _CID = re.compile(r"\bcid:([^\"'\s)>]+)")
-_HEAD = re.compile(r"<head\b[^>]*>", re.IGNORECASE)
-_BODY = re.compile(r"<body\b[^>]*>", re.IGNORECASE)
+_HEAD = re.compile(r"<head\b[^<>]*>", re.IGNORECASE)
+_BODY = re.compile(r"<body\b[^<>]*>", re.IGNORECASE)
 
 _CHARSET = '<meta charset="utf-8">'
 

@@ -12,7 +12,7 @@ _SAME = re.compile(r"\[([^\[\]\n]+)\]\((?:mailto:|tel:)?\1\)")
 _IMAGE_IN_LINK = re.compile(r"\[\[([^\[\]\n]+)\]\]\(")
 _NAMELESS = re.compile(r"\[\s*\]\((\S+?)\)")
 _GAP = re.compile(r"\n(?:[ \t]*\n){2,}")
-_ENDS = re.compile(r"[ \t]+$", re.MULTILINE)
+_ENDS = re.compile(r"(?<![ \t])[ \t]+$", re.MULTILINE)
 
 
 @cache

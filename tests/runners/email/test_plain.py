@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from time import process_time
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_no_text_where_there_is_none(html: str) -> None:
 def test_nonsense_ends() -> None:
     for html in ("<div>" * 5000 + "x", "<p>a" * 2000, "</b></table><", "\x00a", "\ud800"):
         plain_text(html)
+
+
+def test_many_blanks_take_little_time() -> None:
+    plain_text("x")
+    before = process_time()
+    plain_text(f"<pre>{' ' * 60_000}x</pre>")
+    assert process_time() - before < 2  # seconds, in which nothing else is done
 
 
 async def test_a_message_with_html_alone_has_both_parts() -> None:
