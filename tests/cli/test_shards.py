@@ -55,7 +55,7 @@ EXAMPLES: dict[str, tuple[list[str], Callable[[str], object]]] = {
     "graph": (["s"], lambda out: "4" in out),
     "simulate": (["--from-enrollment", "b/1"], lambda out: "second" in out),
     "preview": (["m.yaml", "hello", "--enrollment", "b/2"], lambda out: "To: b2@" in out),
-    "send-test": (["m.yaml", "hello", "--enrollment", "b/2", "--to", "b"], lambda out: True),
+    "send-test": (["m.yaml", "hello", "--enrollment", "b/2", "--to", "b@x.org"], lambda out: True),
     "doctor": ([], lambda out: "a: schema" in out and "b: schema" in out),
     "grants": ([], lambda out: "-- shard a" in out and "-- shard b" in out),
     "enroll": (["s", "new"], lambda out: out.startswith(("enrolled as a/", "enrolled as b/"))),
