@@ -19,8 +19,18 @@ from sequencerd.core.advance import (
     MAX_EXPIRED_LEASES,
     MAX_MOVES,
     advance,
+    is_unchanged,
 )
-from sequencerd.core.decision import Decision, End, Execute, Fail, QueryLookup, Wait
+from sequencerd.core.decision import (
+    Advanced,
+    Decision,
+    End,
+    Event,
+    Execute,
+    Fail,
+    QueryLookup,
+    Wait,
+)
 from sequencerd.core.enrollment import NEVER, Enrollment, effect_key
 from sequencerd.core.faults import DefinitionError
 from sequencerd.core.model import (
@@ -37,10 +47,11 @@ from sequencerd.core.retry import MAX_PAUSE
 from sequencerd.core.step_types import compile_step
 from sequencerd.core.step_types.durations import DurationConfig
 from sequencerd.core.step_types.effects import LimitConfig, TopicLimitConfig, compile_expiry
-from sequencerd.core.task import Answer, Failed, LookupAnswer, Result, Suppressed
+from sequencerd.core.task import Answer, Failed, LookupAnswer, NotStarted, Result, Suppressed
 from sequencerd.core.view import Context, data_view
 
 NOW = datetime(2026, 3, 2, 10, 0, tzinfo=UTC)  # a Monday
+HOUR = timedelta(hours=1)
 EFFECT = SideEffect(program=None, retry=RetryPolicy(attempts=3, first_delay=10, longest_delay=60))
 PAID = {
     "lodashCommand": "eq",
@@ -305,6 +316,36 @@ def test_of_several_goals_the_last_of_the_definition_wins() -> None:
     assert set(advanced.enrollment.goals_met) == {"paid", "late"}
 
 
+def test_an_event_names_the_goals_that_are_met_with_another() -> None:
+    definitions = sequence(
+        step("wait", "WaitForDuration", {"amount": 1, "unit": "days"}),
+        *(step(name, "Goal", PAID, "wait") for name in ("a", "b")),
+    )
+    met = advance(definitions, at("wait", '{"paid": true}'), NOW)
+    assert [event.message for event in met.events] == ["b is met, with a"]
+    alone = advance(definitions, at("wait", '{"paid": true}', goals_met=("a",)), NOW)
+    assert [event.message for event in alone.events] == ["b is met"]
+
+
+def test_a_wait_that_changes_nothing_is_recognised() -> None:
+    before = at("a", wake_at=NOW)
+    same = Advanced(before, Wait(NOW), (), None, False)
+    assert is_unchanged(before, same)
+    never = before._replace(wake_at=NEVER)
+    assert is_unchanged(never, same._replace(enrollment=never, decision=Wait(NEVER - HOUR)))
+    for changed in (
+        same._replace(decision=Wait(NOW + HOUR)),
+        same._replace(decision=Wait(NEVER)),
+        same._replace(decision=End()),
+        same._replace(enrollment=before._replace(attempt=1)),
+        same._replace(events=(Event(NOW, "s", "a", 0, "retry", None, None, None),)),
+    ):
+        assert not is_unchanged(before, changed)
+    assert not is_unchanged(never, same._replace(enrollment=never))
+    unknown = before._replace(wake_at=None)
+    assert not is_unchanged(unknown, same._replace(enrollment=unknown))
+
+
 def test_a_goal_moves_an_enrollment_once() -> None:
     met = at("wait", '{"paid": true}', goals_met=("paid",))
     assert advance(GOALS, met, NOW).enrollment.step == "wait"
@@ -428,6 +469,37 @@ def test_a_suppressed_message_is_recorded_and_takes_its_exit(way: Skip, leads: s
         assert advanced.decision == End()
     else:
         assert advanced.enrollment.step == leads
+
+
+def test_a_message_that_is_suppressed_again_and_again_is_a_loop() -> None:
+    definitions = sequence(step("mail", "Email", then="mail"))
+    leased = at("mail", attempt=1, leased_by="me")
+    looped = advance(definitions, leased, NOW, Suppressed("not sent to a@x.org"))
+    assert isinstance(looped.decision, Fail)
+    assert looped.decision.failure == "loop"
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_result_for_a_step_that_is_no_side_effect_any_more_leads_to_next(started: bool) -> None:
+    definitions = sequence(
+        step("mail", "GoTo", {}, "pause"),
+        step("pause", "WaitForDuration", {"amount": 2, "unit": "day"}),
+    )
+    leased = at("mail", attempt=1, leased_by="me")
+    result = Suppressed("not sent to a@x.org") if started else NotStarted(1)
+    advanced = advance(definitions, leased, NOW, result)
+    assert advanced.enrollment.step == "pause"
+
+
+@pytest.mark.parametrize(("attempt", "left"), [(1, 0), (2, 1), (0, 0)])
+def test_a_side_effect_that_was_not_started_gives_its_attempt_and_lease_back(
+    attempt: int, left: int
+) -> None:
+    leased = at("mail", attempt=attempt, leased_by="me")
+    definitions = sequence(step("mail", "Email"))
+    advanced = advance(definitions, leased, NOW, NotStarted(1), result_only=True)
+    assert (advanced.enrollment.attempt, advanced.enrollment.leased_by) == (left, None)
+    assert (advanced.decision, advanced.events) == (Wait(NOW), ())
 
 
 def test_an_expired_side_effect_is_not_started() -> None:
@@ -692,8 +764,21 @@ def test_external_data_are_requested_where_they_are_read() -> None:
     assert [(e.action, e.message) for e in failed.events] == [("retry", "it is away")]
     for asked, waited in ((10, LOOKUP_DELAY), (600, timedelta(minutes=10)), (1e6, MAX_PAUSE)):
         answer = LookupAnswer(None, "it is busy", timedelta(seconds=asked))
-        busy = advance(definitions, asks.enrollment, NOW, answer)
-        assert busy.decision == Wait(NOW + waited)
+        busy = advance(definitions, asks.enrollment._replace(leased_by="me"), NOW, answer)
+        assert (busy.decision, busy.enrollment.leased_by) == (Wait(NOW + waited), None)
+
+
+def test_external_data_are_of_the_sequence_that_requested_them() -> None:
+    ask = step("ask", "Conditional", EXTERNAL, "over")
+    definitions = looking_up(ask, step("over", "GoTo", {"step": "ask", "sequence": "other"}))
+    definitions["other"] = replace(
+        definitions["s"],
+        name="other",
+        steps={"ask": replace(ask, sequence="other", reads_external=True)},
+    )
+    moved = advance(definitions, at("ask"), NOW, LookupAnswer({"paid": True}))
+    assert moved.enrollment.sequence == "other"
+    assert isinstance(moved.decision, QueryLookup)
 
 
 @pytest.mark.parametrize("message", [None, "score 20"])
