@@ -10,6 +10,7 @@
     data   three conditions in a row on each enrollment's own data
     limit  what one session reaches with the same batches on a bare table
     wave   timers that are due at one instant: how late they start
+    many   half as many, each in a sequence of its own
     timer  one timer at a time, in an idle daemon: how late it starts
     wake   INSERT commit to runner start, in an idle daemon, beside a raw NOTIFY
     goal   UPDATE of data to the goal's step, in an idle daemon
@@ -160,12 +161,15 @@ async def engine(url: str, runners: Mapping[str, Runner] | None = None) -> Async
         await heart.close()
 
 
-async def enroll(connection: Any, count: int, wake_at: datetime | None = None) -> float:
+async def enroll(
+    connection: Any, count: int, wake_at: datetime | None = None, sequence: str = "'s'"
+) -> float:
+    """Enroll so many subjects in a sequence: an expression with their number, n."""
     begun = time.perf_counter()
     await connection.execute(
         "INSERT INTO sequencer.enrollments (sequence, subject, data, wake_at)"
-        " SELECT 's', 'u' || n, $2::jsonb || jsonb_build_object('k', n), coalesce($3, now())"
-        " FROM generate_series(1, $1::int) AS n",
+        f" SELECT {sequence}, 'u' || n, $2::jsonb || jsonb_build_object('k', n),"
+        " coalesce($3, now()) FROM generate_series(1, $1::int) AS n",
         count,
         DATA,
         wake_at,
@@ -301,9 +305,21 @@ async def limit(dsn: str, subjects: int) -> None:
         await connection.close()
 
 
-async def wave(dsn: str, count: int) -> None:
+async def wave(dsn: str, count: int, *, sequences: int = 1) -> None:
     """Let all tasks be due at one instant; a runner records when they start."""
     async with defined(dsn, ("a", "Task", "{}")) as (url, connection):
+        if sequences > 1:
+            async with connection.transaction():
+                await connection.execute(
+                    "INSERT INTO sequencer.sequences (name, first_step)"
+                    " SELECT 's' || n, 'a' FROM generate_series(1, $1) AS n",
+                    sequences,
+                )
+                await connection.execute(
+                    "INSERT INTO sequencer.steps (sequence, name, type)"
+                    " SELECT 's' || n, 'a', 'Task' FROM generate_series(1, $1) AS n",
+                    sequences,
+                )
         lateness: list[float] = []
         async with engine(url):
             at = datetime.now(UTC) + timedelta(seconds=8)
@@ -312,13 +328,13 @@ async def wave(dsn: str, count: int) -> None:
                 lateness.extend([(datetime.now(UTC) - at).total_seconds()] * len(runners))
 
             listeners[:] = [note]
-            await enroll(connection, count, at)
+            await enroll(connection, count, at, "'s'" if sequences == 1 else "'s' || n")
             spare = (at - datetime.now(UTC)).total_seconds()
             await until(connection, ALL_ENDED)
             done = (datetime.now(UTC) - at).total_seconds()
         listeners.clear()
         say(
-            "wave",
+            "wave" if sequences == 1 else "many",
             subjects=count,
             spare_s=spare,
             first_s=min(lateness),
@@ -441,6 +457,7 @@ async def main(arguments: argparse.Namespace) -> None:
         "data": lambda: steps_in_a_row(dsn, subjects, "data", ("Conditional", CONDITION)),
         "limit": lambda: limit(dsn, subjects),
         "wave": lambda: wave(dsn, arguments.wave),
+        "many": lambda: wave(dsn, arguments.wave // 2, sequences=arguments.wave // 2),
         "wake": lambda: wake(dsn, arguments.samples),
         "timer": lambda: timer(dsn, arguments.samples),
         "goal": lambda: goal(dsn, arguments.samples),
@@ -458,6 +475,6 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, default=50_000)
     parser.add_argument("--wave", type=int, default=20_000)
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--works", default="limit,w1,flat,http,pure,data,wave,timer,wake,goal")
+    parser.add_argument("--works", default="limit,w1,flat,http,pure,data,wave,many,timer,wake,goal")
     parser.add_argument("--repeat", type=int, default=1)
     run(main(parser.parse_args()))

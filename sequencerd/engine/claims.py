@@ -6,9 +6,11 @@ A batch that the database refuses is claimed again in parts, down to the row at 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import asyncpg
 
@@ -21,7 +23,7 @@ from sequencerd.engine.batch import MAX_UNLOCKED, Batch
 from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.cursors import Claim, Cursors
 from sequencerd.engine.environment import Environment
-from sequencerd.engine.executors import Executors
+from sequencerd.engine.executors import Executor, Executors
 from sequencerd.engine.leases import Leases
 from sequencerd.engine.moves import Moves
 from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
@@ -30,6 +32,7 @@ from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import activity, connections, locking, wakes, writes
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief, is_data_error
 from sequencerd.storage.locking import DueEnrollments
+from sequencerd.storage.wakes import LeftAtStep
 from sequencerd.storage.writes import NO_STATE, EnrollmentWrites, NotWritten, Unchanged
 
 MAX_CLAIMERS = 2  # of a step with much to do: one computes while the other waits for the database
@@ -38,6 +41,22 @@ EMPTY_CLAIMS_PAUSE = 0.5  # seconds, the longest such delay
 SEVERAL = 4  # enrollments found by a claim, after which more gather before the next one
 GATHER_TIME = 0.01  # seconds
 PREPARE_TIME = 1.0  # seconds
+
+
+class _Ended(NamedTuple):
+    """A claim that has written what it found: the enrollments that it has advanced, and how many
+    rows it has read to advance them.
+    """
+
+    due: DueEnrollments
+    claim: Claim
+    claimed: list[Enrollment]
+    found: int
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether nothing else is due that can be claimed."""
+        return len(self.claimed) < self.due.limit
 
 
 class Claims:
@@ -94,7 +113,7 @@ class Claims:
                     connection, nothing, now, Unchanged({0: 0}, None, [0], "", 0)
                 )
 
-    async def claim_all(self, step_key: StepKey) -> None:
+    async def claim_all(self, step_key: StepKey) -> Sequence[StepKey]:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
         are many: the second begins when the first is claimed, before it is written.
         """
@@ -123,6 +142,7 @@ class Claims:
             for error in ended:
                 if isinstance(error, BaseException):
                     raise error
+        return ()
 
     def delay(self, step_key: StepKey) -> timedelta:
         """Return how long a notification of a step is delayed: longer after many claims without a
@@ -131,6 +151,56 @@ class Claims:
         times = self._cursors.empty_claims(step_key)
         seconds = 0.0 if times < MAX_EMPTY_CLAIMS else doubled(0.002, EMPTY_CLAIMS_PAUSE, times)
         return timedelta(seconds=seconds)
+
+    async def claim_together(self, step_keys: Sequence[StepKey]) -> list[StepKey]:
+        """Claim and advance due enrollments of several steps in one transaction: of each, a part of
+        a batch. Return the steps that must be claimed alone: more may be due there, or, after an
+        error, one of their enrollments may have caused it.
+        """
+        dues, alone = self._due_together(step_keys)
+        if not dues:
+            return alone
+        try:
+            counts = await self._claim_batch(dues)
+        except TRANSIENT_ERRORS:
+            raise
+        except Exception:
+            return [*step_keys]
+        if empty := {due.sequence for due in dues if not counts[due.step_key]}:
+            self._request_reload(empty)
+        return alone + [due.step_key for due in dues if counts[due.step_key] == due.limit]
+
+    def _due_together(
+        self, step_keys: Sequence[StepKey]
+    ) -> tuple[list[DueEnrollments], list[StepKey]]:
+        """Return what to claim of several steps, no more than a batch and than there are slots; and
+        the steps that must be claimed alone.
+        """
+        now = self._env.clock.now()
+        most = max(self._env.batch // max(len(step_keys), 1), 1)
+        runners = {
+            step_key: self._executors.by_key.get(step.type)
+            for step_key in step_keys
+            if (step := self._catalog.step(step_key)) is not None
+        }
+        sharing = Counter(runners.values())
+        dues, alone = [], []
+        reserved = Counter[Executor]()
+        for step_key in step_keys:
+            executor = runners.get(step_key)
+            has_no_slot = executor is not None and (
+                executor in reserved and executor.free_slots <= 0
+            )
+            if has_no_slot or step_key in self._resting or self._read_ahead.has(step_key):
+                alone.append(step_key)
+            elif due := self._claimable(step_key, now, most, sharing[executor]):
+                dues.append(due)
+                if executor is not None:
+                    executor.reserve(due.limit)
+                    reserved[executor] += due.limit
+        for executor, count in reserved.items():  # the leases reserve what is claimed
+            executor.reserve(-count)
+        return dues, alone
 
     async def _claim(
         self,
@@ -145,86 +215,133 @@ class Claims:
         """
         if step_key in self._resting:
             await self._rest(step_key)
+        due = self._claimable(step_key, self._env.clock.now(), self._env.batch, claimers)
+        if due is None:
+            return False
+        try:
+            count = (await self._claim_batch([due], claimed_many))[step_key]
+        except Exception as error:
+            count = await self._claim_in_parts(due, error)
+        if count == 0:
+            # nothing is claimed with a definition that has changed
+            self._request_reload([step_key[0]])
+        return count == due.limit
+
+    def _claimable(
+        self, step_key: StepKey, now: datetime, most: int, claimers: int = 1
+    ) -> DueEnrollments | None:
+        """Return what to claim of a step now, at `most` so many; None if nothing can be claimed."""
         if self._catalog.should_load(step_key[0]):
             self._request_reload([step_key[0]])
         sequence = self._catalog.sequences.get(step_key[0])
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
-            return False
+            return None
         step = sequence.steps.get(step_key[1])
         if step and isinstance(step.behaviour, ServedElsewhere):
-            return False
-        limit = self._executors.claimable(step, self._env.batch, claimers)
+            return None
+        limit = self._executors.claimable(step, most, claimers)
         if step and not limit:
             self._executors.by_key[step.type].waiting.add(step_key)
-            return False
-        try:
-            count = await self._claim_batch(step_key, sequence.revision, limit, claimed_many)
-        except Exception as error:
-            count = await self._claim_in_parts(step_key, sequence.revision, limit, error)
-        if count == 0:
-            # nothing is claimed with a definition that has changed
-            self._request_reload([step_key[0]])
-        return count == limit
+            return None
+        return DueEnrollments(
+            *step_key,
+            now,
+            self._env.daemon,
+            self.excluded(step_key),
+            sequence.revision,
+            limit,
+            self._cursors.since(step_key),
+        )
 
     async def _claim_batch(
-        self, step_key: StepKey, revision: int, limit: int, claimed_many: Callable[[], None]
-    ) -> int:
-        """Claim and advance a batch. Return how many rows it has read to advance them."""
-        now = self._env.clock.now()
-        excluded = self.excluded(step_key)
-        with self._cursors.claim(step_key, frozenset(excluded), now) as claim:
-            due = DueEnrollments(
-                *step_key, now, self._env.daemon, excluded, revision, limit, claim.start
-            )
-            claimed = await self._move_few(step_key, due, claim)
+        self, wanted: Sequence[DueEnrollments], claimed_many: Callable[[], None] = lambda: None
+    ) -> Counter[StepKey]:
+        """Claim and advance a batch of one step, or of several. Return how many rows it has read to
+        advance them, by step.
+        """
+        with ExitStack() as running:
+            claims = [
+                running.enter_context(
+                    self._cursors.claim(due.step_key, frozenset(due.excluding), due.now)
+                )
+                for due in wanted
+            ]
+            dues = [
+                due._replace(since=claim.start) for due, claim in zip(wanted, claims, strict=True)
+            ]
+            claimed = None
+            if len(dues) == 1:
+                claimed = await self._move_few(dues[0], claims[0])
             if claimed is not None:
-                count = len(claimed)
+                counts = Counter({dues[0].step_key: len(claimed)})
             else:
-                claimed, count = await self._move_locked(step_key, due, claimed_many)
-            claim.found = count
-            if claimed and len(claimed) == count:
+                claimed, counts = await self._move_locked(dues, claimed_many)
+            by_step = _by_step(claimed)
+            await self._finish(
+                [
+                    _Ended(due, claim, by_step.get(due.step_key, []), counts[due.step_key])
+                    for due, claim in zip(dues, claims, strict=True)
+                ]
+            )
+        return counts
+
+    async def _finish(self, ended: Sequence[_Ended]) -> None:
+        """Note what claims have found, read what they have left, and schedule the next ones."""
+        for _, claim, claimed, found in ended:
+            claim.found = found
+            if claimed and len(claimed) == found:
                 claim.reached = claimed[-1].wake_at
-            is_last = len(claimed) < limit
-            if claim.left is None and (is_last or claim.is_to_check):
-                # after the commit: side effects have started
-                async with connections.borrow(self._env.pool) as connection:
-                    claim.left = await wakes.left_at_step(
-                        connection,
-                        step_key,
-                        now,
-                        daemon=self._env.daemon,
-                        excluding=excluded,
-                        since=claim.since,
-                        with_ahead=is_last and claim.ahead is None,
-                    )
-            if is_last and SEVERAL <= count <= MAX_UNLOCKED:
+        now = ended[0].due.now
+        unknown = {
+            one.due.step_key: (one.claim.since, one.is_last and one.claim.ahead is None)
+            for one in ended
+            if one.claim.left is None and (one.is_last or one.claim.is_to_check)
+        }
+        left: Mapping[StepKey, LeftAtStep] = {}
+        if unknown:
+            # after the commit: side effects have started
+            async with connections.borrow(self._env.pool) as connection:
+                left = await wakes.left_at_steps(
+                    connection,
+                    unknown,
+                    now,
+                    daemon=self._env.daemon,
+                    excluding={id_ for one in ended for id_ in one.due.excluding},
+                )
+        for one in ended:
+            claim, step_key = one.claim, one.due.step_key
+            claim.left = claim.left or left.get(step_key)
+            if not one.is_last:
+                continue
+            if SEVERAL <= one.found <= MAX_UNLOCKED:
                 claim.not_before = asyncio.get_running_loop().time() + GATHER_TIME
-            if is_last and (left := claim.left):
-                next_at = min(left.again_at or NEVER, claim.ahead or left.ahead or NEVER)
+            if claim.left is not None:
+                next_at = min(
+                    claim.left.again_at or NEVER, claim.ahead or claim.left.ahead or NEVER
+                )
                 # the remaining due rows are locked; that may end without a notification
-                is_locked = next_at <= now and len(claimed) == count
+                is_locked = next_at <= now and len(one.claimed) == one.found
                 soon = now + timedelta(seconds=LOCKED_PAUSE)
                 self._push(step_key, soon if is_locked else next_at)
-        return count
 
     async def _move_locked(
-        self, step_key: StepKey, due: DueEnrollments, claimed_many: Callable[[], None]
-    ) -> tuple[list[Enrollment], int]:
+        self, dues: Sequence[DueEnrollments], claimed_many: Callable[[], None]
+    ) -> tuple[list[Enrollment], Counter[StepKey]]:
         """Claim and advance due enrollments in one transaction. Return them, and how many rows it
-        has locked: some are left if their data, or their evaluations, take too much.
+        has locked at each step: some are left if their data, or their evaluations, take too much.
         """
         batch = Batch()
+        now = dues[0].now
         async with self._leases.writing(batch) as connection:
-            claimed, count, batch.places, batch.transaction = await locking.claim(connection, due)
-            if count == due.limit:
+            claimed, counts, batch.places, batch.transaction = await locking.claim(connection, dues)
+            if counts[dues[0].step_key] == dues[0].limit:
                 claimed_many()
-            await self._move_all(connection, step_key, batch, claimed, due.now)
-            self._env.metrics.claimed(step_key, self._due(step_key, claimed), due.now)
-        return claimed, count
+            await self._move_all(connection, batch, claimed, now)
+            for step_key, enrollments in _by_step(claimed).items():
+                self._env.metrics.claimed(step_key, self._due(step_key, enrollments), now)
+        return claimed, counts
 
-    async def _move_few(
-        self, step_key: StepKey, wanted: DueEnrollments, claim: Claim
-    ) -> list[Enrollment] | None:
+    async def _move_few(self, wanted: DueEnrollments, claim: Claim) -> list[Enrollment] | None:
         """Advance due enrollments without a lock between reading and writing them.
 
         Return them, or None if they must be claimed: if there are many of them, one is late, leased
@@ -234,7 +351,7 @@ class Claims:
         few = min(MAX_UNLOCKED, wanted.limit - 1)
         if claim.found > MAX_UNLOCKED or claim.unsuited == wanted.revision or not few:
             return None
-        now, batch = wanted.now, Batch()
+        now, step_key, batch = wanted.now, wanted.step_key, Batch()
         with suppress(NotWritten):
             async with self._leases.without_lock(batch) as connection:
                 peeked = await locking.peek(
@@ -269,19 +386,20 @@ class Claims:
         self._taken_over &= self._leases.by_id.keys()
         return [*self._quarantine.ids(step_key), *self._taken_over]
 
-    async def _claim_in_parts(
-        self, step_key: StepKey, revision: int, limit: int, error: Exception
-    ) -> int:
+    async def _claim_in_parts(self, due: DueEnrollments, error: Exception) -> int:
         """Claim a batch in parts, after an error that one of its rows may have caused."""
+        step_key = due.step_key
         if not is_data_error(error):
             await self._env.probe()
         self._env.log.warning("batch is processed in parts", step=step_key, error=brief(error))
-        excluded, since = self.excluded(step_key), self._cursors.since(step_key)
-        now = self._env.clock.now()
-        due = DueEnrollments(*step_key, now, self._env.daemon, excluded, revision, limit, since)
+        due = due._replace(
+            now=self._env.clock.now(),
+            excluding=self.excluded(step_key),
+            since=self._cursors.since(step_key),
+        )
         async with connections.borrow(self._env.pool) as connection:
             ids = await locking.due_ids(connection, due)
-        await self.claim_some(step_key, revision, ids)
+        await self.claim_some(step_key, due.revision, ids)
         return len(ids)
 
     async def claim_some(self, step_key: StepKey, revision: int, ids: Sequence[int]) -> None:
@@ -324,7 +442,7 @@ class Claims:
                 bare=failure is not None,
             )
             if failure is None:
-                await self._move_all(connection, step_key, batch, claimed, now)
+                await self._move_all(connection, batch, claimed, now)
                 return
             is_text = isinstance(failure, UnicodeError | asyncpg.CharacterNotInRepertoireError)
             text = f"it cannot be {'read or ' if is_text else ''}written"
@@ -335,7 +453,6 @@ class Claims:
     async def _move_all(
         self,
         connection: asyncpg.Connection,
-        step_key: StepKey,
         batch: Batch,
         claimed: list[Enrollment],
         now: datetime,
@@ -357,14 +474,15 @@ class Claims:
             expired = expired_leases.get(enrollment.id, 0)
             is_evaluated = self._moves.move(batch, enrollment, now, expired_leases=expired)
             if is_evaluated and slow.end_batch():
-                self._let_rest(step_key, slow.seconds)
-                if number < len(claimed):
-                    del claimed[number:]
+                self._let_rest((enrollment.sequence, enrollment.step), slow.seconds)
+                for step_key in _by_step(claimed[number:]):
                     self._push(step_key, now)
+                del claimed[number:]
                 break
         await self._moves.write(connection, batch, now)
-        late = [one for one in claimed if one.id not in held]
-        await activity.note_lateness(connection, step_key, self._due(step_key, late), now)
+        ours = _by_step(one for one in claimed if one.id not in held)
+        due = {step_key: self._due(step_key, here) for step_key, here in ours.items()}
+        await activity.note_lateness(connection, due, now)
 
     def _let_rest(self, step_key: StepKey, seconds: float) -> None:
         """Leave as much time to everything else as the evaluations of a step have taken."""
@@ -400,6 +518,13 @@ class Claims:
         for step_key, ids in orphans.items():
             if sequence := self._catalog.sequences.get(step_key[0]):
                 await self.claim_some(step_key, sequence.revision, ids)
+
+
+def _by_step(enrollments: Iterable[Enrollment]) -> dict[StepKey, list[Enrollment]]:
+    found: dict[StepKey, list[Enrollment]] = {}
+    for one in enrollments:
+        found.setdefault((one.sequence, one.step), []).append(one)
+    return found
 
 
 def _is_leased(due: Sequence[Enrollment]) -> bool:

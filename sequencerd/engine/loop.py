@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -60,6 +61,9 @@ from sequencerd.storage.listener import (
 from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
 
 WRITERS = 3  # of results: one computes while the others wait for the database
+MAX_ALONE = 8  # steps that are claimed alone at the same time
+MAX_TOGETHER = 100  # steps that are claimed in one transaction
+GATHERERS = 2  # one computes while the other waits for the database
 MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop runs
 QUARANTINE_TURN = 1.0  # seconds between checks for work to be repeated
 SCAN_SHARE = 0.1  # of the time, for scans of the whole index
@@ -95,6 +99,8 @@ class Engine:
         self._heap: Heap[StepKey] = Heap()
         self._busy: set[StepKey] = set()
         self._again: set[StepKey] = set()  # busy steps that are to be worked on once more
+        self._gathered: deque[StepKey] = deque()  # busy steps that are to be claimed together
+        self._gatherers = 0
         self._scan_at = 0.0  # when to scan the whole index again, in the loop's time
         self._env = env = Environment(
             daemon=name,
@@ -288,24 +294,52 @@ class Engine:
             self._push(step_key, self._env.clock.now() + timedelta(seconds=rest))
         else:
             self._busy.add(step_key)
-            self._background.spawn(self._work(step_key))
+            if len(self._busy) <= MAX_ALONE:
+                self._work_alone(step_key)
+                return
+            self._gathered.append(step_key)
+            if self._gatherers < GATHERERS:
+                self._gatherers += 1
+                self._background.spawn(self._work_together())
 
-    async def _work(self, step_key: StepKey) -> None:
-        self._again.discard(step_key)  # what was requested until now is about to be claimed
+    async def _work_together(self) -> None:
+        """Work on steps that have become due while many others were worked on."""
         try:
-            await self._claims.claim_all(step_key)
+            while self._gathered and not self._env.stopping.is_set():
+                count = min(len(self._gathered), MAX_TOGETHER)
+                together = [self._gathered.popleft() for _ in range(count)]
+                await self._work(together, partial(self._claims.claim_together, together))
+        finally:
+            self._gatherers -= 1
+
+    def _work_alone(self, step_key: StepKey) -> None:
+        """Work on a busy step, in a task of its own."""
+        self._background.spawn(self._work([step_key], partial(self._claims.claim_all, step_key)))
+
+    async def _work(
+        self, step_keys: Sequence[StepKey], claim: Callable[[], Awaitable[Sequence[StepKey]]]
+    ) -> None:
+        """Claim at busy steps. Those that `claim` returns are then claimed alone."""
+        self._again -= {*step_keys}  # what was requested until now is about to be claimed
+        alone: Sequence[StepKey] = ()
+        try:
+            alone = await claim()
         except TRANSIENT_ERRORS as error:
             self._env.log.warning(
-                "database error, repeating the work", step=step_key, error=brief(error)
+                "database error, repeating the work", steps=step_keys, error=brief(error)
             )
-            self._push(step_key, self._env.clock.now() + timedelta(seconds=ERROR_PAUSE))
-        except Exception:  # the other steps continue, and the sweep returns to this one
-            self._env.log.exception("step could not be processed", step=step_key)
+            for step_key in step_keys:
+                self._push(step_key, self._env.clock.now() + timedelta(seconds=ERROR_PAUSE))
+        except Exception:  # the other steps continue, and the sweep returns to these
+            self._env.log.exception("steps could not be processed", steps=step_keys)
         finally:
-            self._busy.discard(step_key)
-            if step_key in self._again:
-                self._again.discard(step_key)
-                self._push_now(step_key)
+            for step_key in alone:
+                self._work_alone(step_key)
+            for step_key in {*step_keys}.difference(alone):
+                self._busy.discard(step_key)
+                if step_key in self._again:
+                    self._again.discard(step_key)
+                    self._push_now(step_key)
 
     def _check_soon(self, step_key: StepKey) -> None:
         """Claim at a step soon. Any database user can request that, so it is done less often after

@@ -70,6 +70,10 @@ class ReadAhead:
         """Return whether what wakes at a step at a time was read last, or is being read."""
         return self._of == (step_key, at)
 
+    def has(self, step_key: StepKey) -> bool:
+        """Return whether anything that was read of a step is still to be written."""
+        return bool(self._planned) and self._of is not None and self._of[0] == step_key
+
     async def read(self, step_key: StepKey, at: datetime) -> None:
         """Read what wakes at a step at a time, in batches, until that time."""
         self._of = step_key, at
@@ -129,7 +133,7 @@ class ReadAhead:
         """Write what was read of a step if it is due, several batches at a time. Return whether
         there was any.
         """
-        if not self._planned or self._of is None or self._of[0] != step_key:
+        if not self.has(step_key) or self._of is None:
             return False
         at, now = self._of[1], self._env.clock.now()
         if at > now:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -56,17 +56,25 @@ def delays(due: Iterable[datetime], now: datetime) -> list[timedelta]:
 
 
 async def note_lateness(
-    connection: asyncpg.Connection, step_key: StepKey, due: Iterable[datetime], now: datetime
+    connection: asyncpg.Connection, due: Mapping[StepKey, Iterable[datetime]], now: datetime
 ) -> None:
-    """Record how late enrollments begin that were `due`, in the transaction that claims them, so
-    that each counts once. This costs nothing while they are on time.
+    """Record how late enrollments begin that were `due` at steps, in the transaction that claims
+    them, so that each counts once. This costs nothing while they are on time.
     """
-    if late := delays(due, now):
-        over = [sum(delay > by for delay in late) for by in (MINUTE, 10 * MINUTE)]
-        longest = max(late).total_seconds()
-        await connection.execute(
-            QUERIES["note_lateness"], *step_key, now, len(late), *over, longest
+    rows = [
+        (
+            *step_key,
+            len(late),
+            sum(delay > MINUTE for delay in late),
+            sum(delay > 10 * MINUTE for delay in late),
+            max(late).total_seconds(),
         )
+        for step_key, at in due.items()
+        if (late := delays(at, now))
+    ]
+    if rows:
+        columns = map(list, zip(*rows, strict=True))
+        await connection.execute(QUERIES["note_lateness"], now, *columns)
 
 
 async def sum_lateness(connection: asyncpg.Connection, now: datetime) -> bool:

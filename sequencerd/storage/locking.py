@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Rows
 from datetime import UTC, datetime
@@ -29,20 +29,20 @@ _PLACE_AND_NUMBER = 2  # the columns of a claim before those of the enrollment
 
 
 class Claimed(NamedTuple):
-    """The enrollments that a claim has read, and the number of rows that it has locked; their
-    places and the number of the transaction, unless nodes have places and numbers of their own, or
-    triggers of others may change what is written.
+    """The enrollments that a claim has read, and the number of rows that it has locked at each
+    step; their places and the number of the transaction, unless nodes have places and numbers of
+    their own, or triggers of others may change what is written.
     """
 
     enrollments: list[Enrollment]
-    locked: int
+    locked: Counter[StepKey]
     places: Places
     transaction: int | None
 
 
 class DueEnrollments(NamedTuple):
     """Which due enrollments of a step to read: none that a living daemon has leased. The parameters
-    of `claim`, `peek` and `due_ids`, in their order.
+    of `peek` and `due_ids`, in their order.
     """
 
     sequence: str
@@ -54,17 +54,34 @@ class DueEnrollments(NamedTuple):
     limit: int
     since: datetime  # the first wake time
 
+    @property
+    def step_key(self) -> StepKey:
+        """Return the key of the step."""
+        return self.sequence, self.step
 
-async def claim(connection: asyncpg.Connection, due: DueEnrollments) -> Claimed:
-    """Claim due enrollments, no more than fit into MAX_BYTES. They stay locked until the end of the
-    transaction.
+
+async def claim(connection: asyncpg.Connection, dues: Rows[DueEnrollments]) -> Claimed:
+    """Claim due enrollments of steps at one time, no more than fit into MAX_BYTES. They stay locked
+    until the end of the transaction.
     """
-    rows = await connection.fetch(QUERIES["claim"], *due)
+    first = dues[0]
+    excluding = list({id_ for due in dues for id_ in due.excluding})
+    rows = await connection.fetch(
+        QUERIES["claim"],
+        *columns(due.step_key for due in dues),
+        first.now,
+        first.daemon,
+        excluding,
+        [due.revision for due in dues],
+        [due.limit for due in dues],
+        [due.since for due in dues],
+    )
     number = rows[0]["transaction"] if rows else None
     places = {} if number is None else {row["id"]: row["place"] for row in rows}
     whole = await _with_data(connection, rows)
     enrollments = [Enrollment._make(row[_PLACE_AND_NUMBER:]) for row in whole]
-    return Claimed(enrollments, len(rows), places, number)
+    locked = Counter((row["sequence"], row["step"]) for row in rows)
+    return Claimed(enrollments, locked, places, number)
 
 
 class Peeked(NamedTuple):

@@ -106,21 +106,31 @@ class LeftAtStep(NamedTuple):
     ahead: datetime | None  # the next wake time that is not due yet; None if it was not read
 
 
-async def left_at_step(
+async def left_at_steps(
     connection: asyncpg.Connection,
-    step_key: StepKey,
+    wanted: Mapping[StepKey, tuple[datetime, bool]],
     now: datetime,
     *,
     daemon: str,
-    excluding: Rows[int],
-    since: datetime,
-    with_ahead: bool,
-) -> LeftAtStep:
-    """Read what a claim has left at a step from a time on, `excluding` some enrollments."""
-    at, first_due, again_at, ahead = await connection.fetchrow(
-        QUERIES["left"], *step_key, now, daemon, excluding, since, with_ahead
+    excluding: Iterable[int],
+) -> dict[StepKey, LeftAtStep]:
+    """Read what claims have left at steps from a time on, `excluding` some enrollments, and whether
+    with the next wake time.
+    """
+    rows = await connection.fetch(
+        QUERIES["left"],
+        *columns(wanted),
+        now,
+        daemon,
+        list(excluding),
+        *map(list, zip(*wanted.values(), strict=True)),
     )
-    return LeftAtStep(at, first_due, again_at, (ahead or NEVER) if with_ahead else None)
+    return {
+        (sequence, step): LeftAtStep(
+            at, first_due, again_at, (ahead or NEVER) if wanted[sequence, step][1] else None
+        )
+        for sequence, step, at, first_due, again_at, ahead in rows
+    }
 
 
 async def occupied_steps(connection: asyncpg.Connection) -> list[StepKey]:

@@ -182,7 +182,7 @@ async def test_lateness_is_counted_in_classes(
     for delays in ((5, 10, 11, 60, 61), (600, 601, 86400)):
         due = [now - timedelta(seconds=seconds) for seconds in delays]
         async with connections.borrow(pool) as one:
-            await activity.note_lateness(one, ("s", "a"), due, now)
+            await activity.note_lateness(one, {("s", "a"): due}, now)
     async with connections.borrow(pool) as one:
         await activity.sum_lateness(one, now + HOUR)
     (row,) = await connection.fetch("SELECT * FROM sequencer.lateness")
@@ -228,8 +228,9 @@ async def test_a_claim_that_is_rolled_back_is_not_late(
     now = datetime.now(UTC)
     begun = connection.transaction()
     await begun.start()
-    await activity.note_lateness(connection, ("s", "a"), [now - HOUR], now)
+    await activity.note_lateness(connection, {("s", "a"): [now - HOUR]}, now)
     await begun.rollback()
     async with connections.borrow(pool) as other, connections.transaction(other):
-        await activity.note_lateness(other, ("s", "a"), [now, now - activity.ON_TIME], now)
+        on_time = {("s", "a"): [now, now - activity.ON_TIME]}
+        await activity.note_lateness(other, on_time, now)
     assert await connection.fetchval("SELECT count(*) FROM sequencer.lateness") == 0

@@ -510,15 +510,15 @@ async def test_a_row_that_is_locked_when_due_is_claimed_soon_after(
     database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locked by a session that changes nothing, and so sends no notification."""
-    left_at_step, is_left = wakes.left_at_step, asyncio.Event()
+    left_at_steps, is_left = wakes.left_at_steps, asyncio.Event()
 
-    async def noticed(*arguments: Any, **options: Any) -> wakes.LeftAtStep:
-        left = await left_at_step(*arguments, **options)
-        if left.again_at is not None:
+    async def noticed(*arguments: Any, **options: Any) -> dict[StepKey, wakes.LeftAtStep]:
+        left = await left_at_steps(*arguments, **options)
+        if any(one.again_at is not None for one in left.values()):
             is_left.set()
         return left
 
-    monkeypatch.setattr(wakes, "left_at_step", noticed)
+    monkeypatch.setattr(wakes, "left_at_steps", noticed)
     await define(connection, "s", ("pause", "WaitForDuration", DAYS, None))
     other = await asyncpg.connect(database)
     async with running_engine(database, sweep=3600) as one:
@@ -539,7 +539,7 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
     """A lock, a transaction around it and the end of that would be round trips before its start.
     The next one, shortly afterwards, costs no more.
     """
-    left_at_step, checks = wakes.left_at_step, 0
+    left_at_steps, checks = wakes.left_at_steps, 0
 
     async def refused(*_: object, **__: object) -> None:
         raise AssertionError
@@ -547,14 +547,14 @@ async def test_a_lone_enrollment_is_leased_and_written_without_a_claim(
     async def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal checks
         checks += 1
-        return await left_at_step(*arguments, **options)
+        return await left_at_steps(*arguments, **options)
 
     recorder = Recorder()
     await define(connection, "s", ("one", "Note", "{}", "two"), ("two", "Note", "{}", None))
     async with running_engine(database, {"Note": recorder}):
         monkeypatch.setattr(locking, "claim", refused)
         monkeypatch.setattr(locking, "lock", refused)
-        monkeypatch.setattr(wakes, "left_at_step", counted)
+        monkeypatch.setattr(wakes, "left_at_steps", counted)
         ids = []
         for number in range(5):
             ids.append(await enroll(connection, "s", f"u{number}"))

@@ -734,10 +734,9 @@ async def test_a_claim_is_bounded_by_bytes(
     )
     at = Clock().now() + timedelta(hours=1)
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
-    claimed, locked, _, _ = await locking.claim(
-        connection, locking.DueEnrollments("s", "note", at, "me", [], revision, 100, EARLIEST_WAKE)
-    )
-    assert locked == 30
+    due = locking.DueEnrollments("s", "note", at, "me", [], revision, 100, EARLIEST_WAKE)
+    claimed, locked, _, _ = await locking.claim(connection, [due])
+    assert locked == {("s", "note"): 30}
     assert size <= sum(len(one.data) for one in claimed) <= 1_000_000 + size
     assert all(len(one.data) > size for one in claimed)
     recorder = Recorder()

@@ -21,7 +21,7 @@ IDS = "'{" + ",".join(map(str, range(1, 1001))) + "}'"
 HERE = "'s', 'a'"
 
 HOT = {
-    "claim": f"{HERE}, now(), 'me', '{{}}', 1, 1000, '-infinity'",
+    "claim": "'{s}', '{a}', now(), 'me', '{}', '{1}', '{1000}', '{-infinity}'",
     "peek": f"{HERE}, now(), 'me', '{{}}', 1, 21, '-infinity', true",
     "claim_some": f"{HERE}, now(), 'me', {IDS}, 1",
     "claim_bare": f"{HERE}, now(), 'me', {IDS}, 1",
@@ -30,7 +30,7 @@ HOT = {
     "large_data": IDS,
     "expired_ids": f"{HERE}, now(), 'me', '{{}}', 1000, now()",
     "forget_expiries": HERE,
-    "left": f"{HERE}, now(), 'me', '{{}}', '-infinity', true",
+    "left": "'{s}', '{a}', now(), 'me', '{}', '{-infinity}', '{true}'",
     "first_wakes": "'{s}', '{a}', '{-infinity}', '{\"\",s}', '{\"\",a}', '{s,z}', '{a,z}'",
     "all_first_wakes": f"{HERE}, 20000",
     "count_due": "ARRAY['s'], ARRAY['a'], '{-infinity}', now(), 1000",

@@ -27,10 +27,8 @@ async def lease(connection: asyncpg.Connection) -> tuple[list[Enrollment], dict[
     revision = await connection.fetchval("SELECT revision FROM sequencer.sequences")
     now = datetime.now(UTC)
     async with transaction(connection):
-        claimed, _, places, number = await locking.claim(
-            connection,
-            locking.DueEnrollments("s", "call", now, "me", [], revision, COUNT, EARLIEST_WAKE),
-        )
+        due = locking.DueEnrollments("s", "call", now, "me", [], revision, COUNT, EARLIEST_WAKE)
+        claimed, _, places, number = await locking.claim(connection, [due])
         leased = [one._replace(entered_at=now).leased_to("me", NUMBER) for one in claimed]
         at = leased[0]
         row = writes.EnrollmentState(

@@ -281,13 +281,21 @@ FROM sequencer.enrollments AS e
       ORDER BY e.wake_at LIMIT 1)
 
 -- name: claim
--- Claim due enrollments of one step, the oldest first: none that a living daemon has leased, even if a lock
--- kept that daemon from extending the lease. Large data are read separately. Nothing moves the rows from
--- their places while they are locked.
-SELECT e.ctid::text AS place, (SELECT {number_unless_changed}) AS transaction, {enrollment}
-  {due_since} AND {is_free}
- ORDER BY e.wake_at LIMIT $7
-   FOR UPDATE OF e SKIP LOCKED;
+-- Claim due enrollments of steps ($1, $2), of each the oldest since $8 and at most $7: none that a living
+-- daemon has leased, even if a lock kept that daemon from extending the lease. Large data are read
+-- separately. Nothing moves the rows from their places while they are locked.
+SELECT (SELECT {number_unless_changed}) AS transaction, e.*
+  FROM unnest($1::text[], $2::text[], $6::bigint[], $7::int[], $8::timestamptz[])
+       AS w (sequence, step, revision, most, since)
+  JOIN sequencer.sequences AS s
+    ON s.name = w.sequence AND s.revision = w.revision AND s.status <> 'paused'
+ CROSS JOIN LATERAL (
+    SELECT e.ctid::text AS place, {enrollment}
+      FROM sequencer.enrollments AS e
+     WHERE e.sequence = w.sequence AND e.step = w.step AND e.status = 'active'
+       AND e.wake_at BETWEEN w.since AND $3 AND e.id <> ALL ($5::bigint[]) AND {is_free}
+     ORDER BY e.wake_at LIMIT w.most
+       FOR UPDATE OF e SKIP LOCKED) AS e;
 
 -- name: peek
 -- Read due enrollments without a lock, also those that other daemons have leased, and which transactions have
@@ -437,20 +445,28 @@ INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, 
 SELECT id, now(), sequence, step, visit, 'warning', NULL, NULL FROM nothing;
 
 -- name: left
--- Find what a claim has left at the step from a time on: the first due row, when to claim again, and, if
--- wanted, when the next one wakes; and read the clock. Due rows that are left are locked by another
+-- Find what claims have left at steps ($1, $2) from the times $6 on: the first due row, when to claim again,
+-- and, if wanted, when the next one wakes; and read the clock. Due rows that are left are locked by another
 -- session, and tried again soon, or leased by another daemon, and tried again when that may be dead.
 -- Enrollments that this daemon has leased or quarantined are not counted.
-SELECT now(), due.wake_at, due.again_at, CASE WHEN $7::boolean THEN {ahead} END
-  FROM (SELECT min(f.wake_at) AS wake_at,
-               min(CASE WHEN f.leased_by IS NULL THEN f.wake_at
-                        ELSE greatest(f.wake_at, d.alive_until) END) AS again_at
-          FROM (SELECT e.wake_at, e.leased_by FROM sequencer.enrollments AS e
-                 WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
-                   AND e.wake_at BETWEEN $6 AND $3
-                   AND e.leased_by IS DISTINCT FROM $4 AND e.id <> ALL ($5::bigint[])
-                 ORDER BY e.wake_at LIMIT 1000) AS f
-          LEFT JOIN sequencer.daemons AS d ON d.name = f.leased_by) AS due;
+SELECT w.sequence, w.step, now() AS now, due.wake_at, due.again_at,
+       CASE WHEN w.with_ahead THEN
+         (SELECT e.wake_at FROM sequencer.enrollments AS e
+           WHERE e.sequence = w.sequence AND e.step = w.step AND e.status = 'active'
+             AND e.wake_at > $3 AND e.wake_at < 'infinity'
+           ORDER BY e.wake_at LIMIT 1) END AS ahead
+  FROM unnest($1::text[], $2::text[], $6::timestamptz[], $7::boolean[])
+       AS w (sequence, step, since, with_ahead)
+ CROSS JOIN LATERAL (
+    SELECT min(f.wake_at) AS wake_at,
+           min(CASE WHEN f.leased_by IS NULL THEN f.wake_at
+                    ELSE greatest(f.wake_at, d.alive_until) END) AS again_at
+      FROM (SELECT e.wake_at, e.leased_by FROM sequencer.enrollments AS e
+             WHERE e.sequence = w.sequence AND e.step = w.step AND e.status = 'active'
+               AND e.wake_at BETWEEN w.since AND $3
+               AND e.leased_by IS DISTINCT FROM $4 AND e.id <> ALL ($5::bigint[])
+             ORDER BY e.wake_at LIMIT 1000) AS f
+      LEFT JOIN sequencer.daemons AS d ON d.name = f.leased_by) AS due;
 
 -- name: lock
 -- Lock enrollments whose side effects have ended, and read what may have changed meanwhile. Enrollments
@@ -980,10 +996,10 @@ UPDATE sequencer.activity_progress SET "until" = $2 WHERE after = $1;
 DELETE FROM sequencer.activity WHERE hour < $1;
 
 -- name: note_lateness
--- Record how many enrollments of a claim are late, also by more than a minute and ten minutes, and by how many
--- seconds at most.
-INSERT INTO sequencer.lateness (sequence, step, at, times, over_minute, over_ten_minutes, longest)
-VALUES ($1, $2, $3, $4, $5, $6, $7);
+-- Record how many enrollments of a claim are late at each step, also by more than a minute and ten minutes, and
+-- by how many seconds at most.
+INSERT INTO sequencer.lateness (at, sequence, step, times, over_minute, over_ten_minutes, longest)
+SELECT $1, * FROM unnest($2::text[], $3::text[], $4::int[], $5::int[], $6::int[], $7::float8[]);
 
 -- name: sum_lateness
 -- Replace what claims have recorded before a time by sums for each hour, at most so many rows at once.
