@@ -17,9 +17,13 @@ from sequencerd.core.task import Answer, Failed, NotStarted, Result
 from sequencerd.core.window_config import WindowConfig, describe_window
 from tests.core.test_advance import EFFECT, at, sequence, step
 
-OFFICE = WindowConfig.model_validate(
-    {"days": ["mon", "tue", "wed", "thu", "fri"], "from": "09:00", "to": "17:00", "holidays": "DE"}
-).window()
+OFFICE_CONFIG = {
+    "days": ["mon", "tue", "wed", "thu", "fri"],
+    "from": "09:00",
+    "to": "17:00",
+    "holidays": "DE",
+}
+OFFICE = WindowConfig.model_validate(OFFICE_CONFIG).window()
 HOLIDAYS = {"DE": frozenset({date(2026, 4, 3), date(2026, 4, 6)})}
 BEFORE = datetime(2026, 4, 2, 14, 30, tzinfo=UTC)  # Thursday before Easter, 16:30 in Berlin
 CLOSES = datetime(2026, 4, 2, 15, 0, tzinfo=UTC)
@@ -94,6 +98,16 @@ def test_an_expiry_before_the_window_opens_wakes_the_enrollment() -> None:
         "expired",
         "completed",
     ]
+
+
+def test_an_expiry_counts_the_time_of_a_window_without_holidays() -> None:
+    hour = {"amount": 1, "unit": "hours", "within": OFFICE_CONFIG}
+    expires = compile_expiry(DurationConfig.model_validate(hour))
+    effect = replace(EFFECT, expires=expires, on_expired="end", window=None, follows_window=False)
+    expiry = OPENS + timedelta(minutes=30)  # the other half hour passed before Easter
+    just_before = expiry - timedelta(seconds=1)
+    assert isinstance(advance(office(effect), waiting(), just_before).decision, Execute)
+    assert advance(office(effect), waiting(), expiry).events[0].action == "expired"
 
 
 def test_subjects_are_spread_over_the_opening_and_share_no_outcome() -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from sequencerd import settings_file
 from sequencerd.core.model import InvalidStep, Sequence, Step
-from sequencerd.core.step_types import BUILT_IN, compile_step, describe_wait, is_instant
+from sequencerd.core.step_types import BUILT_IN, describe_wait, is_instant
 from sequencerd.core.step_types.condition_config import ConditionConfig
 from sequencerd.definitions import drawing
-from sequencerd.definitions.compiler import build, named_calendars
+from sequencerd.definitions.compiler import build, compile_behaviour, named_calendars
 from sequencerd.definitions.files import read_files
 from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
@@ -209,6 +209,8 @@ def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
             {**SOON, "compareTo": {"type": "now", "offset": HOURS}},
             True,
         ),
+        ("Note", {"expires": {"amount": 1, **BUSINESS_DAYS}}, True),
+        ("Note", {"expires": HOURS}, True),
         ("WaitForWindow", {"holidays": "FR"}, False),
         ("UpdateData", {"data": {"holidays": "DE"}}, False),  # a key of the user's
     ],
@@ -216,7 +218,7 @@ def test_a_runner_in_the_settings_with_a_built_in_name_is_refused(
 def test_a_calendar_without_holidays_is_a_problem_of_the_steps_that_need_it(
     type_: str, config: dict[str, Any], has_problem: bool
 ) -> None:
-    behaviour = compile_step(type_, config)
+    behaviour = compile_behaviour(type_, config, RUNNERS)
     named = named_calendars(type_, config)
     step = Step("s", "it", type_, config, None, None, behaviour, calendars=named)
     holidays = {"FR": frozenset({date(2026, 7, 14)})}
