@@ -10,7 +10,7 @@ import asyncpg
 
 from sequencerd.core.advance import advance, wakes_as_before
 from sequencerd.core.decision import Execute, Fail, QueryLookup, Wait
-from sequencerd.core.describe import counted, text
+from sequencerd.core.describe import counted, is_never, text
 from sequencerd.core.enrollment import Enrollment, effect_key
 from sequencerd.core.model import Definitions
 from sequencerd.core.step_types import is_instant
@@ -31,6 +31,7 @@ class WaitingCounts:
     total: int = 0
     at_once: int = 0
     later: int = 0
+    for_data: int = 0  # no time ends their waits
     as_before: int = 0
     executing: int = 0
     first: datetime | None = None  # when their waits end, if that changes
@@ -48,6 +49,7 @@ class WaitingCounts:
             (self.at_once, continues, " at once"),
             (self.limited, continues, " as soon as the limit has room"),
             (self.later, ("waits", "wait"), f" until another time{self._times()}"),
+            (self.for_data, ("waits", "wait"), " until the data changes"),
             (self.as_before, ("waits", "wait"), " as before"),
             (
                 self.executing,
@@ -178,6 +180,8 @@ def _classify(
     match after.decision:
         case Wait() if wakes_as_before(before, after):
             count.as_before += 1
+        case Wait(until) if after.enrollment.visit == before.visit and is_never(until):
+            count.for_data += 1
         case Wait(until) if after.enrollment.visit == before.visit:
             count.add_later(until)
         case QueryLookup():

@@ -43,6 +43,7 @@ steps:
   - {name: bye, type: Note}
 """
 PAID = "{lodashCommand: eq, value: {type: get, value: data.paid}, compareTo: {type: raw, value: 1}}"
+WAITS_FOR_PAYMENT = f"WaitForCondition, config: {PAID}"
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"
 GOAL = f"  - {{name: paid, type: Goal, config: {PAID}}}\n"
 
@@ -155,6 +156,8 @@ async def test_a_plan_counts_effects_on_enrollments(
         "3 wait at pause: 3 would fail: bad_data, step 'pause': date ''"
         in (await apply.lines(broken))[-1]
     )
+    paid = GOOD.replace("WaitForDuration, config: {amount: 3, unit: days}", WAITS_FOR_PAYMENT)
+    assert (await apply.lines(paid))[-1] == "3 wait at pause: 3 wait until the data changes"
     paused = shorter.replace("name: s", "name: s\nstatus: paused")
     assert (await apply.lines(paused))[-1] == "nothing is executed while it is paused"
     done = await apply(shorter)
