@@ -707,6 +707,131 @@ def test_a_cycle_through_two_sequences_is_reported(tmp_path: Path) -> None:
     assert "mail → over → t/back → mail never waits" in told.message
 
 
+MORE = HOLDS.replace("data.a", "data.b")
+CHECK = f"{{name: check, type: Conditional, config: {HOLDS}, next: null, altNext: wait}}"
+DUE = "{name: wait, type: WaitForDate, config: {date: '{{data.due}}'}, next: check}"
+NEVER = "never waits: an enrollment that returns to check without a wait fails with loop; add a"
+
+
+@pytest.mark.parametrize(
+    ("steps", "severity", "words"),
+    [
+        ([CHECK.replace("wait}", "check}")], "error", f"check → check {NEVER}"),
+        (
+            [
+                (
+                    f"{{name: check, type: Switch, next: null, config: {{cases: ["
+                    f"{{when: {HOLDS}, step: null}}, {{when: {MORE}, step: check}}]}}}}"
+                )
+            ],
+            "error",
+            f"check → check {NEVER}",
+        ),
+        (
+            [
+                (
+                    "{name: check, type: Split, config: {next: 1, altNext: 1}, next: check,"
+                    " altNext: end}"
+                )
+            ],
+            "error",
+            f"check → check {NEVER}",
+        ),
+        (
+            [CHECK, "{name: wait, type: GoTo, next: check}"],
+            "error",
+            f"check → wait → check {NEVER}",
+        ),
+        ([CHECK, DUE], "warning", "check → wait → check may never wait: wait does not wait if its"),
+        (
+            [CHECK, DUE.replace("'{{data.due}}'", "2026-01-01")],
+            "error",
+            f"check → wait → check {NEVER}",
+        ),
+        # whether both can hold is not known
+        (
+            [
+                CHECK,
+                f"{{name: wait, type: Conditional, config: {MORE}, next: check, altNext: end}}",
+            ],
+            "warning",
+            "may never wait: the conditions on this path may hold at the same time; an enrollment",
+        ),
+        # it only waits for what is not so
+        (
+            [
+                CHECK,
+                f"{{name: wait, type: WaitForCondition, config: {HOLDS}, next: check}}",
+            ],
+            None,
+            "",
+        ),
+        (
+            [
+                CHECK.replace(HOLDS, f"{{any: [{HOLDS}, {{not: {MORE}}}]}}"),
+                f"{{name: wait, type: WaitForCondition, config: {HOLDS}, next: check}}",
+            ],
+            None,
+            "",
+        ),
+        (
+            [
+                CHECK.replace(HOLDS, f"{{all: [{HOLDS}, {MORE}]}}"),
+                f"{{name: wait, type: WaitForCondition, config: {HOLDS}, next: check}}",
+            ],
+            "warning",
+            "check → wait → check may never wait: wait does not wait if its condition is true",
+        ),
+        # the next round may be another one
+        (
+            [CHECK, "{name: wait, type: UpdateData, config: {data: {a: 1}}, next: check}"],
+            None,
+            "",
+        ),
+        ([CHECK.replace("data.a", "visit").replace("wait}", "check}")], None, ""),
+        (
+            [
+                "{name: check, type: Enroll, config: {sequence: t}, next: check, altNext: end}",
+            ],
+            None,
+            "",
+        ),
+        (
+            [CHECK, "{name: wait, type: WaitForDuration, config: {hours: 1}, next: check}"],
+            None,
+            "",
+        ),
+    ],
+)
+def test_a_cycle_that_never_ends_is_reported(
+    tmp_path: Path, steps: list[str], severity: str | None, words: str
+) -> None:
+    lines = [*steps, "{name: end, type: GoTo, next: null}"]
+    text = "name: s\nsteps:\n" + "".join(f"  - {line}\n" for line in lines)
+    told = [str(finding) for finding in check(tmp_path / "s.yaml", text)]
+    cycles = [line for line in told if " → " in line]
+    if severity is None:
+        assert cycles == []
+        return
+    [cycle] = cycles
+    assert f":3: {severity}: s/check: " in cycle
+    assert words in cycle
+
+
+def test_jumps_that_lead_to_each_other_are_reported(tmp_path: Path) -> None:
+    text = (
+        "name: s\nsteps:\n  - {name: over, type: GoTo, config: {sequence: t, step: back}}\n---\n"
+        "name: t\nsteps:\n  - {name: back, type: GoTo, config: {sequence: s, step: over}}\n"
+    )
+    [told] = check(tmp_path / "s.yaml", text)
+    assert told.is_error
+    assert "back → s/over → back never waits" in told.message
+    # the second time, it may be refused
+    text = text.replace("step: over}}", "step: over}, altNext: end}")
+    text += "  - {name: end, type: GoTo, next: null}\n"
+    assert "never waits" not in str(check(tmp_path / "s.yaml", text))
+
+
 GOAL_BEFORE_CYCLE = f"""
 name: s
 steps:

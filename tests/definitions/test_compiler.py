@@ -159,7 +159,7 @@ def test_a_cycle_with_an_exit_is_valid(tmp_path: Path) -> None:
         tmp_path,
         steps(
             f"name: a, type: Conditional, config: {condition}, next: b, altNext: null",
-            "name: b, type: GoTo, next: a",
+            "name: b, type: UpdateData, config: {data: {x: true}}, next: a",
         ),
     )
     behaviours = [step.behaviour for step in definition.sequence.steps.values()]
