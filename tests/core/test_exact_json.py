@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from decimal import Decimal
+from time import process_time
 
 import pytest
 from hypothesis import given
@@ -69,6 +70,14 @@ def test_brackets_in_texts_are_not_levels(extra: int) -> None:
             exact_json.loads(deep)
     else:
         exact_json.loads(deep)
+
+
+def test_a_text_without_an_end_takes_little_time() -> None:
+    """What a server answers may be cut off, or no JSON at all."""
+    text, before = "[" + "[]," * exact_json.MAX_DEPTH + '"' + '\\"' * 500_000, process_time()
+    with pytest.raises(json.JSONDecodeError, match="Unterminated string"):
+        exact_json.loads(text)
+    assert process_time() - before < 2  # seconds, in which nothing else is done
 
 
 def test_the_deepest_json_can_be_read_by_functions_that_call_themselves() -> None:
