@@ -120,11 +120,13 @@ def _where(text: str | None, masked: Sequence[str]) -> tuple[list[str] | None, s
     """Return the path and the value in a filter such as "data.plan = pro"."""
     if text is None:
         return None, None
-    if not (found := re.fullmatch(r"\s*(?:data\.)?([^=\s]+)\s*=\s*(.*?)\s*", text)):
+    name, is_filter, value = text.partition("=")
+    words = name.split()
+    if not is_filter or len(words) != 1:
         raise WrongQueryError("write the data filter as in data.plan = pro")
-    path = found[1].split(".")
+    path = words[0].removeprefix("data.").split(".")
     _check_path(path, masked)
-    return path, found[2]
+    return path, value.strip()
 
 
 def _check_path(path: Sequence[str], masked: Sequence[str]) -> None:

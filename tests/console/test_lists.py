@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import re
+from time import process_time
 from typing import Any
 
 import asyncpg
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from sequencerd.console import lists
+from sequencerd.console.query import WrongQueryError
 from sequencerd.core.task import Answer, Failed, Result, Task
 from sequencerd.storage.bulk import Selection
 from sequencerd.storage.statements import QUERIES
@@ -51,6 +53,15 @@ CAUSES = {
     "at 2026-11-12T13:14:15.123Z: gone": "at …:…:…: gone",
     "": "",
 }
+
+
+def test_a_filter_with_many_blanks_takes_little_time() -> None:
+    before = process_time()
+    _, value = lists._where(f"data.plan = a{' ' * 60_000}\nb", [])
+    assert process_time() - before < 2  # seconds, in which nothing else is done
+    assert value == f"a{' ' * 60_000}\nb"
+    with pytest.raises(WrongQueryError):
+        lists._where(f"{' ' * 60_000}\n", [])
 
 
 async def test_errors_of_one_cause_have_one_pattern(connection: asyncpg.Connection) -> None:
