@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from sequencerd import passwords
 from sequencerd.console.oidc import Login, Provider
-from sequencerd.console.sessions import MAX_SESSION_AGE, Session, Sessions, hash_of
+from sequencerd.console.sessions import MAX_SESSION_AGE, Session, Sessions, cookie_of, hash_of
 from sequencerd.settings import ConsoleSettings, Role
 
 SESSION_COOKIE = "sequencerd"
@@ -103,7 +103,7 @@ class Auth:
 
     async def visitor(self, request: Request) -> Visitor:
         """Return the user of a request."""
-        nonce = request.cookies.get(SESSION_COOKIE) or secrets.token_urlsafe(32)
+        nonce = cookie_of(request, SESSION_COOKIE) or secrets.token_urlsafe(32)
         if (user := self._from_proxy(request)) is not None:
             return self._visitor(user, nonce, self._role_of_proxied(request))
         if self.is_open:
@@ -114,13 +114,13 @@ class Auth:
 
     def unknown(self, request: Request) -> Visitor:
         """Return the visitor of a request before the user is known."""
-        return self._visitor(None, request.cookies.get(SESSION_COOKIE) or "", None)
+        return self._visitor(None, cookie_of(request, SESSION_COOKIE), None)
 
     def _visitor(self, user: str | None, nonce: str, role: Role | None) -> Visitor:
         return Visitor(user, nonce, self._token(nonce, user), role)
 
     async def _session(self, request: Request) -> Session | None:
-        if not (token := request.cookies.get(SESSION_COOKIE)):
+        if not (token := cookie_of(request, SESSION_COOKIE)):
             return None
         session = await self.sessions.find(token)
         if session is None or session.credential != self._credential(session):
@@ -205,7 +205,7 @@ class Auth:
 
     def keep(self, request: Request, response: Response, visitor: Visitor) -> None:
         """Set the cookie if the visitor has another one."""
-        if request.cookies.get(SESSION_COOKIE, "") != visitor.nonce:
+        if cookie_of(request, SESSION_COOKIE) != visitor.nonce:
             response.set_cookie(
                 SESSION_COOKIE,
                 visitor.nonce,

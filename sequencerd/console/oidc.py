@@ -10,6 +10,7 @@ from itsdangerous import BadSignature, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sequencerd.console.sessions import cookie_of
 from sequencerd.core.faults import printable
 from sequencerd.settings import OidcSettings
 
@@ -83,7 +84,7 @@ class Provider:
     async def finish(self, request: Request) -> Login:
         """Return the user whose browser the provider has redirected back. Raises LoginError."""
         try:
-            kept = self._serializer.loads(request.cookies.get(COOKIE, ""), MAX_LOGIN_SECONDS)
+            kept = self._serializer.loads(cookie_of(request, COOKIE), MAX_LOGIN_SECONDS)
         except BadSignature:
             raise LoginError("it was started in another browser, or too long ago") from None
         request.scope["session"] = kept

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 import asyncpg
+from starlette.requests import Request
 
 from sequencerd.core.faults import printable
 from sequencerd.storage import connections
@@ -143,6 +144,14 @@ class SessionsOfShards(Sessions):
             if isinstance(one, BaseException) and not (found and isinstance(one, TRANSIENT_ERRORS)):
                 raise one
         return found
+
+
+def cookie_of(request: Request, name: str) -> str:
+    """Return the value of a cookie, or an empty text. Some versions of Python take many seconds to
+    read a quoted value of 60 kB; the console's own values need no quotation marks.
+    """
+    given = [part.strip() for part in request.headers.get("cookie", "").split(";")]
+    return next((part[len(name) + 1 :] for part in given if part.startswith(f"{name}=")), "")
 
 
 def hash_of(token: str) -> str:

@@ -9,6 +9,7 @@ import re
 from http.cookies import SimpleCookie
 from math import inf
 from pathlib import Path
+from time import process_time
 from types import SimpleNamespace
 
 import asyncpg
@@ -584,6 +585,16 @@ async def test_masked_data_are_nowhere(database: str, connection: asyncpg.Connec
     async with console(database, {"Note": Fixable()}, mask=["subject"]) as client:
         assert "bob" not in (await client.get("/search")).text.replace("bob@", "")
         assert (await client.get("/tables/search.json?q=ad")).json()["rows"] == []
+
+
+async def test_large_cookies_take_little_time(database: str) -> None:
+    async with console(database, password_hash=passwords.make_hash("horse")) as client:
+        await client.get("/login")
+        escapes, before = r"\x" * 30_000, process_time()
+        for cookie in ("sequencerd", "other"):
+            kept = {"Cookie": f'{cookie}="{escapes}"; z=1'}
+            assert (await client.get("/login", headers=kept)).status_code == 200
+        assert process_time() - before < 2  # seconds
 
 
 # --- settings
