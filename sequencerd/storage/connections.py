@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import re
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
@@ -141,7 +144,38 @@ def explain(error: BaseException, shard: Shard) -> str:
         return f"{', '.join(hosts)}: {error.strerror}"
     if isinstance(error, asyncpg.PostgresError):
         return "; ".join(filter(None, (with_hint(error), advice_on_pooler(error))))
+    # asyncio has one error for all addresses of a name, which has their numbers in its text only
+    found = re.match(r"(?:Multiple exceptions: )?\[Errno (\d+)\]", str(error))
+    if found and int(found[1]) in _NO_SERVER:
+        setting = "SEQUENCERD_DATABASE, --database or database.url"
+        if shard.name is not None:
+            setting = f"shards.{shard.name}.url"
+        return (
+            f"no server answers at {_places(shard)} ({os.strerror(int(found[1]))}): it may not be "
+            f"running, or {setting} should name another one"
+        )
     return str(error) or f"no answer within {CONNECT_TIMEOUT:g} seconds"
+
+
+_NO_SERVER = frozenset(
+    {
+        *(errno.ECONNREFUSED, errno.ENOENT, errno.ETIMEDOUT),
+        *(errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH),
+    }
+)
+
+
+def _places(shard: Shard) -> str:
+    """Return where the servers of a shard are looked for."""
+    made = conninfo.arguments(shard.url, name="", timeout=0)
+    hosts = made.get("host", ["localhost"])  # asyncpg's last, after the folders of sockets
+    ports = made.get("port", 5432)
+    return " or ".join(
+        f"{host}/.s.PGSQL.{port}" if host.startswith("/") else f"{host}, port {port}"
+        for host, port in zip(
+            hosts, ports if isinstance(ports, list) else [ports] * len(hosts), strict=True
+        )
+    )
 
 
 def advice_on_pooler(error: asyncpg.PostgresError) -> str | None:

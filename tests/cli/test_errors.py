@@ -162,6 +162,25 @@ def test_errors_are_wrapped_on_a_terminal(
     assert " ".join(printed).split() == ["sequencerd:", *" ".join(lines).split()]
 
 
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("postgresql://127.0.0.1:1/x", "127.0.0.1, port 1 (Connection refused)"),
+        ("postgresql://127.0.0.1:1,[::1]:2/x", "127.0.0.1, port 1 or ::1, port 2 ("),
+        ("host=/nowhere", "/nowhere/.s.PGSQL.5432 (No such file or directory)"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_named(
+    url: str, place: str, sequencerd: Command
+) -> None:
+    sequencerd("--database", url, "status", code=1)
+    assert f"cannot connect to the database: no server answers at {place}" in sequencerd.errors
+    assert sequencerd.errors.endswith(
+        "): it may not be running, or SEQUENCERD_DATABASE, --database or database.url should name "
+        "another one\n"
+    )
+
+
 @pytest.mark.parametrize("argument", ["--help", "--version"])
 def test_the_reader_of_help_may_be_gone(argument: str) -> None:
     """Python buffers it until the end, unless a variable forbids that."""
