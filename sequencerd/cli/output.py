@@ -27,7 +27,7 @@ def say(line: object = "", *, to: TextIO | None = None, end: str = "\n", hang: i
     """Print a line, with line ends and control characters escaped. On a terminal, a long line is
     wrapped between words, indented by `hang` more.
     """
-    shown = visible(str(line))
+    shown = _printed_text(str(line), to)
     width = _width(to or sys.stdout)
     if width and len(shown) > width:
         indent = " " * (len(shown) - len(shown.lstrip()))
@@ -39,6 +39,14 @@ def say_lines(lines: object) -> None:
     """Print a text of several lines that contains no values of users; lines are not wrapped."""
     for line in str(lines).removesuffix("\n").split("\n"):
         write(visible(line) + "\n")
+
+
+def _printed_text(content: str, to: TextIO | None = None) -> str:
+    """Return a text as a stream prints it, with characters escaped that control a terminal or that
+    the locale lacks: widths are those of the escapes.
+    """
+    encoding = getattr(to or sys.stdout, "encoding", None) or "utf-8"
+    return visible(content).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _width(stream: TextIO) -> int | None:
@@ -135,7 +143,7 @@ def show(rows: Sequence[Any], as_json: bool, empty: str) -> None:
 def aligned(rows: Sequence[Any]) -> Iterator[str]:
     """Yield rows as aligned columns, below the keys of the first row."""
     titles = list(rows[0].keys())
-    cells = [titles, *([visible(text(value)) for value in row.values()] for row in rows)]
+    cells = [titles, *([_printed_text(text(value)) for value in row.values()] for row in rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         yield "  ".join(map(set_cell_size, line, widths)).rstrip()
@@ -171,7 +179,8 @@ class _Printed(NamedTuple):
         if self.is_number:
             return " " * (self.size - cell_len(text)) + text
         if cell_len(text) > self.size:
-            return set_cell_size(text, self.size - 1) + "…"
+            mark = "…" if _printed_text("…") == "…" else "..."
+            return set_cell_size(text, self.size - len(mark)) + mark
         return set_cell_size(text, self.size)
 
 
@@ -196,13 +205,13 @@ def laid_out(rows: Sequence[Any], width: int, now: datetime) -> Iterator[str]:
         if numbers[0]:
             yield ""
         if section is not None:
-            yield ", ".join(visible(text(found[numbers[0]][name])) for name in heads)
+            yield ", ".join(_printed_text(text(found[numbers[0]][name])) for name in heads)
         yield line(column.title for column in columns)
         for number in numbers:
             yield line(column.cells[number] for column in columns)
             for name in _TEXT_COLUMNS:
                 if found[number].get(name):
-                    prose = visible(text(found[number][name]))
+                    prose = _printed_text(text(found[number][name]))
                     yield from _wrapped(prose, width, indent + "    ", indent + "    ")
 
 
@@ -253,7 +262,7 @@ def _short(name: str, value: object, now: datetime) -> str:
         return ""
     if isinstance(value, datetime) and name in _RELATIVE and not is_never(value):
         return relative(value, now)
-    return visible(text(value))
+    return _printed_text(text(value))
 
 
 def relative(at: datetime, now: datetime) -> str:

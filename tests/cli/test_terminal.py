@@ -114,6 +114,19 @@ def test_columns_without_a_terminal() -> None:
 NOW = datetime(2026, 3, 2, 10, tzinfo=UTC)
 
 
+def test_columns_have_the_width_of_what_a_locale_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output then has an escape, which is longer."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", stream)
+    rows = [{"subject": "Zoë", "n": 1}, {"subject": "日本", "n": 2}]
+    expected = ["subject       n", r"Zo\xeb        1", r"\u65e5\u672c  2"]
+    assert list(aligned(rows)) == expected
+    assert list(laid_out(rows, 80, NOW)) == expected
+    (_, line) = laid_out([{"subject": "日本" * 9, "n": 2}], 20, NOW)
+    assert line == r"\u65e5\u672c\u...  2"
+    assert line.isascii()
+
+
 def status(sequence: str, step: str, problem: str | None = None) -> dict[str, object]:
     return {
         "sequence": sequence,
