@@ -363,14 +363,16 @@ def _add_changes(commands: Commands) -> None:
     imported.add_argument(
         "--conditional",
         choices=["wait", "branch"],
+        metavar="HOW",
         help="what a Conditional does if it is false: wait, like the original's code, or branch to "
         "altNextStep, as in the original's README",
     )
     imported.add_argument(
         "--past-dates",
         choices=["send", "skip", "hold"],
-        help="what enrollments at a WaitForDate do if its day is over: continue at once, skip the "
-        "next step, or wait as in the original",
+        metavar="HOW",
+        help="what enrollments at a WaitForDate do if its day is over: send (continue at once), "
+        "skip (the next step), or hold (wait as in the original)",
     )
     imported.add_argument(
         "--apply", action="store_true", help="apply the import (default: a dry run)"
@@ -675,7 +677,8 @@ def _add_inspection(commands: Commands) -> None:
     list_.add_argument(
         "--status",
         choices=["active", "completed", "cancelled", "failed"],
-        help="only enrollments with this status",
+        metavar="STATUS",
+        help="only enrollments with this status: active, completed, cancelled or failed",
     )
     list_.add_argument(
         "--failure", metavar="CODE", help="only enrollments with this failure code, such as error"

@@ -329,6 +329,15 @@ def test_each_command_has_a_valid_example_and_describes_its_arguments() -> None:
         assert [one.dest for one in command._actions if not one.help] == []
 
 
+def test_help_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    (commands,) = (one.choices for one in make_parser()._actions if one.dest == "command")
+    assert isinstance(commands, dict)
+    for command in commands.values():
+        lines = command.format_help().splitlines()
+        assert [line for line in lines if len(line) > 60] == []
+
+
 def test_two_hyphens_after_an_equals_sign_are_a_value() -> None:
     parser = make_parser()
     parsed = parser.parse_args(["cancel", "--subject=--", "--reason=--"])
