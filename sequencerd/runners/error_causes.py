@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ EXHAUSTION_ERRORS = frozenset(
 
 TLS_END_ERRORS = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """The server has closed a connection with TLS, properly or not."""
+
+_ALERTS_OF_REFUSAL = re.compile(
+    r"ALERT_(\w*CERTIFICATE\w*|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE_FAIL\w*)"
+)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -51,6 +56,17 @@ def cause_of_no_connection(error: BaseException) -> OutageCause:
         for one in causes(error)
     )
     return "refused" if is_wrong else "unreachable"
+
+
+def is_refused_client(error: BaseException) -> bool:
+    """Return whether the server has refused this client with a TLS alert, for example because it
+    demands a certificate. With TLS 1.3, the alert comes after the handshake, when a request may
+    have been written; the server has not accepted it.
+    """
+    return any(
+        isinstance(one, ssl.SSLError) and _ALERTS_OF_REFUSAL.search(one.reason or "") is not None
+        for one in causes(error)
+    )
 
 
 def is_exhausted(error: BaseException) -> bool:

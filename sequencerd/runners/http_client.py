@@ -30,6 +30,7 @@ from urllib.request import getproxies, proxy_bypass
 import h2.errors
 import h2.events
 import h2.exceptions
+import httpcore
 import httpx
 
 from sequencerd.core.hiding import hiding
@@ -40,6 +41,7 @@ from sequencerd.runners.error_causes import (
     cause_of_no_connection,
     causes,
     is_exhausted,
+    is_refused_client,
 )
 from sequencerd.runners.fields import one_line
 
@@ -235,6 +237,9 @@ class HttpClient:
             nonlocal sent
             if event.endswith("send_request_headers.started"):
                 sent = sent or details["request"].method != b"CONNECT"  # which is for the proxy
+            elif event.endswith("send_request_headers.failed") and (content or form):
+                # with HTTP/2, its head may have been written with other requests, but not its body
+                sent = sent and not isinstance(details["exception"], httpcore.WriteError)
 
         secrets = _secrets(headers, auth) | _secrets_of_url(named)
         request = {
@@ -268,7 +273,7 @@ class HttpClient:
             OSError,
             UnicodeError,
         ) as error:
-            sent = sent and not _is_unprocessed(error)
+            sent = sent and not (_is_unprocessed(error) or is_refused_client(error))
             failed = Unreachable(
                 f"{place}: {hiding(secrets)(_reason(error))}",  # a line that was not HTTP
                 sent=sent,

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import ssl
+import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -361,6 +362,39 @@ def certificate(folder: Path) -> tuple[ssl.SSLContext, Path]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, secret)
     return context, cert
+
+
+@contextmanager
+def demanding_certificates(context: ssl.SSLContext) -> Iterator[int]:
+    """A server that refuses clients without a certificate with an alert, which asyncio's does not
+    send, and then waits until they close the connection.
+    """
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    tls = context.wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    )
+                    with tls:
+                        with suppress(ssl.SSLError):
+                            tls.do_handshake()
+                        raw = socket.socket(fileno=tls.detach())
+                    with raw, suppress(OSError):
+                        while raw.recv(65536):
+                            pass
+
+    with socket.create_server((HOST, 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # which ends accept
+            thread.join()
 
 
 # --- HTTP

@@ -8,14 +8,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpcore
 import pytest
+from httpcore._backends.anyio import AnyIOStream
 
 from sequencerd.core.task import Answer, Failed, Result
 from sequencerd.runners import http_client
 from sequencerd.runners.http_client import MAX_ANSWER
 from tests.helpers import servers
 from tests.helpers.runners import http_runner
-from tests.helpers.servers import HttpServer, Request, all_next, certificate, http_server, task
+from tests.helpers.servers import (
+    HttpServer,
+    Request,
+    all_next,
+    certificate,
+    demanding_certificates,
+    http_server,
+    task,
+)
 
 
 @pytest.fixture
@@ -67,6 +77,42 @@ async def test_a_request_that_was_not_begun_spends_no_attempt(tls: ssl.SSLContex
         (result,) = await call(server)
     assert isinstance(result, Failed)
     assert (result.fault, result.unknown) == ("server", False)
+
+
+@pytest.mark.parametrize("http2", [True, False])
+async def test_a_server_that_demands_a_certificate_has_refused_the_client(
+    tls: ssl.SSLContext, http2: bool
+) -> None:
+    """With TLS 1.3, after the handshake."""
+    tls.set_alpn_protocols(["h2", "http/1.1"])
+    with demanding_certificates(tls) as port:
+        made = http_runner(f"https://localhost:{port}/", timeout=60, http2=http2)
+        (result,) = await made.run(made.compile({}), [task()])
+        await made.close()
+    assert isinstance(result, Failed)
+    assert "certificate required" in result.message
+    assert (result.fault, result.unknown, result.cause) == ("server", False, "refused")
+
+
+@pytest.mark.parametrize("http2", [True, False])
+async def test_a_request_that_cannot_be_written_spends_no_attempt(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, http2: bool
+) -> None:
+    """As when a server has refused the client after the handshake, and closed the connection."""
+    original = AnyIOStream.write
+
+    async def write(stream: AnyIOStream, data: bytes, *rest: Any, **options: Any) -> None:
+        if data.startswith(b"PRI * HTTP/2.0"):
+            await original(stream, data, *rest, **options)
+            return
+        await stream.aclose()
+        raise httpcore.WriteError
+
+    monkeypatch.setattr(AnyIOStream, "write", write)
+    async with http_server(all_next, tls) as server:
+        (result,) = await call(server, http2=http2)
+    assert isinstance(result, Failed)
+    assert (result.fault, result.unknown, result.cause) == ("server", False, "unreachable")
 
 
 async def test_requests_share_a_connection(tls: ssl.SSLContext) -> None:

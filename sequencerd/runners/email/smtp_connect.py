@@ -32,6 +32,7 @@ from sequencerd.runners.email.smtp_dialogue import (
     decode_reply,
 )
 from sequencerd.runners.email.smtp_url import SmtpServer
+from sequencerd.runners.error_causes import is_refused_client
 
 CONNECT_TIMEOUT = 30.0  # seconds, for each of: resolving the name, connecting, TLS
 NAME_TIMEOUT = 5.0  # seconds, to ask the resolver for this machine's name
@@ -201,6 +202,8 @@ class _Protocol(SMTPProtocol):
 def _explained(error: SMTPException, client: _Client) -> SmtpError:
     """Return the same error in SMTP's terms."""
     if isinstance(error, SMTPServerDisconnected):
+        if is_refused_client(error):
+            return SmtpError(str(error.__cause__))
         if client.said is None or client.said.code < 400:
             return ClosedError()
         # it closed the connection before another login was tried

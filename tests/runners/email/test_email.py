@@ -27,6 +27,7 @@ from tests.helpers.servers import (
     HOST,
     Mailbox,
     certificate,
+    demanding_certificates,
     serving,
     smtp_server,
     task,
@@ -758,6 +759,16 @@ async def test_an_untrusted_certificate(kind: str, tls: tuple[ssl.SSLContext, Pa
     assert not failed(results[0]).permanent
     assert "certificate is not trusted" in failed(results[0]).message
     assert isinstance(results[1], Answer)
+
+
+async def test_a_mail_server_that_demands_a_certificate(tmp_path: Path) -> None:
+    context, cafile = certificate(tmp_path)
+    with demanding_certificates(context) as port:
+        made = email_runner(f"smtps://localhost:{port}?cafile={cafile}")
+        result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])
+        await made.close()
+    assert "certificate required" in result.message
+    assert (result.fault, result.unknown, result.cause) == ("server", False, "refused")
 
 
 async def test_starttls_that_is_not_offered() -> None:
