@@ -228,7 +228,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         (SELECT format(E'(?<![[:alnum:]_.@+-])(?:%s)(?![[:alnum:]_@-]|\\.[[:alnum:]])', string_agg(word, '|'))
            FROM words WHERE length(word) >= 5 HAVING count(*) > 0),
         (SELECT format('(?<![0-9])(?:00)?(?:%s)(?![0-9])', string_agg(
-                array_to_string(regexp_split_to_array(term, ''), '[ ()./-]*'), '|'))
+                array_to_string(regexp_split_to_array(term, ''), E'(?:[ ()./-]|\\(0\\))*'), '|'))
            FROM terms WHERE kind = 'phone' HAVING count(*) > 0))
 $$;
 

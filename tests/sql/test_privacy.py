@@ -133,6 +133,16 @@ async def test_nothing_of_a_forgotten_subject_is_left_in_any_table(
     }
 
 
+async def test_a_number_with_a_zero_in_brackets_is_forgotten(held: asyncpg.Connection) -> None:
+    other = await enroll(held, "s", "another")
+    await event(held, other, "+49 (0)151 234567-8, 0049(0)1512345678; +49 (0)151 23456789")
+    await forget(held)
+    message = await held.fetchval(
+        "SELECT message FROM sequencer.events WHERE enrollment_id = $1 AND action = 'next'", other
+    )
+    assert message == "+[forgotten], [forgotten]; +49 (0)151 23456789"
+
+
 async def test_a_forgotten_address_stays_suppressed(held: asyncpg.Connection) -> None:
     await forget(held)
 
