@@ -61,7 +61,7 @@ from sequencerd.storage.listener import (
 from sequencerd.storage.wakes import count_due, first_wakes, first_wakes_of
 
 WRITERS = 3  # of results: one computes while the others wait for the database
-MAX_ALONE = 8  # steps that are claimed alone at the same time
+MAX_ALONE = 32  # steps that are claimed alone at the same time
 MAX_TOGETHER = 100  # steps that are claimed in one transaction
 GATHERERS = 2  # one computes while the other waits for the database
 MAX_SLEEP = 1.0  # seconds: the watchdog checks that the loop runs

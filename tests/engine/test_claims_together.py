@@ -14,7 +14,7 @@ from sequencerd.storage import locking
 from sequencerd.storage.locking import DueEnrollments
 from tests.helpers.engines import ALL_ENDED, Recorder, running_engine, until
 
-STEPS = 60
+STEPS = 100
 NO_OP = '{"amount": 0, "unit": "ms"}'
 
 
