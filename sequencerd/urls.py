@@ -44,7 +44,7 @@ def split_url(url: str) -> SplitResult:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        raise ValueError("the port of the URL is not between 1 and 65535") from None
+        port = 0
     if port == 0:
         raise ValueError("the port of the URL is not between 1 and 65535")
     try:

@@ -78,7 +78,7 @@ def _hiding(secrets: frozenset[str], min_length: int) -> Callable[[str], str]:
 
 
 def _beginnings(forms: Collection[str]) -> list[str]:
-    """Return texts of which each text with one of the forms has one."""
+    """Return beginnings of forms: a text that contains a form contains one of these."""
     return [
         form[:MIN_PART]
         for form in forms

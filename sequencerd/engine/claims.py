@@ -113,7 +113,7 @@ class Claims:
                     connection, nothing, now, Unchanged({0: 0}, None, [0], "", 0)
                 )
 
-    async def claim_all(self, step_key: StepKey) -> Sequence[StepKey]:
+    async def claim_all(self, step_key: StepKey) -> None:
         """Claim and advance all due enrollments of a step, in several batches at a time if there
         are many: the second begins when the first is claimed, before it is written.
         """
@@ -142,7 +142,6 @@ class Claims:
             for error in ended:
                 if isinstance(error, BaseException):
                     raise error
-        return ()
 
     def delay(self, step_key: StepKey) -> timedelta:
         """Return how long a notification of a step is delayed: longer after many claims without a
@@ -177,7 +176,7 @@ class Claims:
         the steps that must be claimed alone.
         """
         now = self._env.clock.now()
-        most = max(self._env.batch // max(len(step_keys), 1), 1)
+        most = max(self._env.batch // len(step_keys), 1)
         runners = {
             step_key: self._executors.by_key.get(step.type)
             for step_key in step_keys
@@ -188,10 +187,8 @@ class Claims:
         reserved = Counter[Executor]()
         for step_key in step_keys:
             executor = runners.get(step_key)
-            has_no_slot = executor is not None and (
-                executor in reserved and executor.free_slots <= 0
-            )
-            if has_no_slot or step_key in self._resting or self._read_ahead.has(step_key):
+            is_taken = executor is not None and executor in reserved and executor.free_slots <= 0
+            if is_taken or step_key in self._resting or self._read_ahead.has(step_key):
                 alone.append(step_key)
             elif due := self._claimable(step_key, now, most, sharing[executor]):
                 dues.append(due)
@@ -269,17 +266,14 @@ class Claims:
             dues = [
                 due._replace(since=claim.start) for due, claim in zip(wanted, claims, strict=True)
             ]
-            claimed = None
-            if len(dues) == 1:
-                claimed = await self._move_few(dues[0], claims[0])
-            if claimed is not None:
-                counts = Counter({dues[0].step_key: len(claimed)})
+            few = await self._move_few(dues[0], claims[0]) if len(dues) == 1 else None
+            if few is not None:
+                claimed, counts = {dues[0].step_key: few}, Counter({dues[0].step_key: len(few)})
             else:
                 claimed, counts = await self._move_locked(dues, claimed_many)
-            by_step = _by_step(claimed)
             await self._finish(
                 [
-                    _Ended(due, claim, by_step.get(due.step_key, []), counts[due.step_key])
+                    _Ended(due, claim, claimed.get(due.step_key, []), counts[due.step_key])
                     for due, claim in zip(dues, claims, strict=True)
                 ]
             )
@@ -326,18 +320,18 @@ class Claims:
 
     async def _move_locked(
         self, dues: Sequence[DueEnrollments], claimed_many: Callable[[], None]
-    ) -> tuple[list[Enrollment], Counter[StepKey]]:
-        """Claim and advance due enrollments in one transaction. Return them, and how many rows it
-        has locked at each step: some are left if their data, or their evaluations, take too much.
+    ) -> tuple[dict[StepKey, list[Enrollment]], Counter[StepKey]]:
+        """Claim and advance due enrollments in one transaction. Return them by step, and how many
+        rows it has locked there: some are left if their data, or their evaluations, take too much.
         """
         batch = Batch()
         now = dues[0].now
         async with self._leases.writing(batch) as connection:
-            claimed, counts, batch.places, batch.transaction = await locking.claim(connection, dues)
+            found, counts, batch.places, batch.transaction = await locking.claim(connection, dues)
             if counts[dues[0].step_key] == dues[0].limit:
                 claimed_many()
-            await self._move_all(connection, batch, claimed, now)
-            for step_key, enrollments in _by_step(claimed).items():
+            claimed = await self._move_all(connection, batch, found, now)
+            for step_key, enrollments in claimed.items():
                 self._env.metrics.claimed(step_key, self._due(step_key, enrollments), now)
         return claimed, counts
 
@@ -456,9 +450,9 @@ class Claims:
         batch: Batch,
         claimed: list[Enrollment],
         now: datetime,
-    ) -> None:
-        """Advance claimed enrollments, and write them together with their lateness. If evaluations
-        are slow, the last ones are removed from `claimed`, and remain due.
+    ) -> dict[StepKey, list[Enrollment]]:
+        """Advance claimed enrollments, and write them together with their lateness. Return them by
+        step. If evaluations are slow, the last ones are left out, and remain due.
         """
         held: set[int] = set()
         expired_leases: Mapping[int, int] = {}
@@ -477,12 +471,16 @@ class Claims:
                 self._let_rest((enrollment.sequence, enrollment.step), slow.seconds)
                 for step_key in _by_step(claimed[number:]):
                     self._push(step_key, now)
-                del claimed[number:]
+                claimed = claimed[:number]
                 break
         await self._moves.write(connection, batch, now)
-        ours = _by_step(one for one in claimed if one.id not in held)
-        due = {step_key: self._due(step_key, here) for step_key, here in ours.items()}
+        by_step = _by_step(claimed)
+        due = {
+            step_key: self._due(step_key, [one for one in here if one.id not in held])
+            for step_key, here in by_step.items()
+        }
         await activity.note_lateness(connection, due, now)
+        return by_step
 
     def _let_rest(self, step_key: StepKey, seconds: float) -> None:
         """Leave as much time to everything else as the evaluations of a step have taken."""

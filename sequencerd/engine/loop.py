@@ -317,13 +317,13 @@ class Engine:
         self._background.spawn(self._work([step_key], partial(self._claims.claim_all, step_key)))
 
     async def _work(
-        self, step_keys: Sequence[StepKey], claim: Callable[[], Awaitable[Sequence[StepKey]]]
+        self, step_keys: Sequence[StepKey], claim: Callable[[], Awaitable[Sequence[StepKey] | None]]
     ) -> None:
-        """Claim at busy steps. Those that `claim` returns are then claimed alone."""
+        """Claim at busy steps. Those that `claim` returns, if any, are then claimed alone."""
         self._again -= {*step_keys}  # what was requested until now is about to be claimed
         alone: Sequence[StepKey] = ()
         try:
-            alone = await claim()
+            alone = await claim() or ()
         except TRANSIENT_ERRORS as error:
             self._env.log.warning(
                 "database error, repeating the work", steps=step_keys, error=brief(error)

@@ -273,13 +273,6 @@ FROM sequencer.enrollments AS e
  WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active' AND e.wake_at BETWEEN $8 AND $3
    AND {is_current} AND e.id <> ALL ($5::bigint[])
 
--- part: ahead
--- When the next enrollment that is not due yet wakes.
-(SELECT e.wake_at FROM sequencer.enrollments AS e
-      WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
-        AND e.wake_at > $3 AND e.wake_at < 'infinity'
-      ORDER BY e.wake_at LIMIT 1)
-
 -- name: claim
 -- Claim due enrollments of steps ($1, $2), of each the oldest since $8 and at most $7: none that a living
 -- daemon has leased, even if a lock kept that daemon from extending the lease. Large data are read
@@ -301,7 +294,11 @@ SELECT (SELECT {number_unless_changed}) AS transaction, e.*
 -- Read due enrollments without a lock, also those that other daemons have leased, and which transactions have
 -- written them: with Citus, whose nodes have numbers of their own, none is known. It also returns the clock
 -- and, if wanted, when the next one wakes, so that no separate check of what is left is needed.
-SELECT now(), CASE WHEN $9::boolean THEN {ahead} END,
+SELECT now(), CASE WHEN $9::boolean THEN
+         (SELECT e.wake_at FROM sequencer.enrollments AS e
+         WHERE e.sequence = $1 AND e.step = $2 AND e.status = 'active'
+           AND e.wake_at > $3 AND e.wake_at < 'infinity'
+         ORDER BY e.wake_at LIMIT 1) END,
        CASE WHEN to_regclass('pg_catalog.pg_dist_shard') IS NULL THEN e.xmin::text END AS version,
        {enrollment}
   {due_since} AND e.leased_by IS DISTINCT FROM $4
