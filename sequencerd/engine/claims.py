@@ -219,6 +219,8 @@ class Claims:
             count = (await self._claim_batch([due], claimed_many))[step_key]
         except Exception as error:
             count = await self._claim_in_parts(due, error)
+            # what it has skipped or left, and what wakes next, was not read
+            self._push(step_key, self._env.clock.now() + timedelta(seconds=LOCKED_PAUSE))
         if count == 0:
             # nothing is claimed with a definition that has changed
             self._request_reload([step_key[0]])

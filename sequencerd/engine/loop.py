@@ -581,3 +581,5 @@ class Engine:
                     ids = [one.id for one in others]
                     await self._claims.claim_some(step_key, sequence.revision, ids)
                 self._quarantine.release(others)
+                if others:  # one that another session has locked was skipped
+                    self._push_now(step_key)

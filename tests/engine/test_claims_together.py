@@ -10,11 +10,11 @@ import asyncpg
 import pytest
 
 from sequencerd.engine import loop
-from sequencerd.engine.loop import Engine
 from sequencerd.storage import locking
-from sequencerd.storage.listener import DueSteps
 from sequencerd.storage.locking import DueEnrollments
 from tests.helpers.engines import ALL_ENDED, Recorder, running_engine, until
+
+pytestmark = pytest.mark.usefixtures("no_polls")
 
 STEPS = 100
 NO_OP = '{"amount": 0, "unit": "ms"}'
@@ -48,16 +48,6 @@ async def enroll_in_each(
         count,
         late,
     )
-
-
-@pytest.fixture(autouse=True)
-def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No poll finds what claims have lost."""
-
-    async def found(_engine: Engine, whole: bool) -> DueSteps:
-        return DueSteps(0, frozenset())
-
-    monkeypatch.setattr(Engine, "find_due", found)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from sequencerd.engine.batch import MAX_UNLOCKED
 from sequencerd.engine.clock import Clock
 from sequencerd.engine.cursors import EARLIEST_WAKE
 from sequencerd.storage import embedded, locking, migrate, sequences, server, writes
+from sequencerd.storage.locking import DueEnrollments
 from tests.helpers.command_line import Command
 from tests.helpers.databases import (
     FAST_SETTINGS,
@@ -154,6 +155,67 @@ async def test_a_row_that_a_trigger_refuses_is_quarantined_and_others_complete_o
         "SELECT count(*) = 0 FROM sequencer.events"
         " WHERE action IN ('lease_expired', 'stale_result')"
     )
+
+
+async def enroll_now_and_later(connection: asyncpg.Connection, subject: str) -> None:
+    """A subject that is due, and another that wakes at the same step in two seconds."""
+    await define(connection, "s", ("note", "Note", "{}", None))
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (sequence, subject, wake_at)"
+        " VALUES ('s', $1, now()), ('s', 'later', now() + interval '2 seconds')",
+        subject,
+    )
+
+
+@pytest.mark.usefixtures("no_polls")
+async def test_what_wakes_later_beside_a_refused_row_is_on_time(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await refuse(connection, "NEW.subject = 'bad' AND NEW.status = 'active'", "'23514'")
+    await enroll_now_and_later(connection, "bad")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        await until(connection, ALL_ENDED)
+
+
+@pytest.mark.usefixtures("no_polls")
+async def test_what_wakes_after_a_claim_that_has_lost_its_connection_is_on_time(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peek, is_lost = locking.peek, False
+
+    async def losing(borrowed: asyncpg.Connection, due: DueEnrollments, **more: Any) -> Any:
+        nonlocal is_lost
+        if due.sequence and not is_lost:
+            is_lost = True
+            await execute(database, f"SELECT pg_terminate_backend({borrowed.get_server_pid()})")
+        return await peek(borrowed, due, **more)
+
+    monkeypatch.setattr(locking, "peek", losing)
+    await enroll_now_and_later(connection, "now")
+    recorder = Recorder()
+    async with running_engine(database, {"Note": recorder}, sweep=3600):
+        await until(connection, ALL_ENDED)
+    assert is_lost
+    assert len(recorder.keys) == 2
+
+
+@pytest.mark.usefixtures("no_polls")
+async def test_a_row_that_is_locked_when_it_is_tried_again_follows(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    present = "CASE WHEN to_regclass('allowed') IS NOT NULL THEN NEW END"
+    await discard(connection, "true", present)
+    await define(connection, "s", ("note", "Note", "{}", None))
+    await enroll(connection, "s", "ada")
+    other = await asyncpg.connect(database)
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        await until(connection, QUARANTINED, 1)
+        async with other.transaction():
+            await other.execute("SELECT FROM sequencer.enrollments FOR UPDATE")
+            await until(connection, QUARANTINED, 0)
+            await connection.execute("CREATE TABLE allowed ()")
+        await until(connection, ALL_ENDED)
+    await other.close()
 
 
 CODES = ("P0001", "42501", "40001", "57014", "53100", "23514", "XX000")
