@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -23,21 +23,21 @@ class ConnectionPool:
         self._idle_for = idle
         self._idle: list[tuple[Dialogue, float]] = []  # with the time at which each was last used
         self._used = 0  # connections in use, or being opened
-        self._waiting: deque[asyncio.Future[Dialogue | None]] = deque()
+        self._allowed = math.inf  # connections that the server allows until `_full_until`
         self._full_until = 0.0
+        self._changed = asyncio.Event()  # a connection was released, or there is room for another
         self._timer: asyncio.TimerHandle | None = None
         self._quitting: set[asyncio.Task[None]] = set()
 
     async def acquire(self) -> tuple[Dialogue, bool]:
         """Return a connection, and whether it was used before. Raises SmtpError or OSError."""
         is_refused = False
-        while True:
-            if (idle := self._take()) is not None:
-                return idle, True
-            if self._used and (is_refused or _now() < self._full_until):
-                released = await self._next_released()
-                if released is not None:
-                    return released, True
+        while (idle := self._take()) is None:
+            if self._used and (is_refused or self._is_full):
+                self._changed.clear()
+                await self._changed.wait()
+                is_refused = False
+                continue
             self._used += 1
             try:
                 return await self._connect(), False
@@ -46,6 +46,11 @@ class ConnectionPool:
                 self._lost(has_room=False)
                 if not is_refused:
                     raise
+        return idle, True
+
+    @property
+    def _is_full(self) -> bool:
+        return self._used >= self._allowed and _now() < self._full_until
 
     def _take(self) -> Dialogue | None:
         while self._idle:
@@ -60,11 +65,12 @@ class ConnectionPool:
         """Take back a connection that can be used again."""
         if not dialogue.is_open:
             self.discard(dialogue)
-        elif not self._pass_on(dialogue):
-            self._used -= 1
-            self._idle.append((dialogue, _now()))
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
+            return
+        self._used -= 1
+        self._idle.append((dialogue, _now()))
+        self._changed.set()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
 
     def discard(self, dialogue: Dialogue, *, has_room: bool = True) -> None:
         """Close a connection. `has_room`: the server allows another one in its place."""
@@ -83,37 +89,14 @@ class ConnectionPool:
         others = self._used - 1 + len(self._idle)
         if not is_limit or not others:
             return False
+        self._allowed = others
         self._full_until = _now() + (SHORT_WAIT if wait is None else wait).total_seconds()
         return True
-
-    async def _next_released(self) -> Dialogue | None:
-        """Return the next connection that is released; None if there is room for another one."""
-        released: asyncio.Future[Dialogue | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(released)
-        try:
-            return await released
-        except asyncio.CancelledError:
-            if released.done() and not released.cancelled():
-                dialogue = released.result()
-                if dialogue is not None:
-                    self.release(dialogue)
-                else:
-                    self._pass_on(None)
-            raise
-
-    def _pass_on(self, dialogue: Dialogue | None) -> bool:
-        """Give a connection, or the room for one, to the message that has waited longest."""
-        while self._waiting:
-            released = self._waiting.popleft()
-            if not released.done():
-                released.set_result(dialogue)
-                return True
-        return False
 
     def _lost(self, *, has_room: bool) -> None:
         self._used -= 1
         if has_room or not self._used:  # without any, the next one finds out why
-            self._pass_on(None)
+            self._changed.set()
 
     def _drop(self) -> None:
         """Close connections that have been idle too long."""
