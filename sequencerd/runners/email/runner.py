@@ -33,12 +33,8 @@ from sequencerd.runners.email.attachments import (
 from sequencerd.runners.email.mime import AttachmentFile, parse_mailbox
 from sequencerd.runners.email.oauth import AccessTokens, token_source
 from sequencerd.runners.email.plain import plain_text
-from sequencerd.runners.email.smtp import (
-    FINAL_TIMEOUT,
-    OFFER_TIMEOUT,
-    Mail,
-    MailTransport,
-)
+from sequencerd.runners.email.smtp import OFFER_TIMEOUT, Mail, MailTransport
+from sequencerd.runners.email.smtp_dialogue import FINAL_TIMEOUT
 from sequencerd.runners.fields import (
     RenderError,
     Translations,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from sequencerd.core.task import Answer, Attribution, Failed, NotStarted, Result
 from sequencerd.runners.email import smtp_connect
 from sequencerd.runners.email.oauth import AccessTokens, TokenError
 from sequencerd.runners.email.refusals import (
-    Refusal,
     RefusalMeaning,
     Stage,
     read_refusal,
@@ -28,21 +25,13 @@ from sequencerd.runners.email.smtp_dialogue import (
     SmtpRefused,
     SmtpReply,
 )
-from sequencerd.runners.email.smtp_pool import ConnectionPool
+from sequencerd.runners.email.smtp_pool import ConnectionPool, WornConnectionError
 from sequencerd.runners.email.smtp_url import parse_url
 from sequencerd.runners.error_causes import cause_of_no_connection, is_exhausted
 from sequencerd.runners.fields import one_line
 
 IDLE_TIMEOUT = 20.0
 """Seconds without a message after which a connection is closed."""
-
-REPLY_TIMEOUT = 300.0
-"""Seconds for each reply (RFC 5321, 4.5.3.2.1 to 4.5.3.2.3)."""
-
-FINAL_TIMEOUT = 600.0
-"""Seconds for the reply to the message (RFC 5321, 4.5.3.2.6). With a shorter timeout, a server that
-has accepted the message might get it again.
-"""
 
 OFFER_TIMEOUT = 600.0
 """Seconds for everything before the message, so that slow replies do not add up."""
@@ -98,10 +87,7 @@ class Delivery:
 def judge(reply: SmtpReply, stage: Stage) -> Failed:
     """Convert a refusal to a failure."""
     refusal = read_refusal(reply.code, reply.text, stage)
-    return _failed(refusal, f"{reply.code} {one_line(reply.text)}")
-
-
-def _failed(refusal: Refusal, message: str) -> Failed:
+    message = f"{reply.code} {one_line(reply.text)}"
     match refusal.meaning:
         case RefusalMeaning.QUOTA:
             return Failed(message, retry_after=refusal.wait, fault="server", cause="over quota")
@@ -129,7 +115,7 @@ class MailTransport:
         url: str,
         *,
         connections: int,
-        timeout: float = REPLY_TIMEOUT,
+        timeout: float,
         hello_name: str | None = None,
         tokens: AccessTokens | None = None,
         idle: float = IDLE_TIMEOUT,
@@ -151,146 +137,51 @@ class MailTransport:
 
         `is_late` returns whether it is too late to begin, as it may be when a connection is free.
         """
-        attempt = _DeliveryAttempt()
+        sending = _Sending(mail, is_late, self._pool, self._place)
         try:
-            failed = await self._try(partial(self._deliver, mail, is_late), attempt)
-        except _TooLateError:
-            return Delivery(NotStarted())
-        delivery = attempt.delivery(failed)
-        unknown = {address: self._hide(said) for address, said in attempt.unknown.items()}
+            async with self._slots:
+                ended = await sending.send()
+        except (SmtpError, TokenError, OSError) as error:
+            ended = self._failure(error, sending.dialogue)
+            if not isinstance(error, SmtpRefused):
+                sending.unknown.clear()  # the replies may have been out of order
+        if isinstance(ended, Failed):
+            ended = replace(ended, message=self._hide(one_line(ended.message, 500)))
+        delivery = sending.delivery(ended)
+        unknown = {address: self._hide(said) for address, said in sending.unknown.items()}
         return replace(delivery, unknown=unknown)
 
     async def check(self) -> Result:
         """Connect and log in without sending a message. Errors of the server are returned, not
         raised.
         """
-        failed = await self._try(self._greet, _DeliveryAttempt())
-        return failed or Answer(message=f"{self._place} is ready for mail")
-
-    async def _greet(self, attempt: _DeliveryAttempt) -> None:
-        attempt.dialogue, _ = await self._pool.acquire()
-        await self._give_back(attempt)
-
-    async def _try(
-        self,
-        work: Callable[[_DeliveryAttempt], Awaitable[Failed | None]],
-        attempt: _DeliveryAttempt,
-    ) -> Failed | None:
         try:
-            async with self._slots:
-                failed = await work(attempt)
-        except SmtpRefused as error:
-            about = f"{self._place} refuses {error.what}" if error.what else self._place
-            failed = judge(error.reply, error.stage)
-            failed = replace(failed, message=f"{about}: {failed.message}")
-            if error.stage == "message" and len(attempt.rest) == 1:
-                attempt.note_unknown(attempt.rest[0], error.reply)
-            await self._give_back(attempt)
+            async with self._slots, self._pool.borrow():
+                return Answer(message=f"{self._place} is ready for mail")
         except (SmtpError, TokenError, OSError) as error:
-            attempt.unknown.clear()  # its replies may have been out of order
-            is_servers = not attempt.begun or is_exhausted(error)
-            fault: Attribution = "server" if is_servers else "unclear"
-            text = f"{self._place}: {_describe(error)}"
-            if isinstance(error, TokenError):
-                failed = Failed(text, False, error.retry_after, fault, cause=error.cause)
-            else:
-                is_wrong = isinstance(error, MismatchError)
-                cause = "refused" if is_wrong else cause_of_no_connection(error)
-                failed = Failed(text, fault=fault, cause=cause)
-        finally:
-            self._end(attempt)
-        if failed is None:
-            return None
-        message = self._hide(one_line(failed.message, 500))
-        return replace(failed, message=message, unknown=attempt.handed_over)
+            failed = self._failure(error, None)
+            return replace(failed, message=self._hide(one_line(failed.message, 500)))
+
+    def _failure(self, error: SmtpError | TokenError | OSError, used: Dialogue | None) -> Failed:
+        """Return what an error on a connection means. If the server had the envelope of the
+        message, the message may be the cause.
+        """
+        if isinstance(error, SmtpRefused):
+            failed = judge(error.reply, error.stage)
+            about = f"{self._place} refuses {error.what}" if error.what else self._place
+            return replace(failed, message=f"{about}: {failed.message}")
+        text = f"{self._place}: {_describe(error)}"
+        has_envelope = used is not None and used.has_envelope
+        fault: Attribution = "unclear" if has_envelope and not is_exhausted(error) else "server"
+        if isinstance(error, TokenError):
+            return Failed(text, False, error.retry_after, fault, cause=error.cause)
+        is_wrong = isinstance(error, MismatchError)
+        cause = "refused" if is_wrong else cause_of_no_connection(error)
+        return Failed(text, fault=fault, cause=cause)
 
     def _hide(self, text: str) -> str:
         text = self._server.hide(text)
         return text if self._tokens is None else self._tokens.hide(text)
-
-    async def _deliver(
-        self, mail: Mail, is_late: Callable[[], bool], attempt: _DeliveryAttempt
-    ) -> Failed | None:
-        """Send a message in as many transactions as the server requires."""
-        failed = None
-        attempt.rest = list(mail.recipients)
-        since = _now()
-        while attempt.rest and not failed:
-            if _now() - since > OFFER_TIMEOUT:
-                raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
-            before = [*attempt.rest], {**attempt.refused}, {**attempt.unknown}
-            try:
-                failed = await self._transact(mail, is_late, attempt)
-            except (SmtpError, OSError) as error:
-                if attempt.dialogue is None or attempt.handed_over:
-                    raise
-                is_old = attempt.is_reused and _ends_connection(error)
-                is_limit = not is_old and self._pool.is_limit(error)
-                if not (is_old or is_limit):
-                    raise
-                self._end(attempt, has_room=not is_limit)  # nothing has been sent yet
-                attempt.rest, attempt.refused, attempt.unknown = before
-            else:
-                await self._give_back(attempt)
-        return failed
-
-    async def _transact(
-        self, mail: Mail, is_late: Callable[[], bool], attempt: _DeliveryAttempt
-    ) -> Failed | None:
-        """Send one transaction to the remaining recipients, and remove those that it reaches."""
-        try:
-            async with asyncio.timeout(OFFER_TIMEOUT):
-                dialogue, attempt.is_reused = await self._pool.acquire()
-                attempt.dialogue = dialogue
-                if not attempt.sent and is_late():
-                    await self._give_back(attempt)
-                    raise _TooLateError
-                within = REUSE_TIMEOUT if attempt.is_reused else self._timeout
-                if mail.utf8 and "smtputf8" not in dialogue.extensions:
-                    text = f"{self._place} accepts only ASCII addresses (no SMTPUTF8)"
-                    refused = Failed(text, permanent=True)
-                    others = [one for one in attempt.rest if one.isascii()]
-                    if mail.ascii_content is None or not others:
-                        return refused
-                    attempt.refused |= {one: refused for one in attempt.rest if not one.isascii()}
-                    attempt.rest = others
-                    mail = replace(mail, content=mail.ascii_content, utf8=False)
-                limit, size = dialogue.max_size, len(mail.content)
-                if limit is not None and size > limit:
-                    text = f"{self._place} accepts messages of at most {limit} bytes, not {size}"
-                    return Failed(text, permanent=True)
-                replies = await _begin(mail, attempt, within)
-                is_lost = len(replies) < len(attempt.rest[: attempt.at_once])
-                are_left = len(replies) < len(attempt.rest)
-                taken = attempt.sort(mail, replies)
-                if not attempt.waits(mail) and (is_lost or (are_left and not taken)):
-                    return None  # the others follow, if it is lost on another connection
-                if not taken:
-                    return attempt.failure(mail)
-                reply = await dialogue.say("DATA")
-        except TimeoutError:
-            raise SmtpError(f"not ready for the message within {OFFER_TIMEOUT:g} s") from None
-        if reply.code == 354:
-            attempt.handed_over = True
-            reply = await dialogue.transfer(mail.content, within=FINAL_TIMEOUT)
-            if reply.code < 400 and reply.is_refusal:
-                raise SmtpError(f"answers the message with {reply.code}")
-            attempt.handed_over = False
-        elif not reply.is_refusal:
-            raise SmtpError(f"answers DATA with {reply.code}")
-        elif reply.code == SHUTTING_DOWN:  # of the message, it knows nothing yet
-            raise SmtpRefused(reply, "recipient")
-        if reply.is_refusal:
-            if len(replies) > 1 and _is_recipient_limit(reply):
-                all_taken = len(taken) == len(replies)
-                attempt.at_once = len(taken) // 2 if all_taken else len(taken)
-                return None
-            raise SmtpRefused(reply, "message")
-        attempt.begun = False
-        attempt.sent.extend(taken)
-        attempt.rest = [address for address in attempt.rest if address not in taken]
-        attempt.said = one_line(f"{reply.code} {reply.text}")
-        return None
 
     async def _connect(self) -> Dialogue:
         if not self._is_named:  # determined once, because it may take a DNS query
@@ -300,54 +191,132 @@ class MailTransport:
             self._server, name=self._name, reply_timeout=self._timeout, tokens=self._tokens
         )
 
-    async def _give_back(self, attempt: _DeliveryAttempt) -> None:
-        """Keep the connection for the next message; reset it first if a message was begun."""
-        dialogue = attempt.dialogue
-        if dialogue is None:
-            return
-        with suppress(SmtpError, OSError):
-            if not (attempt.begun and (await dialogue.say("RSET")).is_refusal):
-                attempt.dialogue = None
-                self._pool.release(dialogue)
-        self._end(attempt)  # unless it was released
-
-    def _end(self, attempt: _DeliveryAttempt, *, has_room: bool = True) -> None:
-        """Close a connection whose state is unknown."""
-        attempt.begun = False
-        dialogue, attempt.dialogue = attempt.dialogue, None
-        if dialogue is not None:
-            self._pool.discard(dialogue, has_room=has_room)
-
     async def close(self) -> None:
         """Close all connections."""
         await self._pool.close()
 
 
-class _TooLateError(Exception):
-    """It is too late to begin."""
-
-
 @dataclass(slots=True)
-class _DeliveryAttempt:
-    """The progress of a delivery."""
+class _Sending:
+    """A message on its way, in as many transactions as the server requires."""
 
-    dialogue: Dialogue | None = None  # until the connection is given back
-    is_reused: bool = False  # the connection was idle, so the server may have closed it
-    begun: bool = False  # the server has the envelope of a message that was not sent yet
-    handed_over: bool = False  # a message was sent, and not answered yet
-    rest: list[str] = field(default_factory=list)  # recipients not sent to the server, or not yet
-    at_once: int | None = None  # how many of them the server accepts in a transaction
+    mail: Mail
+    is_late: Callable[[], bool]
+    pool: ConnectionPool
+    place: str  # the server, for messages
+    dialogue: Dialogue | None = None  # of the last transaction
+    at_once: int | None = None  # how many recipients the server accepts in a transaction
     sent: list[str] = field(default_factory=list)
     refused: dict[str, Failed] = field(default_factory=dict)
     said: str = ""  # the server's reply to the last message that it accepted
     unknown: dict[str, str] = field(default_factory=dict)  # addresses, with the server's replies
+    rest: list[str] = field(init=False)  # recipients not sent to the server, or not yet
 
-    def note_unknown(self, address: str, reply: SmtpReply) -> None:
-        """Record an address if the server says that it does not exist."""
-        if reply.code >= 500 and says_unknown(reply.text):
-            self.unknown[address] = f"{reply.code} {one_line(reply.text)}"
+    def __post_init__(self) -> None:
+        self.rest = list(self.mail.recipients)
 
-    def sort(self, mail: Mail, replies: Sequence[SmtpReply]) -> list[str]:
+    async def send(self) -> Failed | NotStarted | None:
+        """Send the message. Return why some recipients do not get it. Raises SmtpError, TokenError
+        or OSError.
+        """
+        since = _now()
+        ended: Failed | NotStarted | None = None
+        while self.rest and ended is None:
+            if _now() - since > OFFER_TIMEOUT:
+                raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
+            before = [*self.rest], {**self.refused}, {**self.unknown}
+            self.dialogue = None
+            limit = asyncio.timeout(OFFER_TIMEOUT)
+            try:
+                async with limit, self.pool.borrow() as self.dialogue:
+                    ended = await self._transact(self.dialogue, limit)
+            except WornConnectionError:
+                self.rest, self.refused, self.unknown = before
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise SmtpError(f"not ready for the message within {OFFER_TIMEOUT:g} s") from None
+        return ended
+
+    async def _transact(
+        self, dialogue: Dialogue, limit: asyncio.Timeout
+    ) -> Failed | NotStarted | None:
+        """Send one transaction to the remaining recipients, and remove those that it reaches. The
+        time limit ends when the message itself is sent.
+        """
+        if not self.sent and self.is_late():
+            return NotStarted()
+        mail = self._acceptable(dialogue)
+        if isinstance(mail, Failed):
+            return mail
+        offered = self.rest[: self.at_once]
+        replies = await self._offer(mail, offered, dialogue)
+        are_left = len(replies) < len(self.rest)
+        taken = self._sort(replies)
+        if not self._waits and (len(replies) < len(offered) or (are_left and not taken)):
+            return None  # the others follow, if it is lost on another connection
+        if not taken:
+            return self._failure()
+        reply = await dialogue.say("DATA")
+        if reply.code == 354:
+            limit.reschedule(None)
+            reply = await dialogue.transfer(mail.content)
+        elif not reply.is_refusal:
+            raise SmtpError(f"answers DATA with {reply.code}")
+        elif reply.code == SHUTTING_DOWN:  # of the message, it knows nothing yet
+            raise SmtpRefused(reply, "recipient")
+        if not reply.is_refusal:
+            self.sent += taken
+            self.rest = [address for address in self.rest if address not in taken]
+            self.said = one_line(f"{reply.code} {reply.text}")
+        elif len(replies) > 1 and _is_recipient_limit(reply):
+            self.at_once = len(taken) // 2 if len(taken) == len(replies) else len(taken)
+        else:
+            if len(self.rest) == 1:
+                self._note_unknown(self.rest[0], reply)
+            raise SmtpRefused(reply, "message")
+        return None
+
+    def _acceptable(self, dialogue: Dialogue) -> Mail | Failed:
+        """Return the message in a form that the server accepts, without the recipients that it
+        cannot have.
+        """
+        mail = self.mail
+        if mail.utf8 and "smtputf8" not in dialogue.extensions:
+            text = f"{self.place} accepts only ASCII addresses (no SMTPUTF8)"
+            refused = Failed(text, permanent=True)
+            others = [one for one in self.rest if one.isascii()]
+            if mail.ascii_content is None or not others:
+                return refused
+            self.refused |= {one: refused for one in self.rest if not one.isascii()}
+            self.rest = others
+            mail = replace(mail, content=mail.ascii_content, utf8=False)
+        limit, size = dialogue.max_size, len(mail.content)
+        if limit is not None and size > limit:
+            text = f"{self.place} accepts messages of at most {limit} bytes, not {size}"
+            return Failed(text, permanent=True)
+        return mail
+
+    async def _offer(
+        self, mail: Mail, recipients: Sequence[str], dialogue: Dialogue
+    ) -> list[SmtpReply]:
+        """Send the sender and the recipients, and return the replies to the recipients. Raises
+        SmtpRefused.
+        """
+        options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
+        if mail.utf8:
+            options += " SMTPUTF8 BODY=8BITMIME"
+        dialogue.has_envelope = True
+        sender, *replies = await dialogue.ask(
+            f"MAIL FROM:<{mail.sender}>{options}",
+            *(f"RCPT TO:<{address}>" for address in recipients),
+            first_within=REUSE_TIMEOUT if dialogue.is_reused else None,
+        )
+        if sender.is_refusal:
+            raise SmtpRefused(sender, "sender", f"the sender {mail.sender}")
+        return replies
+
+    def _sort(self, replies: Sequence[SmtpReply]) -> list[str]:
         """Return the recipients of this transaction; none if the message is not sent to any.
 
         If a `to` address is refused temporarily, the message is sent to no recipient yet, so that
@@ -360,31 +329,36 @@ class _DeliveryAttempt:
         for address, reply in zip(self.rest, replies, strict=False):
             if reply.code == SHUTTING_DOWN:
                 raise SmtpRefused(reply, "recipient")
-            self.note_unknown(address, reply)
+            self._note_unknown(address, reply)
             if not reply.is_refusal:
                 taken.append(address)
-            elif _is_recipient_limit(reply):
+                continue
+            self.refused[address] = judge(reply, "recipient")
+            if _is_recipient_limit(reply):
                 left.append(address)
-                self.refused[address] = judge(reply, "recipient")
-            else:
-                self.refused[address] = judge(reply, "recipient")
         for address in left:
             if taken:
                 self.refused.pop(address, None)
         self.rest = taken + left
-        return [] if self.waits(mail) else taken
+        return [] if self._waits else taken
 
-    def waits(self, mail: Mail) -> bool:
-        """Return whether the message is not sent yet because of a `to` address."""
-        refused = (self.refused[address] for address in mail.to if address in self.refused)
+    @property
+    def _waits(self) -> bool:
+        """Whether the message is not sent yet because of a `to` address."""
+        refused = (self.refused[one] for one in self.mail.to if one in self.refused)
         return not self.sent and any(not failed.permanent for failed in refused)
 
-    def failure(self, mail: Mail) -> Failed:
+    def _note_unknown(self, address: str, reply: SmtpReply) -> None:
+        """Record an address if the server says that it does not exist."""
+        if reply.code >= 500 and says_unknown(reply.text):
+            self.unknown[address] = f"{reply.code} {one_line(reply.text)}"
+
+    def _failure(self) -> Failed:
         """Return one failure for all refused recipients."""
         failures = list(self.refused.values())
         waits = [failed.retry_after for failed in failures if failed.retry_after]
         faults = {failed.fault for failed in failures if not failed.permanent}
-        all_refused = len(self.refused) == len(mail.recipients)
+        all_refused = len(self.refused) == len(self.mail.recipients)
         return Failed(
             ("" if all_refused else "not sent to any recipient yet, ")
             + f"refused: {_list_refusals(self.refused)}",
@@ -393,20 +367,21 @@ class _DeliveryAttempt:
             fault=faults.pop() if len(faults) == 1 else "enrollment",
         )
 
-    def delivery(self, failed: Failed | None) -> Delivery:
+    def delivery(self, ended: Failed | NotStarted | None) -> Delivery:
         """Return the outcome. A message that reached one recipient has not failed."""
+        unknown = self.dialogue is not None and self.dialogue.is_handed_over
+        failed = replace(ended, unknown=unknown) if isinstance(ended, Failed) else None
         if not self.sent:
-            assert failed is not None
-            return Delivery(failed)
+            assert ended is not None
+            return Delivery(failed or ended)
         refused = dict.fromkeys(self.rest, failed or _LEFT) | self.refused
         later = [address for address, why in refused.items() if not why.permanent]
-        is_unknown = failed is not None and failed.unknown
         message = f"sent to {_listed(self.sent)}: {self.said}"
         if refused:
             message += f"; refused: {_list_refusals(refused)}"
-        if is_unknown:
+        if unknown:
             message += "; it may have been delivered"
-        return Delivery(Answer(message=one_line(message, 2000), unknown=is_unknown), tuple(later))
+        return Delivery(Answer(message=one_line(message, 2000), unknown=unknown), tuple(later))
 
 
 _LEFT = Failed("too many recipients at a time")
@@ -415,34 +390,6 @@ _LEFT = Failed("too many recipients at a time")
 def _is_recipient_limit(reply: SmtpReply) -> bool:
     """Return whether a transaction has too many recipients. Some servers say so of the message."""
     return read_refusal(*reply, "recipient").meaning is RefusalMeaning.RECIPIENTS
-
-
-async def _begin(mail: Mail, attempt: _DeliveryAttempt, first_within: float) -> list[SmtpReply]:
-    """Send the sender and the recipients, and return the replies to the recipients. Raises
-    SmtpRefused.
-    """
-    dialogue = attempt.dialogue
-    assert dialogue is not None
-    options = f" SIZE={len(mail.content)}" if "size" in dialogue.extensions else ""
-    if mail.utf8:
-        options += " SMTPUTF8 BODY=8BITMIME"
-    recipients = [f"RCPT TO:<{address}>" for address in attempt.rest[: attempt.at_once]]
-    attempt.begun = True
-    sender, *replies = await dialogue.ask(
-        f"MAIL FROM:<{mail.sender}>{options}", *recipients, first_within=first_within
-    )
-    if sender.is_refusal:
-        raise SmtpRefused(sender, "sender", f"the sender {mail.sender}")
-    return replies
-
-
-def _ends_connection(error: Exception) -> bool:
-    """Return whether a connection cannot be used any more. One that refuses a sender may have
-    reached its limit of messages, or lost its login or its state: only a new one tells.
-    """
-    if not isinstance(error, SmtpRefused):
-        return True
-    return error.reply.code == SHUTTING_DOWN or error.stage == "sender"
 
 
 def _now() -> float:

@@ -23,6 +23,11 @@ PIPELINE_DEPTH = 100
 each side waits for the other to read.
 """
 
+FINAL_TIMEOUT = 600.0
+"""Seconds for the reply to the message (RFC 5321, 4.5.3.2.6). With a shorter timeout, a server that
+has accepted the message might get it again.
+"""
+
 SHUTTING_DOWN = 421
 
 _REPLY = re.compile(rb"([2-5]\d\d)([ -]|$)(.*)", re.DOTALL)
@@ -99,6 +104,9 @@ class Dialogue:
             raise ClosedError
         loop = asyncio.get_running_loop()
         transport = cast(asyncio.Transport, client.transport)  # uvloop's is another class
+        self.is_reused = False  # it was idle, so the server may have closed it
+        self.has_envelope = False  # of a message that was not sent
+        self.is_handed_over = False  # a message was sent, and not answered
         self.extensions = client.esmtp_extensions
         self._timeout = timeout
         self._reader = _Reader(limit=MAX_LINE_LENGTH, loop=loop)
@@ -150,22 +158,29 @@ class Dialogue:
         (reply,) = await self.ask(command)
         return reply
 
-    async def transfer(self, content: bytes, *, within: float) -> SmtpReply:
-        """Send a message after the reply 354 to DATA; `within` is the number of seconds for the
-        reply. A server that refuses the message may close the connection before its end.
+    async def transfer(self, content: bytes) -> SmtpReply:
+        """Send a message after the reply 354 to DATA. A server that refuses the message may close
+        the connection before its end.
         """
+        self.is_handed_over = True
         lines = _LINE_END.sub(b"\r\n", content).removesuffix(b"\r\n")
         try:
-            await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", within)
+            await self._write(_LEADING_DOT.sub(b"..", lines) + b"\r\n.\r\n", FINAL_TIMEOUT)
         except (SmtpError, OSError):
             self.close()
             self._reader.feed_eof()
+            reply = None
             with suppress(SmtpError, OSError):
                 reply = await self._read_reply()
-                if reply.is_refusal:
-                    return reply
-            raise
-        return await self._read("the message", within)
+            if reply is None or not reply.is_refusal:
+                raise
+        else:
+            reply = await self._read("the message", FINAL_TIMEOUT)
+        if reply.code < 400 and reply.is_refusal:
+            raise SmtpError(f"answers the message with {reply.code}")
+        self.is_handed_over = False
+        self.has_envelope = reply.is_refusal
+        return reply
 
     async def quit(self) -> None:
         """Send QUIT and close the connection."""

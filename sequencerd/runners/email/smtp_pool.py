@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 from sequencerd.runners.email.refusals import CONNECTIONS, SHORT_WAIT, RefusalMeaning, read_refusal
-from sequencerd.runners.email.smtp_dialogue import Dialogue, SmtpError, SmtpRefused
+from sequencerd.runners.email.smtp_dialogue import (
+    SHUTTING_DOWN,
+    Dialogue,
+    SmtpError,
+    SmtpRefused,
+)
+
+
+class WornConnectionError(SmtpError):
+    """A connection has failed before the message was sent, and another one may work."""
 
 
 class ConnectionPool:
@@ -29,8 +38,27 @@ class ConnectionPool:
         self._timer: asyncio.TimerHandle | None = None
         self._quitting: set[asyncio.Task[None]] = set()
 
-    async def acquire(self) -> tuple[Dialogue, bool]:
-        """Return a connection, and whether it was used before. Raises SmtpError or OSError."""
+    @asynccontextmanager
+    async def borrow(self) -> AsyncIterator[Dialogue]:
+        """Borrow a connection. Raises WornConnectionError, and the errors of `connect`."""
+        dialogue = await self._acquire()
+        try:
+            yield dialogue
+        except (SmtpError, OSError) as error:
+            if self._is_worn(dialogue, error):
+                raise WornConnectionError from error
+            if isinstance(error, SmtpRefused):
+                await self._give_back(dialogue)
+            else:
+                self._discard(dialogue)
+            raise
+        except BaseException:
+            self._discard(dialogue)
+            raise
+        else:
+            await self._give_back(dialogue)
+
+    async def _acquire(self) -> Dialogue:
         is_refused = False
         while (idle := self._take()) is None:
             if self._used and (is_refused or self._is_full):
@@ -40,13 +68,13 @@ class ConnectionPool:
                 continue
             self._used += 1
             try:
-                return await self._connect(), False
+                return await self._connect()
             except BaseException as error:
-                is_refused = self.is_limit(error)
+                is_refused = self._is_limit(error)
                 self._lost(has_room=False)
                 if not is_refused:
                     raise
-        return idle, True
+        return idle
 
     @property
     def _is_full(self) -> bool:
@@ -57,14 +85,24 @@ class ConnectionPool:
             dialogue, since = self._idle.pop()
             if dialogue.is_open and _now() - since < self._idle_for:
                 self._used += 1
+                dialogue.is_reused = True
                 return dialogue
             self._quit(dialogue)
         return None
 
-    def release(self, dialogue: Dialogue) -> None:
-        """Take back a connection that can be used again."""
+    async def _give_back(self, dialogue: Dialogue) -> None:
+        """Keep a connection for the next message; reset it first if a message was begun."""
+        try:
+            if dialogue.has_envelope and (await dialogue.say("RSET")).is_refusal:
+                dialogue.close()
+        except (SmtpError, OSError):
+            dialogue.close()
+        except BaseException:
+            self._discard(dialogue)
+            raise
+        dialogue.has_envelope = False
         if not dialogue.is_open:
-            self.discard(dialogue)
+            self._discard(dialogue)
             return
         self._used -= 1
         self._idle.append((dialogue, _now()))
@@ -72,12 +110,29 @@ class ConnectionPool:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
 
-    def discard(self, dialogue: Dialogue, *, has_room: bool = True) -> None:
+    def _discard(self, dialogue: Dialogue, *, has_room: bool = True) -> None:
         """Close a connection. `has_room`: the server allows another one in its place."""
         dialogue.close()
         self._lost(has_room=has_room)
 
-    def is_limit(self, error: BaseException) -> bool:
+    def _is_worn(self, dialogue: Dialogue, error: Exception) -> bool:
+        """Return whether another connection may work, and close this one then. One that refuses a
+        sender may have reached its limit of messages, or lost its login or its state.
+        """
+        if dialogue.is_handed_over:
+            return False
+        ends = (
+            not isinstance(error, SmtpRefused)
+            or error.reply.code == SHUTTING_DOWN
+            or error.stage == "sender"
+        )
+        is_old = dialogue.is_reused and ends
+        is_limit = not is_old and self._is_limit(error)
+        if is_old or is_limit:
+            self._discard(dialogue, has_room=not is_limit)
+        return is_old or is_limit
+
+    def _is_limit(self, error: BaseException) -> bool:
         """Return whether the server refuses this connection because of the others."""
         if not isinstance(error, SmtpRefused):
             return False

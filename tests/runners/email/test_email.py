@@ -16,7 +16,7 @@ import pytest
 from sequencerd.core.faults import DefinitionError
 from sequencerd.core.model import Action, Limits, MessageContext
 from sequencerd.core.task import Answer, Failed, Result, Suppressed, Undeliverable
-from sequencerd.runners.email import smtp
+from sequencerd.runners.email import smtp_dialogue
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp import MailTransport
 from sequencerd.runners.suppression_check import SuppressionKey, Suppressions
@@ -455,7 +455,7 @@ async def test_a_connection_that_breaks_is_a_passing_failure(command: str) -> No
 async def test_a_server_that_hangs_is_left_after_the_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(smtp, "FINAL_TIMEOUT", 0.3)
+    monkeypatch.setattr(smtp_dialogue, "FINAL_TIMEOUT", 0.3)
     async with smtp_server() as server, runner(server) as made:
         server.hang = True
         result = failed((await made.run(made.compile(BASIC), [task(email="a@x.org")]))[0])

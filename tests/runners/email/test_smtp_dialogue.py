@@ -187,7 +187,7 @@ async def test_a_server_that_refuses_a_message_before_its_end(reply: bytes) -> N
 
     mail = replace(MAIL, to=("a@x.org",), content=b"x" * 50_000_000)
     async with listening(talk, b"250 here\r\n") as port:
-        transport = MailTransport(f"smtp://{HOST}:{port}?starttls=never", connections=1)
+        transport = MailTransport(f"smtp://{HOST}:{port}?starttls=never", connections=1, timeout=10)
         result = (await transport.deliver(mail)).result
         await transport.close()
     assert isinstance(result, Failed)

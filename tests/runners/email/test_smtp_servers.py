@@ -19,7 +19,7 @@ import pytest
 
 from sequencerd.core.model import Action, Limits, RetryPolicy
 from sequencerd.core.task import Answer, Failed, Result, Task
-from sequencerd.runners.email import smtp
+from sequencerd.runners.email import smtp, smtp_dialogue
 from sequencerd.runners.email.pending import DATA_KEY
 from sequencerd.runners.email.runner import EmailRunner
 from sequencerd.runners.email.smtp_connect import check_hello_name
@@ -84,7 +84,7 @@ async def test_each_other_reply_has_its_time(command: str, fault: str) -> None:
 
 async def test_the_time_of_a_call_leaves_room_for_all_phases() -> None:
     made = email_runner("smtp://mail.example.com", limits=Limits(2, per_second=1))
-    assert made.limits.timeout >= smtp.OFFER_TIMEOUT + smtp.FINAL_TIMEOUT + 2
+    assert made.limits.timeout >= smtp.OFFER_TIMEOUT + smtp_dialogue.FINAL_TIMEOUT + 2
 
 
 # --- the greeting
@@ -538,6 +538,22 @@ async def test_a_connection_that_is_not_reset_is_not_used_again() -> None:
         await send(made)
         assert isinstance(await send(made), Answer)
     assert server.connections == 2
+
+
+async def test_a_connection_is_reset_only_if_a_message_was_begun() -> None:
+    async with scripted() as server, runner(server) as made:
+        await send(made)
+        await send(made)
+    assert [one.split()[0] for one in server.commands].count("RSET") == 0
+
+
+async def test_a_server_that_goes_away_between_messages_is_down() -> None:
+    """The message that finds the old connection closed is not the cause."""
+    async with scripted() as server, runner(server) as made:
+        await send(made)
+        server.answers = {"RCPT": [None], "CONNECT": [None]}
+        result = failed(await send(made))
+    assert (result.fault, result.cause) == ("server", "unreachable")
 
 
 async def test_an_idle_connection_that_is_dead_costs_little(
