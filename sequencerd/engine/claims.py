@@ -161,9 +161,10 @@ class Claims:
             return alone
         try:
             counts = await self._claim_batch(dues)
-        except TRANSIENT_ERRORS:
-            raise
-        except Exception:
+        except Exception as error:
+            if not is_data_error(error):
+                await self._env.probe()
+            self._env.log.warning("steps are claimed alone", steps=step_keys, error=brief(error))
             return [*step_keys]
         if empty := {due.sequence for due in dues if not counts[due.step_key]}:
             self._request_reload(empty)

@@ -12,7 +12,7 @@ import pytest
 from sequencerd.engine import loop
 from sequencerd.storage import locking
 from sequencerd.storage.locking import DueEnrollments
-from tests.helpers.engines import ALL_ENDED, Recorder, running_engine, until
+from tests.helpers.engines import ALL_ENDED, LOCK_IS_HELD, Recorder, running_engine, until
 
 pytestmark = pytest.mark.usefixtures("no_polls")
 
@@ -118,8 +118,9 @@ async def test_few_slots_are_shared_and_none_is_left_unused(
 
 
 async def test_the_fault_of_one_enrollment_concerns_no_other_step(
-    database: str, connection: asyncpg.Connection
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop, "ERROR_PAUSE", 3600.0)  # nothing waits for a repetition
     await define_many(connection)
     await connection.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -127,9 +128,10 @@ async def test_the_fault_of_one_enrollment_concerns_no_other_step(
         "CREATE TRIGGER refuse BEFORE UPDATE ON sequencer.enrollments FOR EACH ROW"
         " WHEN (new.sequence = 's90' AND new.status <> 'failed') EXECUTE FUNCTION refuse()"
     )
-    await enroll_in_each(connection)
     recorder = Recorder(concurrency=100)
-    async with running_engine(database, {"Note": recorder}):
+    async with running_engine(database, {"Note": recorder}, sweep=3600):
+        await until(connection, LOCK_IS_HELD)  # before, only a poll finds what is inserted
+        await enroll_in_each(connection, late="-2 seconds")
         await until(connection, ALL_ENDED)
     rows = await connection.fetch("SELECT sequence, status, last_error FROM sequencer.enrollments")
     assert Counter(row["status"] for row in rows) == {"completed": STEPS - 1, "failed": 1}

@@ -29,12 +29,14 @@ from sequencerd.engine.results import Results
 from sequencerd.storage import connections, listener, locking, sequences, wakes, writes
 from sequencerd.storage.daemons import NotifyLock, acquire_notify_lock
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
-from sequencerd.storage.statements import QUERIES, AdvisoryLock
+from sequencerd.storage.statements import QUERIES
 from tests.core.test_advance import at
 from tests.helpers import servers
 from tests.helpers.databases import SCHEMA, shard
 from tests.helpers.engines import (
     ALL_ENDED,
+    LOCK_IS_HELD,
+    NOTIFY_LOCK,
     Held,
     HeldWrites,
     Recorder,
@@ -54,12 +56,6 @@ PAID = """{
     "compareTo": {"type": "raw", "value": true}
 }"""
 DAYS = '{"amount": 3, "unit": "days"}'
-NOTIFY_LOCK = f"""FROM pg_locks
-    WHERE locktype = 'advisory' AND (classid, objid) = ({AdvisoryLock.NOTIFY})
-      AND mode = 'ExclusiveLock' AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-LOCK_IS_HELD = f"SELECT EXISTS (SELECT {NOTIFY_LOCK})"
 SHORT = '{"amount": 30, "unit": "milliseconds"}'
 
 

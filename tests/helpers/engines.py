@@ -28,6 +28,7 @@ from sequencerd.settings import EngineSettings, LookupSettings
 from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
+from sequencerd.storage.statements import AdvisoryLock
 from tests.helpers.databases import shard
 from tests.helpers.waiting import PATIENCE, eventually
 
@@ -241,6 +242,12 @@ async def enroll(
     return id_
 
 
+NOTIFY_LOCK = f"""FROM pg_locks
+    WHERE locktype = 'advisory' AND (classid, objid) = ({AdvisoryLock.NOTIFY})
+      AND mode = 'ExclusiveLock' AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+LOCK_IS_HELD = f"SELECT EXISTS (SELECT {NOTIFY_LOCK})"
 ALL_ENDED = "SELECT NOT EXISTS (SELECT FROM sequencer.enrollments WHERE status = 'active')"
 
 
