@@ -63,8 +63,9 @@ DEFAULT_COLUMNS = (
 )
 MAX_COLUMNS = 20
 
-FIRST_SEARCHED = 20_000  # ids that are searched first; then four times as many, and so on
+FIRST_SEARCHED = 20_000  # ids that are searched first; then up to four times as many, and so on
 SEARCH_SECONDS = 0.05  # seconds for a search; the next page continues where it ended
+EMPTY_SECONDS = 1.0  # seconds for a search that has found nothing yet
 MAX_INDEXED = 10_000  # enrollments that an index finds, if the first search does not fill the page
 MAX_SORTED = 2000  # enrollments that are sorted by another column than the id
 MAX_ID = 2**63 - 1
@@ -236,10 +237,12 @@ async def _search(
             ):
                 selection, window = selection._replace(ids=ids), top
                 continue
-            now = time.perf_counter()
-            if (now - begun) + 4 * (now - started) > SEARCH_SECONDS:
+            took = time.perf_counter() - started
+            left = begun + (SEARCH_SECONDS if rows else EMPTY_SECONDS) - time.perf_counter()
+            if took > left:
                 break
-            window *= 4
+            if 4 * took < left:
+                window *= 4
     return rows, top
 
 
