@@ -328,19 +328,20 @@ async def _refused(request: Request, page: pages.Page, role: Role | None) -> Res
             return PlainTextResponse("Log in first.\n", 401)
         if _is_own_form(request):
             try:
-                request.state.form = await pages.form(request, pages.MAX_FORM)
+                await pages.read_form(request, pages.MAX_FORM)
             except WrongQueryError:
                 login = "/login", "Log in"
                 return message_page(request, 413, "Not done", SESSION_ENDED_IN_FORM, link=login)
+            # not 401, to which Back does not lead: browsers do not keep it
             kept = _unsent(
-                request, 401, "Not done yet", SESSION_ENDED, token=visitor.token, log_in=True
+                request, 403, "Not done yet", SESSION_ENDED, token=visitor.token, log_in=True
             )
             return _with_session(request, kept)
         to = str(request.url.replace(scheme="", netloc=""))
         return _with_session(request, RedirectResponse(at("/login", to=to), 303))
     if request.method == "POST":
         most = pages.MAX_FORM if role is None else pages.MAX_FORM_OF_USERS
-        request.state.form = await pages.form(request, most)
+        await pages.read_form(request, most)
         if not auth.is_ours(request, visitor, request.state.form.get("token", "")):
             if not _is_own_form(request):
                 text = "This form has expired or comes from another site. Reload the page."
@@ -379,7 +380,7 @@ async def _has_own_form(request: Request) -> bool:
         return False
     if request.state.form is None:
         with suppress(WrongQueryError):
-            request.state.form = await pages.form(request, pages.MAX_FORM)
+            await pages.read_form(request, pages.MAX_FORM)
     return bool(request.state.form)
 
 

@@ -525,15 +525,16 @@ async def stream(request: Request) -> Response:
 # --- forms
 
 
-async def form(request: Request, most: int) -> dict[str, str]:
-    """Read a form. Raises WrongQueryError."""
+async def read_form(request: Request, most: int) -> None:
+    """Read the form of a request into its state. Raises WrongQueryError."""
+    request.state.form = {}  # a body that is too large cannot be read again
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
             raise WrongQueryError("the form is too large")
     try:
-        return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
+        request.state.form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
     except ValueError as error:
         raise WrongQueryError("the form cannot be read") from error
 

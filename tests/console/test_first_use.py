@@ -17,6 +17,7 @@ from tests.console.conftest import (
     waiting_and_failing,
     window,
 )
+from tests.console.test_access import HASH, PASSWORD
 from tests.console.test_browser import (
     LAYOUT,
     check_accessible,
@@ -184,6 +185,28 @@ async def test_back_leads_to_what_a_form_has_shown(writable: Page) -> None:
     await shows(writable, ".timeline .tag", "edited")
     await writable.go_back()  # the browser asks nothing
     await shows(writable, "h2", "Changes")
+
+
+async def test_back_leads_to_a_form_whose_session_had_ended(
+    database: str, connection: asyncpg.Connection, browser: Browser
+) -> None:
+    waiting, _ = await waiting_and_failing(connection)
+    async with (
+        console(database, write=True, password_hash=HASH, is_served=True) as client,
+        window(browser, client) as page,
+    ):
+        await page.goto(f"/console/data?id={waiting}")
+        await page.get_by_label("Name").fill("Ada Lovelace")
+        await page.get_by_label("Password").fill(PASSWORD)
+        await page.get_by_role("button", name="Log in").click()
+        await page.get_by_label("JSON").fill('{"name": "Grace"}')
+        await connection.execute("DELETE FROM sequencer.console_sessions")
+        await page.get_by_role("button", name="Check").click()
+        await shows(page, "p", "Your session has ended")
+        await page.goto("/console/")
+        await shows(page, "h1", "Log in")
+        await page.go_back()  # the browser asks nothing
+        await shows(page, "p", "Your session has ended")
 
 
 async def _has_buttons(page: Page, *names: str) -> None:
