@@ -199,6 +199,7 @@ async def sequence(request: Request) -> Response:
     flow = await panel.flow(context, name, chosen_range)
     enrollments = await waiting_in_all(context, query) if step else None
     revisions = await revisions_in_all(context, query)
+    is_first = not any(key.startswith("before") for key in query.given)  # page of revisions
     schedules = await in_all(context, lambda part: views.schedule(part.pool, name, part.mask))
     brakes = await in_all(context, lambda part: views.brake(part.pool, name))
     known = counts.sequences if counts else []
@@ -237,6 +238,7 @@ async def sequence(request: Request) -> Response:
         step=step,
         enrollments=enrollments,
         revisions=revisions,
+        changed=next(iter(revisions.rows), None) if is_first else None,
     )
     answer.headers.update(WITH_FRAMES)
     return answer

@@ -130,6 +130,13 @@ async def test_a_sequence_is_edited_by_a_plan(
         assert row["reason"] == "edda in the console: longer"
         assert not row["from_file"]
         assert tuple(await connection.fetchrow(braked)) == (500, True)
+        # the page says who has changed it, and leads to what
+        page = await client.get("/sequence?sequence=s")
+        assert re.search(
+            r"Changed</a> <time .*> by postgres: edda in the console: longer<", page.text
+        )
+        older = await client.get(f"/sequence?sequence=s&before={row['revision']}")
+        assert "Changed</a>" not in older.text
         # side by side, and back
         page = await client.get(f"/revision?sequence=s&revision={row['revision']}")
         assert "<del>      amount: 1</del>" in page.text
