@@ -45,7 +45,6 @@ OFTEN, WITHIN = 20, 0.1  # so many notifications within so many seconds release 
 OFF_FOR = 1.0  # seconds for which notifications are then off
 POLL_INTERVALS = (0.01, 0.1)  # seconds between polls meanwhile: at first, and if nothing is new
 POLL_SHARE = 0.2  # of the time that slow polls may take
-REFUSED_INTERVAL = 60.0  # seconds between log lines about invalid notifications
 KEPT_REQUESTS = 1000  # requests kept in case the daemon that handles them has died
 KEPT_FOR = 120.0  # seconds after which the server has noticed that a machine is gone
 MAX_POLLED_STEPS = 10_000  # with more occupied steps, a poll costs more than notifications
@@ -98,8 +97,6 @@ class DueSteps(NamedTuple):
     due: frozenset[tuple[StepKey, datetime]]
 
 
-HINT = 'send no payload, or {"subject": ...}, {"sequence": ..., "step": ...}'
-
 _messages: TypeAdapter[Notification | NotificationsOff] = TypeAdapter(
     Annotated[
         EnrollmentDue | DefinitionsChanged | NotificationsOff | Reevaluate,
@@ -115,41 +112,9 @@ def parse(payload: str) -> Notification | NotificationsOff:
     try:
         return _messages.validate_json(payload)
     except ValidationError as error:
-        raise ValueError(HINT) from error
-
-
-class _InvalidNotifications:
-    """Counts invalid notifications, and logs them once a minute."""
-
-    def __init__(self, refused: Callable[[], None], log: FilteringBoundLogger) -> None:
-        self._refused = refused
-        self._log = log
-        self._count = 0
-        self._sample = ""
-        self._is_waiting = False
-
-    def add(self, payload: str) -> None:
-        self._refused()
-        self._count += 1
-        if self._is_waiting:
-            return
-        self._sample = payload[:200]
-        self._report()
-
-    def _report(self) -> None:
-        self._is_waiting = self._count > 0
-        if self._count:
-            self._log.warning("notifications not understood", count=self._count, hint=HINT)
-            self._log.debug("notifications not understood", payload=self._sample)
-            self._count = 0
-            asyncio.get_running_loop().call_later(REFUSED_INTERVAL, self._report)
-
-
-def pause_after(pause: float, *took: float) -> float:
-    """Return how long to pause after the last two polls, which took so many seconds: longer if both
-    were slow. What slowed only one of them is not what they read.
-    """
-    return max(pause, min(took) / POLL_SHARE)
+        raise ValueError(
+            'send no payload, or {"subject": ...}, {"sequence": ..., "step": ...}'
+        ) from error
 
 
 async def listen(
@@ -170,7 +135,6 @@ async def listen(
     `refused` is called for each invalid notification.
     """
     pause = 0.0
-    refusals = _InvalidNotifications(refused, log)
     while True:
         try:
             connection = await open_connection(
@@ -186,7 +150,7 @@ async def listen(
             await asyncio.sleep(pause)
             continue
         try:
-            watch = _Watch(connection, receive, find_due, heard, refusals=refusals, log=log)
+            watch = _Watch(connection, receive, find_due, heard, refused=refused, log=log)
             await connection.execute(KEEPALIVE)
             await connection.add_listener(shard.schema, watch.on_notify)
             await connected()
@@ -238,18 +202,16 @@ class _Watch:
         find_due: Callable[[bool], Awaitable[DueSteps]],
         heard: Callable[[bool], None],
         *,
-        refusals: _InvalidNotifications,
+        refused: Callable[[], None],
         log: FilteringBoundLogger,
     ) -> None:
         self._connection = connection
         self._receive = receive
         self._find_due = find_due
         self._heard = heard
-        self._refusals = refusals
+        self._refused = refused
         self._log = log
-        self._handles_requests = False  # whether this daemon holds the requests lock
-        self._next_attempt = 0.0  # to acquire the requests lock
-        self._requests: dict[Reevaluate, float] = {}  # recent ones that another daemon handles
+        self._requests = _Requests(connection, receive)
         self._wake = asyncio.Event()  # there is something to do before the next probe
         self._notify_lock = NotifyLock.NOBODYS
         self._is_off = False  # whether another daemon has released it
@@ -264,43 +226,27 @@ class _Watch:
         """Called by asyncpg."""
         try:
             message = parse(str(payload))
-        except ValueError:
-            self._refusals.add(str(payload))
+        except ValueError as error:
+            self._refused()
+            self._log.warning("notifications not understood", error=str(error))
+            self._log.debug("notification not understood", payload=str(payload)[:200])
             return
-        if isinstance(message, Reevaluate) and not self._handles_requests:
-            self._keep(message)
-            return
-        if isinstance(message, NotificationsOff):
-            self._is_off = True
-            self._wake.set()
-            return
-        if self._notify_lock is NotifyLock.OURS and isinstance(message, EnrollmentDue):
-            self._notified_at.append(asyncio.get_running_loop().time())
-            if self._notified_often:
+        match message:
+            case Reevaluate():
+                self._requests.add(message)
+                return
+            case NotificationsOff():
+                self._is_off = True
                 self._wake.set()
+                return
+            case EnrollmentDue() if self._notify_lock is NotifyLock.OURS:
+                self._notified_at.append(_now())
+                if self._is_notified_often:
+                    self._wake.set()
         self._receive(message)
 
-    def _keep(self, request: Reevaluate) -> None:
-        """Keep a request that another daemon handles, in case that daemon dies."""
-        if len(self._requests) >= KEPT_REQUESTS:
-            self._requests = {Reevaluate(): asyncio.get_running_loop().time()}
-        self._requests[request] = asyncio.get_running_loop().time()
-
-    async def _try_to_handle_requests(self) -> None:
-        """Handle requests from now on, unless another daemon does."""
-        now = asyncio.get_running_loop().time()
-        if self._handles_requests or now < self._next_attempt:
-            return
-        self._next_attempt = now + LOCK_INTERVAL
-        self._handles_requests = await acquire_requests_lock(self._connection)
-        if self._handles_requests:
-            requests, self._requests = self._requests, {}
-            for request, at in requests.items():
-                if at >= now - KEPT_FOR:
-                    self._receive(request)
-
     @property
-    def _notified_often(self) -> bool:
+    def _is_notified_often(self) -> bool:
         times = self._notified_at
         is_often = len(times) == OFTEN and times[-1] - times[0] < WITHIN
         return is_often and self._last.occupied <= MAX_POLLED_STEPS
@@ -308,68 +254,70 @@ class _Watch:
     async def keep(self) -> None:
         """Work until the connection is lost, which raises."""
         while True:
-            before = self._notify_lock
-            if before is NotifyLock.OURS:
-                await self._probe()
-            else:
-                self._notify_lock = await acquire_notify_lock(self._connection)
-                self._heard(True)
-            await self._try_to_handle_requests()
-            if self._notify_lock is NotifyLock.NOBODYS:
-                await self._poll_and_pause()
-                continue
-            if self._notify_lock is not before:
-                await self._begin_to_be_notified()
-            is_ours = self._notify_lock is NotifyLock.OURS
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PROBE_INTERVAL if is_ours else LOCK_INTERVAL):
-                    await self._wake.wait()
-            self._wake.clear()
-            if is_ours and self._notified_often:
-                await release_notify_lock(self._connection)
-                await self._poll_for_a_while()
-            elif self._is_off and not is_ours:
-                await self._poll_for_a_while()
+            await self._requests.try_to_handle()
+            await self._hold_notify_lock()
+            match self._notify_lock:
+                case NotifyLock.NOBODYS:
+                    await self._poll_and_pause()
+                case NotifyLock.OURS:
+                    await self._wait(PROBE_INTERVAL)
+                    if self._is_notified_often:
+                        await release_notify_lock(self._connection)
+                        await self._poll_for_a_while()
+                case NotifyLock.ANOTHERS:
+                    await self._wait(LOCK_INTERVAL)
+                    if self._is_off:
+                        await self._poll_for_a_while()
 
-    async def _begin_to_be_notified(self) -> None:
-        """Find what was written without a notification."""
-        self._is_off = False
-        self._notified_at.clear()
-        started = asyncio.get_running_loop().time()
-        await self._poll_once(whole=True)
-        self._whole_took.append(asyncio.get_running_loop().time() - started)
-
-    async def _poll_for_a_while(self) -> None:
-        """Poll while notifications are off."""
-        self._notify_lock, self._pause = NotifyLock.NOBODYS, POLL_INTERVALS[0]
-        loop = asyncio.get_running_loop()
-        # a whole poll reads all dead entries of the index: many while a snapshot is held open
-        end = loop.time() + pause_after(OFF_FOR, *self._whole_took)
-        while loop.time() < end:
-            await self._poll_and_pause()
-
-    async def poll(self) -> None:
-        """Poll until the connection is lost, which raises: nothing but requests is notified."""
-        loop = asyncio.get_running_loop()
-        while True:
+    async def _hold_notify_lock(self) -> None:
+        """Try to acquire the notify lock, and find what was written without a notification."""
+        before = self._notify_lock
+        if before is NotifyLock.OURS:
             await self._probe()
-            await self._try_to_handle_requests()
-            self._receive(DefinitionsChanged(definitions=True))
-            end = loop.time() + POLL_INTERVAL
-            while loop.time() < end:
-                await self._poll_and_pause()
+            return
+        self._notify_lock = await acquire_notify_lock(self._connection)
+        self._heard(True)
+        if self._notify_lock not in (before, NotifyLock.NOBODYS):
+            self._is_off = False
+            self._notified_at.clear()
+            started = _now()
+            await self._poll_once(whole=True)
+            self._whole_took.append(_now() - started)
+
+    async def _wait(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        self._wake.clear()
 
     async def _probe(self) -> None:
         await self._connection.fetchval("SELECT 1")
         self._heard(True)
 
+    async def poll(self) -> None:
+        """Poll until the connection is lost, which raises: nothing but requests is notified."""
+        while True:
+            await self._probe()
+            await self._requests.try_to_handle()
+            self._receive(DefinitionsChanged(definitions=True))
+            await self._poll_until(_now() + POLL_INTERVAL)
+
+    async def _poll_for_a_while(self) -> None:
+        """Poll while notifications are off."""
+        self._notify_lock, self._pause = NotifyLock.NOBODYS, POLL_INTERVALS[0]
+        # a whole poll reads all dead entries of the index: many while a snapshot is held open
+        await self._poll_until(_now() + pause_after(OFF_FOR, *self._whole_took))
+
+    async def _poll_until(self, end: float) -> None:
+        while _now() < end:
+            await self._poll_and_pause()
+
     async def _poll_and_pause(self) -> None:
-        loop = asyncio.get_running_loop()
-        started, known = loop.time(), self._last.due
+        started, known = _now(), self._last.due
         await self._poll_once(whole=False)
         shortest, longest = POLL_INTERVALS
         self._pause = shortest if self._last.due - known else min(2 * self._pause, longest)
-        took, self._took = self._took, loop.time() - started
+        took, self._took = self._took, _now() - started
         await asyncio.sleep(pause_after(self._pause, took, self._took))
 
     async def _poll_once(self, *, whole: bool) -> None:
@@ -390,3 +338,49 @@ class _Watch:
                 polling.cancel()
             await asyncio.sleep(POLL_INTERVAL)
             await self._probe()
+
+
+def pause_after(pause: float, *took: float) -> float:
+    """Return how long to pause after the last two polls, which took so many seconds: longer if both
+    were slow. What slowed only one of them is not what they read.
+    """
+    return max(pause, min(took) / POLL_SHARE)
+
+
+class _Requests:
+    """Requests to reevaluate, which one daemon handles; the others keep them in case it dies."""
+
+    def __init__(
+        self, connection: asyncpg.Connection, handle: Callable[[Reevaluate], None]
+    ) -> None:
+        self._connection = connection
+        self._handle = handle
+        self._is_ours = False  # whether this daemon handles them
+        self._next_attempt = 0.0
+        self._kept: dict[Reevaluate, float] = {}  # with the time at which each came
+
+    def add(self, request: Reevaluate) -> None:
+        """Handle a request, or keep it."""
+        if self._is_ours:
+            self._handle(request)
+            return
+        if len(self._kept) >= KEPT_REQUESTS:
+            self._kept = {Reevaluate(): _now()}
+        self._kept[request] = _now()
+
+    async def try_to_handle(self) -> None:
+        """Handle requests from now on, unless another daemon does."""
+        now = _now()
+        if self._is_ours or now < self._next_attempt:
+            return
+        self._next_attempt = now + LOCK_INTERVAL
+        self._is_ours = await acquire_requests_lock(self._connection)
+        if self._is_ours:
+            kept, self._kept = self._kept, {}
+            for request, at in kept.items():
+                if at >= now - KEPT_FOR:
+                    self._handle(request)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
