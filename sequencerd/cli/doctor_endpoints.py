@@ -11,7 +11,8 @@ from sequencerd.core.task import Failed
 from sequencerd.engine import lookups
 from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.email.runner import EmailRunner
-from sequencerd.runners.http_client import HttpClient, HttpReply, Unreachable
+from sequencerd.runners.http_client import HttpClient, Unreachable
+from sequencerd.runners.http_reply import HttpReply
 from sequencerd.service.diagnosis import Diagnosis
 from sequencerd.settings import HttpRunnerSettings, LookupSettings, OidcSettings, Settings
 

@@ -21,7 +21,8 @@ from sequencerd.core.task import LookupAnswer, Task
 from sequencerd.core.view import External
 from sequencerd.runners.fields import one_line, text_of
 from sequencerd.runners.http import Endpoint, read_id, read_list
-from sequencerd.runners.http_client import TOO_LARGE, AnswerTooLarge, judge
+from sequencerd.runners.http_client import AnswerTooLarge
+from sequencerd.runners.http_reply import TOO_LARGE, judge
 from sequencerd.runners.registry import make_endpoint
 from sequencerd.settings import LookupSettings
 from sequencerd.storage import connections, sources

@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from sequencerd.runners import tracing
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, HttpReply, Unreachable
+from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, Unreachable
+from sequencerd.runners.http_reply import HttpReply
 from sequencerd.urls import check_url
 
 MAX_EVENT = 6_000_000

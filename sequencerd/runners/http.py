@@ -21,15 +21,8 @@ from sequencerd.core.view import View
 from sequencerd.runners import tracing
 from sequencerd.runners.answers import ANSWERS_OF_WORDS, check_json, read_outcome
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import (
-    MAX_ANSWER,
-    TOO_LARGE,
-    HttpClient,
-    HttpReply,
-    Unreachable,
-    check_headers,
-    judge,
-)
+from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, Unreachable, check_headers
+from sequencerd.runners.http_reply import TOO_LARGE, HttpReply, judge
 from sequencerd.runners.pace import Pace, TakePermits
 
 BATCH_BYTES = 96_000

@@ -1,27 +1,21 @@
-"""Make HTTP calls, within limits and without redirects, and classify the status."""
+"""Make HTTP calls, within limits and without redirects."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import re
 import socket
 import ssl
 import sys
-import time
 import zlib
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import timedelta
 from functools import cache
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib.util import find_spec
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import ip_address
 from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qsl
@@ -34,7 +28,7 @@ import httpcore
 import httpx
 
 from sequencerd.core.hiding import hiding
-from sequencerd.core.task import Attribution, Failed, OutageCause
+from sequencerd.core.task import Failed, OutageCause
 from sequencerd.runners.encodings import EncodingError, decode
 from sequencerd.runners.error_causes import (
     TLS_END_ERRORS,
@@ -44,20 +38,21 @@ from sequencerd.runners.error_causes import (
     is_refused_client,
 )
 from sequencerd.runners.fields import one_line
+from sequencerd.runners.http_reply import HttpReply
+from sequencerd.runners.public_addresses import is_public, names_itself
 
 # httpcore imports it several times for each call; a search that finds nothing takes 30 us each time
 if find_spec("sniffio") is None:
     sys.modules["sniffio"] = None  # type: ignore[assignment] # Python's way to say: not there
 
 MAX_ANSWER = 1024 * 1024  # bytes
-MAX_WAIT = timedelta(days=366)
-MAX_SECONDS = 1e9  # of a wait; more are a time
 MAX_CALLS = 500  # over an HTTP/2 connection
 IDLE_TIMEOUT = 4.0  # seconds; Node closes HTTP/2 after 5, which httpx does not notice
 ADDRESS_TIMEOUT = 2.0  # seconds to connect to an address if the host has another one
 MAX_PREFERRED = 1000  # hosts of which the address to try first is remembered
 MAX_RETIRED = 3  # consecutive connections that a server may retire without answering on any of them
 
+_DEFAULT_HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "sequencerd"}
 _PUBLIC = frozenset(
     {
         *("accept", "content-type", "idempotency-key", "traceparent", "tracestate", "webhook-id"),
@@ -116,31 +111,6 @@ class PrivateAddress(Unreachable):
     """A host in a private network, which the caller does not allow."""
 
 
-@dataclass(frozen=True, slots=True)
-class HttpReply:
-    """A server's answer."""
-
-    status: int
-    headers: httpx.Headers
-    body: bytes
-    secrets: frozenset[str] = frozenset()  # values that were sent, and that the answer may repeat
-
-    def text(self) -> str:
-        """Return the body of an answer in JSON as text. Some servers write Latin-1."""
-        try:
-            return self.body.decode(json.detect_encoding(self.body))
-        except UnicodeDecodeError:
-            return self.body.decode("latin-1")
-
-    def excerpt(self) -> str:
-        """Return the beginning of the body, for messages."""
-        return one_line(self.hide(self.body[:1000].decode("utf-8", "replace")), 200)
-
-    def hide(self, text: str) -> str:
-        """Return a text of the answer without the secrets that were sent."""
-        return hiding(self.secrets)(text)
-
-
 class HttpClient:
     """An HTTP client that keeps and reuses its connections.
 
@@ -155,7 +125,8 @@ class HttpClient:
     first: nginx does so after 1,000 requests. If a server does so earlier, the requests in progress
     are repeated immediately.
 
-    Nothing is kept from one call to the next; there are no cookies.
+    It uses the transports of httpx without its client, which would keep cookies and read where
+    redirects lead. Nothing is kept from one call to the next.
     """
 
     def __init__(
@@ -169,46 +140,13 @@ class HttpClient:
     ) -> None:
         self._timeout = timeout
         self._http2 = http2
-        self._connections = connections
+        self._limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_TIMEOUT)
         self._allow_private = allow_private
         self._is_foreign = is_foreign
         self._preferred: dict[str, str] = {}  # the address to try first, by host
         self._proxies = getproxies()
-        self._clients: Counter[httpx.AsyncClient] = Counter()  # with the calls in progress on them
-        self._newest: dict[httpx.URL | None, httpx.AsyncClient] = {}  # by proxy
-        self._calls_left: Counter[httpx.AsyncClient] = Counter()
+        self._newest: dict[httpx.URL | None, _Connections] = {}  # by proxy
         self._retired = 0  # consecutive connections without an answer
-
-    @asynccontextmanager
-    async def _client(self, proxy: httpx.URL | None) -> AsyncIterator[httpx.AsyncClient]:
-        """Return the client for a call. A retired client is closed after its last call."""
-        client = self._newest.get(proxy)
-        if client is None or (self._http2 and not self._calls_left[client]):
-            client = self._newest[proxy] = self._make_client(proxy)
-            self._calls_left[client] = MAX_CALLS
-        self._calls_left[client] -= 1
-        self._clients[client] += 1
-        try:
-            yield client
-        finally:
-            self._clients[client] -= 1
-            if not self._clients[client] and client is not self._newest.get(proxy):
-                del self._clients[client], self._calls_left[client]
-                await client.aclose()
-
-    def _make_client(self, proxy: httpx.URL | None) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            proxy=proxy,
-            trust_env=False,  # its proxy is chosen for each call
-            verify=_tls(self._http2, os.getenv("SSL_CERT_FILE"), os.getenv("SSL_CERT_DIR")),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            timeout=None,  # noqa: S113 - one time limit is set around the whole call
-            limits=httpx.Limits(max_connections=self._connections, keepalive_expiry=IDLE_TIMEOUT),
-            headers={"User-Agent": "sequencerd", "Accept-Encoding": "identity"},
-            follow_redirects=False,
-            event_hooks={"response": [_note_refusal]},
-            http2=self._http2,
-        )
 
     async def call(
         self,
@@ -230,50 +168,37 @@ class HttpClient:
             place = _place(named)
         except (httpx.InvalidURL, UnicodeError):
             raise Unreachable("the host of the URL cannot be called", cause="refused") from None
-        sent = False
-        refusals: list[_Incoming] = []
-
-        async def trace(event: str, details: Mapping[str, Any]) -> None:
-            nonlocal sent
-            if event.endswith("send_request_headers.started"):
-                sent = sent or details["request"].method != b"CONNECT"  # which is for the proxy
-            elif event.endswith("send_request_headers.failed") and (content or form):
-                # with HTTP/2, its head may have been written with other requests, but not its body
-                sent = sent and not isinstance(details["exception"], httpcore.WriteError)
-
         secrets = _secrets(headers, auth) | _secrets_of_url(named)
-        request = {
-            "method": method,
-            "headers": {**headers, "Host": named.netloc.decode("ascii")},
-            "content": content,
-            "data": form,
-            "auth": auth or httpx.USE_CLIENT_DEFAULT,
-            "extensions": {
-                "sni_hostname": named.raw_host.decode("ascii").rstrip("."),
-                "trace": trace,
-                "refusals": refusals,
-            },
-        }
+        exchange = _Exchange(has_body=bool(content or form), max_answer=max_answer)
+        failed: Unreachable | None = None
         try:
+            request = httpx.Request(
+                method,
+                named,
+                headers=_with_defaults(headers),
+                content=content,
+                data=form,
+                extensions={
+                    "sni_hostname": named.raw_host.decode("ascii").rstrip("."),
+                    "trace": exchange.trace,
+                },
+            )
+            user, password = auth or (named.username, named.password)
+            if user or password:
+                next(httpx.BasicAuth(user, password).auth_flow(request))
             if (proxy := self._proxy(named)) is not None:
                 place += f" through the proxy {_place(proxy)}"
             async with asyncio.timeout(self._timeout):
-                answer = await self._send(named, proxy, request, max_answer)
-                self._retired = 0
-                return answer.reply(secrets)
+                await self._send(request, proxy, exchange)
+            self._retired = 0
         except TimeoutError:
             message = f"no answer from {place} within {self._timeout:g} s"
-            failed = Unreachable(message, sent=sent)
+            failed = Unreachable(message, sent=exchange.is_sent)
         except Unreachable as error:
             failed = error
-        except (
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            httpx.StreamError,
-            OSError,
-            UnicodeError,
-        ) as error:
-            sent = sent and not (_is_unprocessed(error) or is_refused_client(error))
+        except (httpx.HTTPError, httpx.StreamError, OSError, UnicodeError) as error:
+            is_unbegun = _is_unprocessed(error) or is_refused_client(error)
+            sent = exchange.is_sent and not is_unbegun
             failed = Unreachable(
                 f"{place}: {hiding(secrets)(_reason(error))}",  # a line that was not HTTP
                 sent=sent,
@@ -281,35 +206,9 @@ class HttpClient:
                 cause=None if sent else _cause(error),
                 retired=_is_retired(error) and self._retired <= MAX_RETIRED,
             )
-        if refusals:
-            return refusals[-1].reply(secrets)
+        if failed is None or exchange.is_refused:
+            return exchange.reply(secrets)
         raise failed
-
-    async def _send(
-        self,
-        url: httpx.URL,
-        proxy: httpx.URL | None,
-        request: Mapping[str, Any],
-        max_answer: int,
-    ) -> _Incoming:
-        """Send a request to the first of the host's addresses that can be connected to."""
-        targets = await self._targets(url, is_proxied=proxy is not None)
-        briefly = {**request, "timeout": httpx.Timeout(None, connect=ADDRESS_TIMEOUT)}
-        async with self._client(proxy) as client:
-            try:
-                for target, following in pairwise(targets):
-                    try:
-                        return await _exchange(client, target, briefly, max_answer)
-                    except (httpx.ConnectError, httpx.ConnectTimeout):
-                        self._preferred[url.host] = following.host
-                        if len(self._preferred) > MAX_PREFERRED:
-                            del self._preferred[next(iter(self._preferred))]
-                return await _exchange(client, targets[-1], request, max_answer)
-            except httpx.ProtocolError as error:
-                if _is_retired(error) and client is self._newest.get(proxy):
-                    del self._newest[proxy]  # no further call begins on this client
-                    self._retired += 1
-                raise
 
     def _proxy(self, url: httpx.URL) -> httpx.URL | None:
         """Return the proxy that the environment names for a URL. Raises Unreachable."""
@@ -328,9 +227,33 @@ class HttpClient:
             cause="refused",
         )
 
+    async def _send(
+        self, request: httpx.Request, proxy: httpx.URL | None, exchange: _Exchange
+    ) -> None:
+        """Send a request to the first of the host's addresses that can be connected to."""
+        host = request.url.host
+        targets = await self._targets(request.url, is_proxied=proxy is not None)
+        async with self._connections(proxy) as used:
+            try:
+                for target, following in pairwise(targets):
+                    try:
+                        await exchange.run(used.transport, request, target, ADDRESS_TIMEOUT)
+                    except (httpx.ConnectError, httpx.ConnectTimeout):
+                        self._preferred[host] = following.host
+                        if len(self._preferred) > MAX_PREFERRED:
+                            del self._preferred[next(iter(self._preferred))]
+                    else:
+                        return
+                await exchange.run(used.transport, request, targets[-1])
+            except httpx.ProtocolError as error:
+                if _is_retired(error) and not used.is_retired:
+                    used.is_retired = True
+                    self._retired += 1
+                raise
+
     async def _targets(self, url: httpx.URL, *, is_proxied: bool) -> list[httpx.URL]:
         """Return the URL, or URLs with its host's addresses once these are known to be public."""
-        if self._allow_private or (_names_itself(url.host) and not self._is_foreign):
+        if self._allow_private or (names_itself(url.host) and not self._is_foreign):
             return [url]
         host = url.raw_host.decode("ascii")
         loop = asyncio.get_running_loop()
@@ -355,61 +278,109 @@ class HttpClient:
         addresses.sort(key=lambda address: address != self._preferred.get(url.host))
         return [url] if is_proxied else [url.copy_with(host=address) for address in addresses]
 
+    @asynccontextmanager
+    async def _connections(self, proxy: httpx.URL | None) -> AsyncIterator[_Connections]:
+        """Return the connections for a call. Retired ones are closed after their last call."""
+        used = self._newest.get(proxy)
+        if used is None or used.is_retired:
+            tls = _tls(self._http2, os.getenv("SSL_CERT_FILE"), os.getenv("SSL_CERT_DIR"))
+            used = self._newest[proxy] = _Connections(
+                httpx.AsyncHTTPTransport(
+                    verify=tls, http2=self._http2, limits=self._limits, proxy=proxy
+                )
+            )
+        used.calls += 1
+        used.is_retired = self._http2 and used.calls >= MAX_CALLS
+        used.in_progress += 1
+        try:
+            yield used
+        finally:
+            used.in_progress -= 1
+            if used.is_retired and not used.in_progress:
+                await used.transport.aclose()
+
     async def close(self) -> None:
         """Close the connections."""
-        for client in list(self._clients):
-            await client.aclose()
+        for used in self._newest.values():
+            await used.transport.aclose()
 
 
-async def _exchange(
-    client: httpx.AsyncClient, url: httpx.URL, request: Mapping[str, Any], max_answer: int
-) -> _Incoming:
-    """Send a request, and read the answer."""
-    async with client.stream(url=url, **request) as response:
-        refusals: list[_Incoming] = request["extensions"]["refusals"]
-        incoming = _Incoming(response) if response.is_success else refusals[-1]
-        await incoming.read(max_answer)
-        return incoming
+@dataclass(eq=False, slots=True)
+class _Connections:
+    """Connections through one proxy, or none, until they are retired."""
+
+    transport: httpx.AsyncHTTPTransport
+    calls: int = 0
+    in_progress: int = 0
+    is_retired: bool = False  # no further call begins
 
 
-async def _note_refusal(response: httpx.Response) -> None:
-    """Keep a refusal; httpx then raises an error if it cannot read where a redirect leads."""
-    if not response.is_success:
-        response.request.extensions["refusals"].append(_Incoming(response))
+@dataclass(slots=True)
+class _Exchange:
+    """A request on its way, and as much of the answer as has arrived."""
 
+    has_body: bool
+    max_answer: int
+    is_sent: bool = False  # so it may have taken effect
+    response: httpx.Response | None = None
+    raw: bytearray = field(default_factory=bytearray)
+    decoded: bytes | None = None
 
-def _names_itself(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return True
+    @property
+    def is_refused(self) -> bool:
+        """Whether the status is known and is not 2xx."""
+        return self.response is not None and not self.response.is_success
 
+    async def trace(self, event: str, details: Mapping[str, Any]) -> None:
+        """Called by httpcore, to note whether the request is sent."""
+        if event.endswith("send_request_headers.started"):
+            # CONNECT is for the proxy
+            self.is_sent = self.is_sent or details["request"].method != b"CONNECT"
+        elif event.endswith("send_request_headers.failed") and self.has_body:
+            # with HTTP/2, its head may have been written with other requests, but not its body
+            is_unwritten = isinstance(details["exception"], httpcore.WriteError)
+            self.is_sent = self.is_sent and not is_unwritten
 
-_GLOBAL_UNICAST = IPv6Network("2000::/3")
-_NAT64 = IPv6Network("64:ff9b::/96")
-_COMPATIBLE = IPv6Network("::/96")
+    async def run(
+        self,
+        transport: httpx.AsyncHTTPTransport,
+        request: httpx.Request,
+        target: httpx.URL,
+        connect_timeout: float | None = None,
+    ) -> None:
+        """Send the request, and read and decode the answer. Raises Unreachable, and the errors of
+        httpx.
+        """
+        request.url = target
+        request.extensions["timeout"] = {"connect": connect_timeout}
+        self.response = await transport.handle_async_request(request)
+        try:
+            async for chunk in self.response.aiter_raw():
+                self.raw += chunk
+                if len(self.raw) > self.max_answer:
+                    text = f"the answer has more than {self.max_answer} bytes"
+                    raise AnswerTooLarge(text, sent=True)
+        finally:
+            await self.response.aclose()
+        try:
+            self.decoded = decode(bytes(self.raw), self._encodings, self.max_answer)
+        except EncodingError as error:
+            raise Unreachable(str(error), sent=True) from None
+        except zlib.error as error:
+            raise Unreachable(f"the compressed answer cannot be read: {error}", sent=True) from None
 
+    @property
+    def _encodings(self) -> str:
+        assert self.response is not None
+        return str(self.response.headers.get("Content-Encoding", ""))
 
-def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Return whether an address, and each address that it contains, is on the public Internet."""
-    if carried := _carried(address):
-        return all(is_public(one) for one in carried)
-    if isinstance(address, IPv6Address) and address not in _GLOBAL_UNICAST:
-        return False  # site-local, a network's own NAT64 (64:ff9b:1::/48), multicast, ...
-    return address.is_global and not address.is_multicast
-
-
-def _carried(address: IPv4Address | IPv6Address) -> tuple[IPv4Address, ...]:
-    """Return the IPv4 addresses that an IPv6 address contains."""
-    if isinstance(address, IPv4Address):
-        return ()
-    if address.teredo is not None:
-        return address.teredo
-    if address in _NAT64 or address in _COMPATIBLE:
-        return (IPv4Address(int(address) & 0xFFFF_FFFF),)
-    inner = address.ipv4_mapped or address.sixtofour
-    return () if inner is None else (inner,)
+    def reply(self, secrets: frozenset[str]) -> HttpReply:
+        """Return the answer, which may repeat these secrets."""
+        assert self.response is not None
+        body = self.decoded
+        if body is None:
+            body = b"" if self._encodings else bytes(self.raw)
+        return HttpReply(self.response.status_code, self.response.headers, body, secrets)
 
 
 @cache
@@ -470,37 +441,10 @@ def _reason(error: BaseException) -> str:
     return text or "the server has closed the connection"
 
 
-@dataclass(slots=True)
-class _Incoming:
-    """An answer of which the head has arrived, and the body as far as it was read."""
-
-    response: httpx.Response
-    raw: bytearray = field(default_factory=bytearray)
-    decoded: bytes | None = None
-
-    @property
-    def _encodings(self) -> str:
-        return str(self.response.headers.get("Content-Encoding", ""))
-
-    async def read(self, limit: int) -> None:
-        """Read and decode the body. Raises Unreachable, and the errors of httpx."""
-        async for chunk in self.response.aiter_raw():
-            self.raw += chunk
-            if len(self.raw) > limit:
-                raise AnswerTooLarge(f"the answer has more than {limit} bytes", sent=True)
-        try:
-            self.decoded = decode(bytes(self.raw), self._encodings, limit)
-        except EncodingError as error:
-            raise Unreachable(str(error), sent=True) from None
-        except zlib.error as error:
-            raise Unreachable(f"the compressed answer cannot be read: {error}", sent=True) from None
-
-    def reply(self, secrets: frozenset[str]) -> HttpReply:
-        """Return the answer, which may repeat these secrets."""
-        body = self.decoded
-        if body is None:
-            body = b"" if self._encodings else bytes(self.raw)
-        return HttpReply(self.response.status_code, self.response.headers, body, secrets)
+def _with_defaults(headers: Mapping[str, str]) -> httpx.Headers:
+    merged = httpx.Headers(_DEFAULT_HEADERS)
+    merged.update(headers)  # whatever the case of the names
+    return merged
 
 
 _OWN_NAMES = {name.lower(): name for name in ("Accept", "Content-Type", "Idempotency-Key")}
@@ -516,76 +460,6 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
         if not _HEADER_VALUE.fullmatch(value):
             raise ValueError(f"headers: the value of {name} must be printable ASCII")
     return {_OWN_NAMES.get(name.lower(), name): value for name, value in headers.items()}
-
-
-PAYMENT_REQUIRED = 402
-TOO_LARGE = 413
-_OPERATORS = frozenset({401, PAYMENT_REQUIRED, 403, 405, 407, 421, 426})
-_PASSING = frozenset({408, 409, 423, 425, 429})
-_OF_GATEWAYS = frozenset({502, 504, 520, 522, 524, 598, 599})
-"""The gateway got no usable answer; those that are not registered are Cloudflare's and others'."""
-
-
-def judge(reply: HttpReply, message: str) -> Failed | None:
-    """Return the failure that a status means; None for 2xx.
-
-    4xx is permanent except for 408, 409, 423, 425 and 429. 429, and 503 with Retry-After, are the
-    server's fault. So is what all requests get until an operator corrects it: 401, 403 and 407,
-    which need another login; 402, which needs a payment; 405, 421 and 426, which are no answers of
-    the endpoint; and redirects, which are not followed: if an endpoint moves, its settings change.
-    Other 5xx and 408 may be the fault of the server or of one enrollment. 409 means that the same
-    request is still in progress, 423 that what it changes is locked. After the
-    failure of a gateway, the side effect may have taken place.
-    """
-    if 200 <= reply.status < 300:
-        return None
-    wait = retry_after(reply.headers)
-    throttled = reply.status == 429 or (reply.status == 503 and wait is not None)
-    is_operators = reply.status < 400 or reply.status in _OPERATORS
-    permanent = reply.status < 500 and not is_operators and reply.status not in _PASSING
-    fault: Attribution = "enrollment"
-    cause: OutageCause = "failing"
-    if throttled or reply.status == PAYMENT_REQUIRED:
-        fault, cause = "server", "over quota"
-    elif is_operators:
-        fault, cause = "server", "refused"
-    elif reply.status >= 500 or reply.status == 408:
-        fault = "unclear"
-    return Failed(
-        message,
-        permanent,
-        wait,
-        fault=fault,
-        unknown=reply.status in _OF_GATEWAYS,
-        cause=cause,
-    )
-
-
-def retry_after(headers: httpx.Headers) -> timedelta | None:
-    """Return the wait that Retry-After asks for, in seconds or as a date; None if it cannot be
-    parsed. Some servers write the seconds of Unix's clock. Of several, the longest counts; proxies
-    join them with commas.
-    """
-    fields = headers.get_list("Retry-After")
-    waits = [_wait(text.strip()) for field in fields for text in (field, *field.split(","))]
-    return max((wait for wait in waits if wait is not None), default=None)
-
-
-def _wait(text: str) -> timedelta | None:
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(text)
-        except (ValueError, OverflowError):
-            return None
-        at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-        seconds = at.timestamp() - time.time()
-    if not math.isfinite(seconds):
-        return None
-    if seconds > MAX_SECONDS:
-        seconds -= time.time()
-    return min(timedelta(seconds=max(0.0, min(seconds, MAX_SECONDS))), MAX_WAIT)
 
 
 def _secrets(headers: Mapping[str, str], auth: tuple[str, str] | None) -> frozenset[str]:

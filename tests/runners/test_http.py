@@ -27,7 +27,8 @@ from sequencerd.core.task import Answer, Result
 from sequencerd.core.view import View
 from sequencerd.runners import http_client
 from sequencerd.runners.http import BatchRunner
-from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, is_public
+from sequencerd.runners.http_client import MAX_ANSWER, HttpClient
+from sequencerd.runners.public_addresses import is_public
 from tests.helpers import servers
 from tests.helpers.runners import failed, http_runner
 from tests.helpers.servers import (
@@ -646,8 +647,8 @@ async def test_clients_share_the_certificates() -> None:
     contexts = []
     for _ in range(2):
         web = HttpClient(timeout=1, connections=1, allow_private=False)
-        async with web._client(None) as client:
-            contexts.append(client._transport._pool._ssl_context)  # type: ignore[attr-defined]
+        async with web._connections(None) as used:
+            contexts.append(used.transport._pool._ssl_context)
         await web.close()
     assert contexts[0] is contexts[1]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpcore
+import httpx
 import pytest
 from httpcore._backends.anyio import AnyIOStream
 
@@ -148,6 +149,26 @@ async def test_a_connection_is_given_up_before_the_server_does(
         results = await call(server, 5)
     assert [isinstance(result, Answer) for result in results] == [True] * 5
     assert server.connections == 3
+
+
+async def test_a_connection_that_is_given_up_between_calls_is_closed(
+    tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "MAX_CALLS", 1)
+    closed = []
+    close = httpx.AsyncHTTPTransport.aclose
+
+    async def note(transport: httpx.AsyncHTTPTransport) -> None:
+        closed.append(transport)
+        await close(transport)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "aclose", note)
+    async with http_server(all_next, tls) as server:
+        made = http_runner(server.url, timeout=60)
+        for number in range(3):
+            await made.run(made.compile({}), [task(number)])
+        assert (server.connections, len(closed)) == (3, 3)
+        await made.close()
 
 
 async def test_http2_can_be_disabled(tls: ssl.SSLContext) -> None:

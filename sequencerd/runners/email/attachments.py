@@ -24,14 +24,8 @@ from sequencerd.core.step_types.effects import AttachmentConfig
 from sequencerd.core.task import Failed
 from sequencerd.runners.email.mime import AttachmentFile
 from sequencerd.runners.fields import RenderError, compile_field, one_line, render
-from sequencerd.runners.http_client import (
-    AnswerTooLarge,
-    HttpClient,
-    HttpReply,
-    PrivateAddress,
-    Unreachable,
-    judge,
-)
+from sequencerd.runners.http_client import AnswerTooLarge, HttpClient, PrivateAddress, Unreachable
+from sequencerd.runners.http_reply import HttpReply, judge
 from sequencerd.urls import check_url
 
 MAX_BYTES = 10 * 1024 * 1024  # of all attachments of a message, before their encoding

@@ -15,7 +15,8 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from sequencerd.core.hiding import hiding
 from sequencerd.core.task import OutageCause
 from sequencerd.runners.fields import one_line
-from sequencerd.runners.http_client import HttpClient, Unreachable, retry_after
+from sequencerd.runners.http_client import HttpClient, Unreachable
+from sequencerd.runners.http_reply import retry_after
 from sequencerd.settings import EmailSettings, OAuthSettings
 
 RENEWED_EARLY = 120.0

@@ -37,14 +37,8 @@ from sequencerd.runners.fields import (
     one_line,
     render,
 )
-from sequencerd.runners.http_client import (
-    HttpClient,
-    HttpReply,
-    Unreachable,
-    check_headers,
-    judge,
-    retry_after,
-)
+from sequencerd.runners.http_client import HttpClient, Unreachable, check_headers
+from sequencerd.runners.http_reply import HttpReply, judge, retry_after
 from sequencerd.runners.only_to import OnlyTo
 from sequencerd.runners.pace import Pace, TakePermits
 from sequencerd.runners.slow_rendering import SlowRendering
