@@ -23,7 +23,7 @@ install: $(VENV)/installed ## make the virtual environment
 $(VENV)/installed: requirements.txt pyproject.toml
 ifneq ($(UV),)
 	@echo "installing into $(VENV): a minute or two, once"
-	uv venv --quiet --clear $(VENV)
+	uv venv --quiet --clear --seed $(VENV)
 	uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
 	uv pip install --quiet --python $(BIN)/python --no-deps -e .
 else
