@@ -23,40 +23,21 @@ from urllib.parse import unquote, urlencode
 
 from sequencerd.errors import SettingsError
 
-_VARIABLES = {
-    "PGHOST": "host",
-    "PGHOSTADDR": "hostaddr",
-    "PGPORT": "port",
-    "PGDATABASE": "dbname",
-    "PGUSER": "user",
-    "PGPASSWORD": "password",
-    "PGPASSFILE": "passfile",
-    "PGOPTIONS": "options",
+_WITH_VARIABLE = (
+    *("host", "hostaddr", "port", "user", "password", "passfile", "options"),
+    *("target_session_attrs", "channel_binding", "require_auth", "load_balance_hosts"),
+    *("client_encoding", "gssencmode", "krbsrvname", "gsslib", "requirepeer"),
+    *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslcrldir"),
+    *("sslcertmode", "sslsni", "min_protocol_version", "max_protocol_version"),
+    *("ssl_min_protocol_version", "ssl_max_protocol_version"),
+)
+_VARIABLES = {f"PG{key.replace('_', '').upper()}": key for key in _WITH_VARIABLE} | {
     "PGAPPNAME": "application_name",
     "PGCONNECT_TIMEOUT": "connect_timeout",
-    "PGTARGETSESSIONATTRS": "target_session_attrs",
-    "PGCHANNELBINDING": "channel_binding",
-    "PGREQUIREAUTH": "require_auth",
-    "PGLOADBALANCEHOSTS": "load_balance_hosts",
-    "PGCLIENTENCODING": "client_encoding",
-    "PGGSSENCMODE": "gssencmode",
-    "PGKRBSRVNAME": "krbsrvname",
-    "PGGSSLIB": "gsslib",
-    "PGSSLMODE": "sslmode",
-    "PGSSLNEGOTIATION": "sslnegotiation",
-    "PGSSLROOTCERT": "sslrootcert",
-    "PGSSLCERT": "sslcert",
-    "PGSSLKEY": "sslkey",
-    "PGSSLCRL": "sslcrl",
-    "PGSSLCRLDIR": "sslcrldir",
-    "PGSSLCERTMODE": "sslcertmode",
-    "PGSSLSNI": "sslsni",
-    "PGREQUIREPEER": "requirepeer",
-    "PGMINPROTOCOLVERSION": "min_protocol_version",
-    "PGMAXPROTOCOLVERSION": "max_protocol_version",
-    "PGSSLMINPROTOCOLVERSION": "ssl_min_protocol_version",
-    "PGSSLMAXPROTOCOLVERSION": "ssl_max_protocol_version",
+    "PGDATABASE": "dbname",
 }
+"""libpq's environment variables, with the parameters that they set."""
+
 _PLACES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 
 _FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
