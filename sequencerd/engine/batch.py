@@ -17,7 +17,7 @@ from sequencerd.core.model import Entry
 from sequencerd.engine.executors import Leased
 from sequencerd.engine.jumps import PendingMove
 from sequencerd.engine.shared_outcome import SharedOutcomes
-from sequencerd.storage.reservations import Reserved
+from sequencerd.storage.limits import Reserved
 from sequencerd.storage.writes import EnrollmentState, EnrollmentWrites, text_array
 
 MAX_UNLOCKED = 100  # enrollments that are read without a lock, and then written by one statement

@@ -40,8 +40,8 @@ from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import PendingMove, decide
 from sequencerd.engine.shared_outcome import SharedOutcome, Start
 from sequencerd.engine.slow_evaluations import SlowEvaluations
-from sequencerd.storage import brakes, entries, reservations, wakes, writes
-from sequencerd.storage.reservations import Reserved
+from sequencerd.storage import entries, limits, wakes, writes
+from sequencerd.storage.limits import Reserved
 
 MAX_INVALID = 10_000  # steps that are remembered
 START_TOLERANCE = timedelta(seconds=1)  # after its wake time, an enrollment starts on time
@@ -322,13 +322,13 @@ class Moves:
         wanted = [_reserved(one.advanced) for one in batch.limited]
         full: dict[int, model.LimitReached] = {}
         if batch.given_back or any(one.places for one in wanted):
-            full = await reservations.reserve(connection, wanted, batch.given_back, now)
+            full = await limits.reserve(connection, wanted, batch.given_back, now)
         braked = {
             one.advanced.enrollment.sequence
             for one in batch.limited
             if self._is_braked(one.advanced.enrollment, now)
         }
-        remaining = await brakes.remaining(connection, braked, now) if braked else {}
+        remaining = await limits.left_by_brakes(connection, braked, now) if braked else {}
         begun, over = Counter[str](), set[str]()
         unused = []
         for number, (before, advanced, again) in enumerate(batch.limited):
@@ -346,10 +346,10 @@ class Moves:
             if len(batch.leased) == leased:  # others took the last free slots, or the brake holds
                 unused.append(wanted[number])
         if any(one.places for one in unused):
-            await reservations.reserve(connection, [], unused, now)
+            await limits.reserve(connection, [], unused, now)
         counted = {name: (begun[name], name in over) for name in remaining}
         if any(count or is_over for count, is_over in counted.values()):
-            await brakes.count(connection, counted, now)
+            await limits.count_for_brakes(connection, counted, now)
 
 
 def _reserved(advanced: Advanced) -> Reserved:

@@ -34,7 +34,7 @@ from sequencerd.engine.quarantine import Quarantine, isolate, refusal_of
 from sequencerd.engine.slow_evaluations import SlowEvaluations
 from sequencerd.storage import locking, suppressions
 from sequencerd.storage.database_errors import LOST_ERRORS, brief, is_data_error
-from sequencerd.storage.reservations import Reserved
+from sequencerd.storage.limits import Reserved
 from sequencerd.storage.writes import NotWritten, Unchanged
 
 SLOW_PAUSE = 0.25  # seconds until a batch with slow evaluations is continued

@@ -18,7 +18,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import RetentionSettings
-from sequencerd.storage import activity, cleanup, connections, reservations
+from sequencerd.storage import activity, cleanup, connections, limits
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 
 MAX_INTERVAL = 3600.0  # seconds, at most
@@ -152,7 +152,7 @@ async def _delete_ended(
 async def _prune_reservations(
     pool: asyncpg.Pool, _settings: RetentionSettings, now: datetime, _log: FilteringBoundLogger
 ) -> None:
-    await _alone(pool, lambda c: reservations.prune(c, now))
+    await _alone(pool, lambda c: limits.prune(c, now))
 
 
 async def _alone(

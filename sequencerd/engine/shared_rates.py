@@ -8,7 +8,7 @@ import asyncpg
 from structlog.typing import FilteringBoundLogger
 
 from sequencerd.engine.background import ERROR_PAUSE
-from sequencerd.storage import connections, rates
+from sequencerd.storage import connections, limits
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, brief
 
 LOCK_TIMEOUT = 5.0  # seconds for which another session may lock the row
@@ -22,7 +22,7 @@ async def take(
     while True:
         try:
             async with asyncio.timeout(LOCK_TIMEOUT), connections.borrow(pool) as connection:
-                return await rates.take(connection, runner, per_second, count)
+                return await limits.take_permits(connection, runner, per_second, count)
         except TRANSIENT_ERRORS as error:
             if not is_reported:
                 log.warning("no permits for a rate, calls wait", runner=runner, error=brief(error))

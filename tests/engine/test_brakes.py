@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.task import Answer, Failed, Result, Task
-from sequencerd.storage import brakes
+from sequencerd.storage import limits
 from tests.helpers.command_line import Command
 from tests.helpers.engines import Recorder, define, enroll, running_engine, until
 
@@ -176,8 +176,8 @@ async def test_a_daemon_that_was_killed_is_counted(
     note = Recorder()
     await go(connection)
     async with connection.transaction():
-        await brakes.remaining(connection, ["s"], datetime.now(UTC))
-        await brakes.count(connection, {"s": (3, False)}, datetime.now(UTC))
+        await limits.left_by_brakes(connection, ["s"], datetime.now(UTC))
+        await limits.count_for_brakes(connection, {"s": (3, False)}, datetime.now(UTC))
     async with running_engine(database, {"Note": note}):
         await until(connection, PAUSED)
     assert len(note.views) == 1
@@ -194,9 +194,9 @@ async def test_never_more_begin_in_any_period(connection: asyncpg.Connection, se
     for n in range(400):
         at = NOW + n * per / 37
         async with connection.transaction():
-            remaining = (await brakes.remaining(connection, ["s"], at))["s"]
+            remaining = (await limits.left_by_brakes(connection, ["s"], at))["s"]
             wanted = min(n % 4, remaining)
-            await brakes.count(connection, {"s": (wanted, False)}, at)
+            await limits.count_for_brakes(connection, {"s": (wanted, False)}, at)
         begun += [at] * wanted
         assert sum(one > at - per for one in begun) <= 10
     assert len(begun) > 80  # about ten in each of eleven periods
@@ -213,12 +213,12 @@ async def test_the_brake_of_apply_holds_in_place_of_the_other_until_its_end(
     )
     before, after = NOW - timedelta(seconds=1), NOW + timedelta(seconds=1)
     async with connection.transaction():
-        assert await brakes.remaining(connection, ["s"], before) == {"s": 3}
-        assert await brakes.remaining(connection, ["s"], after) == {"s": 10}
+        assert await limits.left_by_brakes(connection, ["s"], before) == {"s": 3}
+        assert await limits.left_by_brakes(connection, ["s"], after) == {"s": 10}
         await connection.execute(
             "UPDATE sequencer.sequences SET brake_at_most = NULL, brake_per = NULL"
         )
-        assert await brakes.remaining(connection, ["s"], after) == {}
+        assert await limits.left_by_brakes(connection, ["s"], after) == {}
 
 
 async def test_what_was_counted_by_a_clock_that_was_ahead_does_not_count(
@@ -228,9 +228,9 @@ async def test_what_was_counted_by_a_clock_that_was_ahead_does_not_count(
     await go(connection)
     async with connection.transaction():
         for at in (NOW + timedelta(days=2000), NOW - timedelta(minutes=5)):
-            await brakes.remaining(connection, ["s"], at)
-            await brakes.count(connection, {"s": (4, False)}, at)
-        assert await brakes.remaining(connection, ["s"], NOW) == {"s": 6}
+            await limits.left_by_brakes(connection, ["s"], at)
+            await limits.count_for_brakes(connection, {"s": (4, False)}, at)
+        assert await limits.left_by_brakes(connection, ["s"], NOW) == {"s": 6}
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ async def test_the_period_is_named_in_its_unit(
     await braked(connection, 1, per)
     await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
     async with connection.transaction():
-        assert await brakes.remaining(connection, ["s"], NOW) == {"s": 1}
-        await brakes.count(connection, {"s": (1, True)}, NOW)
+        assert await limits.left_by_brakes(connection, ["s"], NOW) == {"s": 1}
+        await limits.count_for_brakes(connection, {"s": (1, True)}, NOW)
     reason = await connection.fetchval("SELECT reason FROM sequencer.brakes")
     assert reason == f"brake: more than 1 in {words}"
 
@@ -301,7 +301,7 @@ async def test_an_apply_that_removes_brakes_waits_for_a_daemon(
             "SELECT EXISTS (SELECT FROM pg_stat_activity"
             " WHERE wait_event_type = 'Lock' AND datname = current_database())",
         )
-        assert set(await brakes.remaining(daemon, ["a", "b"], NOW)) == {"a", "b"}
+        assert set(await limits.left_by_brakes(daemon, ["a", "b"], NOW)) == {"a", "b"}
     await applying
     await daemon.close()
     assert await connection.fetchval("SELECT count(*) FROM sequencer.brakes") == 0
@@ -316,8 +316,8 @@ async def test_without_a_brake_there_is_no_extra_query(
         asked.append(arguments)
         return {}
 
-    monkeypatch.setattr(brakes, "remaining", remaining)
-    monkeypatch.setattr(brakes, "count", remaining)
+    monkeypatch.setattr(limits, "left_by_brakes", remaining)
+    monkeypatch.setattr(limits, "count_for_brakes", remaining)
     await define(connection, "s", ("send", "Note", "{}", None))
     await fill(connection, 5)
     async with running_engine(database, {"Note": Recorder()}):

@@ -15,7 +15,7 @@ import pytest
 from sequencerd.core.model import LimitReached, Reservation
 from sequencerd.core.step_types import BUILT_IN, is_instant
 from sequencerd.core.task import Answer, Failed, Result, Suppressed, Task
-from sequencerd.storage.reservations import Reserved, prune, reserve
+from sequencerd.storage.limits import Reserved, prune, reserve
 from tests.helpers.databases import make_login
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until, way
 
@@ -391,7 +391,7 @@ async def test_a_step_without_a_limit_needs_no_query(
     async def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("sequencerd.storage.reservations.reserve", never)
+    monkeypatch.setattr("sequencerd.storage.limits.reserve", never)
     await define(connection, "s", ("send", "Note", "{}", None))
     async with running_engine(database, {"Note": Recorder()}):
         await enroll(connection, "s", "ada")

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from sequencerd.engine import retention
 from sequencerd.engine.clock import Clock
 from sequencerd.settings import RetentionSettings
-from sequencerd.storage import activity, connections, reservations
+from sequencerd.storage import activity, connections, limits
 from sequencerd.storage.cleanup import try_lock_retention
 from tests.helpers.engines import define, enroll, until
 from tests.helpers.waiting import eventually
@@ -334,7 +334,7 @@ async def test_an_unexpected_error_of_retention_ends_no_daemon(
         done.set()
 
     monkeypatch.setattr(activity, "count", fail)
-    monkeypatch.setattr(reservations, "prune", prune)
+    monkeypatch.setattr(limits, "prune", prune)
     with capture_logs() as logs:
         log = structlog.get_logger()
         keeping = asyncio.create_task(

@@ -16,7 +16,7 @@ import pytest
 
 from sequencerd.core.model import RetryPolicy
 from sequencerd.core.task import Answer, Failed, Result, Task
-from sequencerd.storage import bulk, connections, rates
+from sequencerd.storage import bulk, connections, limits
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
 from tests.console.conftest import page_with
@@ -226,8 +226,8 @@ async def test_changed_definitions_are_polled_and_waiting_enrollments_follow(
 
 
 async def test_permits_of_a_rate_are_taken_once(connection: asyncpg.Connection) -> None:
-    first, _ = await rates.take(connection, "Note", 10.0, 50)
-    second, _ = await rates.take(connection, "Note", 10.0, 50)
+    first, _ = await limits.take_permits(connection, "Note", 10.0, 50)
+    second, _ = await limits.take_permits(connection, "Note", 10.0, 50)
     assert second == pytest.approx(first + 5, abs=0.001)
 
 

@@ -1,7 +1,10 @@
-"""Reserve places for side effects with a limit, in the transaction that leases them."""
+"""Count side effects against limits and brakes, in the transaction that leases them, and calls
+against the rates of runners.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from datetime import datetime
 from itertools import groupby
@@ -57,3 +60,30 @@ async def reserve(
 async def prune(connection: asyncpg.Connection, now: datetime) -> None:
     """Delete places that no limit counts any more."""
     await connection.execute(QUERIES["prune_reservations"], now)
+
+
+async def left_by_brakes(
+    connection: asyncpg.Connection, sequences: Iterable[str], now: datetime
+) -> dict[str, int]:
+    """Lock the brakes of sequences. Return how many side effects may begin in each."""
+    rows = await connection.fetch(QUERIES["brake_remaining"], list(sequences), now)
+    return {row["sequence"]: row["remaining"] for row in rows}
+
+
+async def count_for_brakes(
+    connection: asyncpg.Connection, begun: Mapping[str, tuple[int, bool]], now: datetime
+) -> None:
+    """Count the side effects that have begun, and pause sequences in which more would."""
+    numbers = [number for number, _ in begun.values()]
+    over = [is_over for _, is_over in begun.values()]
+    await connection.execute(QUERIES["brake"], list(begun), numbers, over, now)
+
+
+async def take_permits(
+    connection: asyncpg.Connection, runner: str, per_second: float, count: int
+) -> tuple[float, float]:
+    """Take permits for calls of a runner, at a rate that all daemons share. Return the time of the
+    first one and the current time, in seconds.
+    """
+    row = await connection.fetchrow(QUERIES["take_permits"], runner, per_second, count / per_second)
+    return row["first"], row["present"]
