@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from sequencerd.core import exact_json
 from sequencerd.core.faults import DefinitionError
@@ -20,6 +20,7 @@ from sequencerd.core.task import Answer, Failed, NotStarted, Result, Task
 from sequencerd.core.view import View
 from sequencerd.runners import tracing
 from sequencerd.runners.answers import ANSWERS_OF_WORDS, check_json, read_outcome
+from sequencerd.runners.aws_lambda import LambdaFunction
 from sequencerd.runners.fields import one_line
 from sequencerd.runners.http_client import MAX_ANSWER, HttpClient, Unreachable, check_headers
 from sequencerd.runners.http_reply import TOO_LARGE, HttpReply, judge
@@ -31,20 +32,6 @@ BATCH_BYTES = 96_000
 MAX_ITEM = 64 * 1024  # bytes of the answer per enrollment, if that is more than MAX_ANSWER
 MAX_IDS = 5
 NO_JSON = "data holds a number that cannot be written as JSON"
-
-
-class Endpoint(Protocol):
-    """The destination of calls: an HTTP endpoint, or an AWS Lambda function."""
-
-    async def post(
-        self, body: bytes, key: str | None = None, max_answer: int = MAX_ANSWER
-    ) -> HttpReply:
-        """Send JSON, with its idempotency key, and return the answer. Raises Unreachable."""
-        ...
-
-    async def close(self) -> None:
-        """Close the connections."""
-        ...
 
 
 class HttpEndpoint:
@@ -87,6 +74,10 @@ class HttpEndpoint:
     async def close(self) -> None:
         """Close the connections."""
         await self._web.close()
+
+
+Endpoint = HttpEndpoint | LambdaFunction
+"""The destination of calls."""
 
 
 class BatchRunner:
