@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
 
-from sequencerd.core.config import Faults, parse_config
-from sequencerd.core.faults import DefinitionError, Fault
-from sequencerd.core.model import DEFAULT_RETRY, Limits
 from sequencerd.core.step_types import BUILT_IN
-from sequencerd.core.step_types.effects import EMAIL, SMS, SmsConfig
-from sequencerd.core.task import Failed, Result, Task
+from sequencerd.core.step_types.effects import EMAIL, SMS
 from sequencerd.errors import SettingsError
 from sequencerd.runners.addressed import AddressedRunner
 from sequencerd.runners.aws_lambda import MAX_EVENT, LambdaFunction
@@ -27,7 +22,6 @@ from sequencerd.settings import (
     HttpRunnerSettings,
     LookupSettings,
     Settings,
-    SmsSettings,
     secret_values,
 )
 
@@ -49,11 +43,8 @@ def make_runners(
                 settings.email, suppressions=suppressions, links=links, take=take
             )
         with _section("sms"):
-            sms, problem = settings.sms, _lacking(settings.sms)
-            runners[SMS.name] = (
-                SmsRunner(sms, suppressions=suppressions, links=links, take=take)
-                if problem is None
-                else _NotSetUp(problem)
+            runners[SMS.name] = SmsRunner(
+                settings.sms, suppressions=suppressions, links=links, take=take
             )
         installed = load()
         _check_names(installed, "the Python runner {}")
@@ -120,35 +111,3 @@ def make_links(settings: Settings) -> UnsubscribeLinks | None:
     if section is None:
         return None
     return UnsubscribeLinks(section.url, [key.get_secret_value() for key in section.keys])
-
-
-def _lacking(sms: SmsSettings) -> str | None:
-    """Return what has to be set before messages can be sent, if anything."""
-    if sms.provider == "http" and not (sms.url and sms.body):
-        return "SMS needs a gateway: set sms.url and sms.body"
-    if sms.provider == "twilio" and not (sms.account_sid and sms.auth_token):
-        return "SMS needs an account: set sms.account_sid and sms.auth_token"
-    return None
-
-
-class _NotSetUp:
-    """Replaces the SMS runner if its settings are incomplete: its steps then have a problem."""
-
-    limits = Limits()
-    retry = DEFAULT_RETRY
-    lacks_settings = True
-
-    def __init__(self, problem: str) -> None:
-        self._problem = problem
-
-    def compile(self, config: Mapping[str, Any]) -> NoReturn:
-        faults = Faults()
-        with faults.at():
-            parse_config(SmsConfig, config, SMS.name)
-        raise DefinitionError([*faults.found, Fault((), self._problem)])
-
-    async def run(self, _program: object, tasks: Sequence[Task]) -> Sequence[Result]:
-        return [Failed(self._problem)] * len(tasks)
-
-    async def close(self) -> None:
-        pass

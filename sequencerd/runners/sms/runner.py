@@ -13,7 +13,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ValidationError, model_validator
 
 from sequencerd.core.config import Faults, parse_config
-from sequencerd.core.faults import Fault
+from sequencerd.core.faults import DefinitionError, Fault
 from sequencerd.core.javascript.templates import Template
 from sequencerd.core.languages import DEFAULT_LOCALE
 from sequencerd.core.model import NOTHING_SHARED, MessageContext
@@ -107,7 +107,8 @@ class SmsProgram:
 
 class SmsRunner:
     """Sends a message for each enrollment of a step, by the provider of the settings. `links` makes
-    the links to unsubscribe. Raises ValueError for settings that cannot be used.
+    the links to unsubscribe. Raises ValueError for settings that cannot be used; with incomplete
+    ones, its steps have a problem.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class SmsRunner:
         take: TakePermits | None = None,
     ) -> None:
         limits = settings.limits
+        self._lacking = _lacking(settings)
+        self.lacks_settings = self._lacking is not None
         self.retry = settings.retry
         self._links = links
         self._suppressions = suppressions
@@ -138,9 +141,13 @@ class SmsRunner:
         self, config: Mapping[str, Any], shared: MessageContext = NOTHING_SHARED
     ) -> SmsProgram:
         """Compile all templates, and check a literal number. Raises DefinitionError."""
+        faults = Faults()
+        if self._lacking is not None:
+            with faults.at():
+                parse_config(SmsConfig, config, SMS.name)
+            raise DefinitionError([*faults.found, Fault((), self._lacking)])
         parsed = parse_config(self._gateway.model, config, SMS.name)
         fields = parsed.model_dump(by_alias=True, exclude_none=True, exclude={"strict"})
-        faults = Faults()
         program = {}
         for name, source in fields.items():
             with faults.at():
@@ -215,6 +222,15 @@ class SmsRunner:
     async def close(self) -> None:
         """Close the connections."""
         await self._web.close()
+
+
+def _lacking(settings: SmsSettings) -> str | None:
+    """Return what has to be set before messages can be sent, if anything."""
+    if settings.provider == "http" and not (settings.url and settings.body):
+        return "SMS needs a gateway: set sms.url and sms.body"
+    if settings.provider == "twilio" and not (settings.account_sid and settings.auth_token):
+        return "SMS needs an account: set sms.account_sid and sms.auth_token"
+    return None
 
 
 class _Twilio:
