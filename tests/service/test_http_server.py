@@ -397,6 +397,25 @@ def test_the_alerts_watch_metrics_that_exist() -> None:
         assert rule["annotations"]["description"]
 
 
+def test_increases_include_the_first_event_of_a_series() -> None:
+    """A series with labels appears with its first event, in which increase() sees nothing."""
+    (group,) = yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
+    board = json.loads((DOCS / "grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    queries += [rule["expr"] for rule in group["rules"]]
+    present = {sample.name for family in Metrics().registry.collect() for sample in family.samples}
+    increases = {
+        (query, *found)
+        for query in queries
+        for found in re.findall(r"increase\((.+?)\[(.+?)\]", query)
+    }
+    assert increases
+    for query, series, period in increases:
+        if series.partition("{")[0] not in present:
+            counted = f"{series} unless {series} offset {period} or increase({series}[{period}])"
+            assert counted in query
+
+
 def test_the_page_names_every_metric() -> None:
     page = set(NAME.findall((DOCS / "service.md").read_text()))
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported()}
