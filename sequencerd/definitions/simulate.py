@@ -20,7 +20,16 @@ from sequencerd.core.calendar import dates
 from sequencerd.core.decision import Advanced, End, Event, Execute, Fail, QueryLookup, Wait
 from sequencerd.core.enrollment import NEVER, Enrollment
 from sequencerd.core.faults import DefinitionError, EvaluationError
-from sequencerd.core.model import Action, InstantStep, LimitReached, Sequence, Stay, Step, Update
+from sequencerd.core.model import (
+    Action,
+    InstantStep,
+    LimitReached,
+    Sequence,
+    SideEffect,
+    Stay,
+    Step,
+    Update,
+)
 from sequencerd.core.step_types.condition_config import ConditionConfig, explain
 from sequencerd.core.task import Answer, Failed, LookupAnswer, Result, Task, may_have_taken_place
 from sequencerd.core.view import REMOVED, Context, merge_data, parse_data, view
@@ -283,9 +292,12 @@ class _SimulatedEnrollment:
     def _execute(
         self, step: Step, timezone: str, external: Mapping[str, Any], now: datetime
     ) -> Result:
-        here = self.at
+        here, effect = self.at, step.behaviour
+        assert isinstance(effect, SideEffect)
+        topic = self.definitions[here.sequence].topic_of(effect)
         try:
-            task = Task(here.key, view(here, timezone, here.entered_at or now, external))
+            seen = view(here, timezone, here.entered_at or now, external)
+            task = Task(here.key, seen, topic=topic)
             details = self.preview(step, task)
         except (EvaluationError, ValueError) as error:
             self.entries.append(self._entry(now, here, "execute", "cannot be sent"))

@@ -101,19 +101,30 @@ def test_a_preview_in_a_language(trial: Path, capsys: pytest.CaptureFixture[str]
         assert "\n\nHi\n" in run(capsys, "preview", "trial.yaml", "text", "--data", DATA)
 
 
-def test_a_preview_unsubscribes_from_the_topic_of_the_message(
-    trial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("preview", "trial.yaml", "welcome"),
+        ("simulate", "trial.yaml", "--runner", "SMS=next", "--runner", "Score=next"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_link_outside_of_a_journey_unsubscribes_from_the_topic_of_the_message(
+    command: tuple[str, ...],
+    trial: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = f'[unsubscribe]\nurl = "https://mail.example.com"\nkeys = ["{"k" * 40}"]\n'
     (trial.parent / "s.toml").write_text(settings)
     monkeypatch.setenv("SEQUENCERD_CONFIG", "s.toml")
     text = FILE.replace('      listUnsubscribe: "https://example.com/out?{{subject}}"\n', "")
+    text = text.replace("{{external.plan}}", "{{unsubscribe_url}}")
     trial.write_text(text.replace("timezone:", "topic: offers\ntimezone:"))
-    printed = run(capsys, "preview", "trial.yaml", "welcome", "--data", DATA)
-    (token,) = re.findall(
-        r"^List-Unsubscribe: <https://\S+/unsubscribe/(\S+)>", printed, re.MULTILINE
-    )
-    subscription = UnsubscribeLinks("https://mail.example.com", ["k" * 40]).read(token)
+    printed = run(capsys, *command, "--data", DATA)
+    found = re.search(r"https://mail\.example\.com/unsubscribe/([\w.-]+)", printed)
+    assert found is not None
+    subscription = UnsubscribeLinks("https://mail.example.com", ["k" * 40]).read(found[1])
     assert subscription is not None
     assert subscription.topic == "offers"
 
