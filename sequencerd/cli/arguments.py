@@ -296,6 +296,7 @@ def _add_changes(commands: Commands) -> None:
         help="for a day, pause each changed sequence instead of executing more than N side "
         "effects in an hour",
     )
+    _add_reason(applied)
     add_json(applied)
 
     history = commands.add(

@@ -35,6 +35,7 @@ from sequencerd.errors import ArgumentError, PlanError, UsageError
 from sequencerd.runners import registry
 from sequencerd.settings import Settings
 from sequencerd.storage import connections
+from sequencerd.storage.bulk import changed_by
 from sequencerd.storage.change_of_shards import ChangeTexts, changing
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.every_shard import ask
@@ -98,6 +99,7 @@ async def apply_command(
             found,
             runners,
             moves=moves,
+            reason=changed_by(arguments.reason),
             prune=arguments.prune,
             expected=arguments.plan,
             brake=arguments.brake,

@@ -364,16 +364,12 @@ class _Edit:
 
     async def apply(self, reason: str, expected: str, brake: int | None) -> None:
         async with changing(_explain, self.shards, connections.connect) as change:
-
-            async def set_reason(shard: Shard) -> None:
-                await bulk.set_reason(change.connections[shard], reason)
-
-            await change.on_each(set_reason)
             await plan_of_shards.apply(
                 change,
                 self.definitions,
                 self.runners,
                 moves=self.moves,
+                reason=reason,
                 expected=expected,
                 brake=brake,
                 from_files=False,

@@ -12,6 +12,7 @@ from sequencerd.definitions import apply_plan, plan
 from sequencerd.definitions.affected import WaitingCounts
 from sequencerd.definitions.compiler import Definition, Runners
 from sequencerd.definitions.plan import Plan, ScheduledEntries, SequencePlan, refusals
+from sequencerd.storage.bulk import set_reason
 from sequencerd.storage.change_of_shards import Change
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.statements import QUERIES
@@ -26,17 +27,19 @@ async def apply(
     runners: Runners,
     *,
     moves: Mapping[str, str],
+    reason: str,
     prune: bool = False,
     expected: str | None = None,
     brake: int | None = None,
     from_files: bool = True,
 ) -> Plan:
     """Make a plan on every shard of a change and apply it, for the caller to commit: see
-    `plan.make` and `apply_plan.write`. Raises PlanError if the plan cannot be applied, or does not
-    have the `expected` fingerprint.
+    `plan.make` and `apply_plan.write`. `reason` is recorded with the revisions. Raises PlanError if
+    the plan cannot be applied, or does not have the `expected` fingerprint.
     """
 
     async def lock(shard: Shard) -> None:
+        await set_reason(change.connections[shard], reason)
         await change.connections[shard].execute(QUERIES["lock_definitions"])
 
     async def make(shard: Shard) -> Plan:

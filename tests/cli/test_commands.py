@@ -17,6 +17,7 @@ import pytest
 from sequencerd.cli import main
 from sequencerd.cli.arguments import make_parser
 from sequencerd.core.faults import FAILURES
+from sequencerd.storage.bulk import changed_by
 from tests.helpers.command_line import Command, beside, start_sequencerd
 from tests.helpers.databases import server_folder
 from tests.helpers.engines import define, enroll
@@ -81,6 +82,15 @@ def test_a_status_begins_with_the_description(applied: Command, tmp_path: Path) 
     assert applied("status", "s").splitlines()[0] == r"Two\x1b[2J"
     assert "Two" not in applied("status")
     assert isinstance(json.loads(applied("status", "s", "--json")), list)
+
+
+def test_apply_records_the_operator_and_the_reason(applied: Command, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(file.read_text().replace("name: s\n", "name: s\ndescription: two\n", 1))
+    applied("apply", "s.yaml", "--reason", "commit 4f2a")
+    latest, *_, first = json.loads(applied("history", "s", "--json"))
+    assert latest["reason"] == f"{first['reason']}: commit 4f2a"
+    assert first["reason"] == changed_by(None)
 
 
 def test_tables_are_not_cut_in_a_pipe(applied: Command) -> None:

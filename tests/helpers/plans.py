@@ -45,7 +45,9 @@ class Applying:
         change = Change(_unexplained, [only], connections.connect)
         change.connections[only] = self.connection  # in whose transaction all happens
         async with self.connection.transaction():
-            return await plan_of_shards.apply(change, found, RUNNERS, **{"moves": {}} | options)
+            return await plan_of_shards.apply(
+                change, found, RUNNERS, **{"moves": {}, "reason": ""} | options
+            )
 
 
 async def _unexplained(_: Shard, error: BaseException) -> SequencerdError:
