@@ -160,10 +160,7 @@ async def selected(
 ) -> list[asyncpg.Record]:
     """Count the enrollments that `select` would return, by sequence, step, status and failure."""
     async with counting(connection):
-        rows: list[asyncpg.Record] = await connection.fetch(
-            QUERIES["selected"], *_parameters(action, selection, to)
-        )
-    return rows
+        return await connection.fetch(QUERIES["selected"], *_parameters(action, selection, to))
 
 
 def added_up(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -46,9 +46,7 @@ def open_connection(
     shard: Shard, *, name: str, timeout: float, **options: Any
 ) -> Awaitable[asyncpg.Connection]:
     """Open a connection, with asyncpg's options. Raises SettingsError, and asyncpg's errors."""
-    opening: Awaitable[asyncpg.Connection]
-    opening = asyncpg.connect(**_arguments(shard, name, timeout), **options)
-    return opening
+    return asyncpg.connect(**_arguments(shard, name, timeout), **options)
 
 
 def open_pool(
@@ -335,10 +333,7 @@ async def read(
 ) -> list[asyncpg.Record]:
     """Return the rows of a statement in QUERIES, in a read-only transaction with a time limit."""
     async with reading(pool) as connection:
-        rows: list[asyncpg.Record] = await connection.fetch(
-            QUERIES[query], *arguments, timeout=seconds
-        )
-        return rows
+        return await connection.fetch(QUERIES[query], *arguments, timeout=seconds)
 
 
 @contextmanager

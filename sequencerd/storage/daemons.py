@@ -24,10 +24,7 @@ async def beat(
     """Extend the time for which a daemon is alive by the duration of a lease. Return when it
     started.
     """
-    since: datetime = await connection.fetchval(
-        QUERIES["beat"], daemon, started_at, lease, sorted(types)
-    )
-    return since
+    return await connection.fetchval(QUERIES["beat"], daemon, started_at, lease, sorted(types))
 
 
 async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozenset[str]:
@@ -76,5 +73,4 @@ async def release_notify_lock(connection: asyncpg.Connection) -> None:
 
 async def acquire_requests_lock(connection: asyncpg.Connection) -> bool:
     """Try to become the daemon that handles requests, for as long as the connection lasts."""
-    is_ours: bool = await connection.fetchval(QUERIES["acquire_requests_lock"])
-    return is_ours
+    return await connection.fetchval(QUERIES["acquire_requests_lock"])

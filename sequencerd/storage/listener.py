@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import asyncpg
@@ -240,7 +241,7 @@ class _Watch:
                 self._wake.set()
                 return
             case EnrollmentDue() if self._notify_lock is NotifyLock.OURS:
-                self._notified_at.append(_now())
+                self._notified_at.append(monotonic())
                 if self._is_notified_often:
                     self._wake.set()
         self._receive(message)
@@ -280,9 +281,9 @@ class _Watch:
         if self._notify_lock not in (before, NotifyLock.NOBODYS):
             self._is_off = False
             self._notified_at.clear()
-            started = _now()
+            started = monotonic()
             await self._poll_once(whole=True)
-            self._whole_took.append(_now() - started)
+            self._whole_took.append(monotonic() - started)
 
     async def _wait(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -300,24 +301,24 @@ class _Watch:
             await self._probe()
             await self._requests.try_to_handle()
             self._receive(DefinitionsChanged(definitions=True))
-            await self._poll_until(_now() + POLL_INTERVAL)
+            await self._poll_until(monotonic() + POLL_INTERVAL)
 
     async def _poll_for_a_while(self) -> None:
         """Poll while notifications are off."""
         self._notify_lock, self._pause = NotifyLock.NOBODYS, POLL_INTERVALS[0]
         # a whole poll reads all dead entries of the index: many while a snapshot is held open
-        await self._poll_until(_now() + pause_after(OFF_FOR, *self._whole_took))
+        await self._poll_until(monotonic() + pause_after(OFF_FOR, *self._whole_took))
 
     async def _poll_until(self, end: float) -> None:
-        while _now() < end:
+        while monotonic() < end:
             await self._poll_and_pause()
 
     async def _poll_and_pause(self) -> None:
-        started, known = _now(), self._last.due
+        started, known = monotonic(), self._last.due
         await self._poll_once(whole=False)
         shortest, longest = POLL_INTERVALS
         self._pause = shortest if self._last.due - known else min(2 * self._pause, longest)
-        took, self._took = self._took, _now() - started
+        took, self._took = self._took, monotonic() - started
         await asyncio.sleep(pause_after(self._pause, took, self._took))
 
     async def _poll_once(self, *, whole: bool) -> None:
@@ -365,12 +366,12 @@ class _Requests:
             self._handle(request)
             return
         if len(self._kept) >= KEPT_REQUESTS:
-            self._kept = {Reevaluate(): _now()}
-        self._kept[request] = _now()
+            self._kept = {Reevaluate(): monotonic()}
+        self._kept[request] = monotonic()
 
     async def try_to_handle(self) -> None:
         """Handle requests from now on, unless another daemon does."""
-        now = _now()
+        now = monotonic()
         if self._is_ours or now < self._next_attempt:
             return
         self._next_attempt = now + LOCK_INTERVAL
@@ -380,7 +381,3 @@ class _Requests:
             for request, at in kept.items():
                 if at >= now - KEPT_FOR:
                     self._handle(request)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

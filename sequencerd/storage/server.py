@@ -30,14 +30,12 @@ async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
 
 async def is_standby(connection: asyncpg.Connection) -> bool:
     """Return whether the server is a standby, until it is promoted."""
-    found: bool = await connection.fetchval(QUERIES["is_standby"])
-    return found
+    return await connection.fetchval(QUERIES["is_standby"])
 
 
 async def is_on_citus(connection: asyncpg.Connection) -> bool:
     """Return whether Citus has distributed the tables."""
-    found: bool = await connection.fetchval(QUERIES["is_on_citus"])
-    return found
+    return await connection.fetchval(QUERIES["is_on_citus"])
 
 
 async def identity(connection: asyncpg.Connection) -> tuple[object, ...]:
@@ -49,8 +47,7 @@ async def identity(connection: asyncpg.Connection) -> tuple[object, ...]:
 
 async def server_time(connection: asyncpg.Connection) -> datetime:
     """Read the database's clock."""
-    now: datetime = await connection.fetchval(QUERIES["server_time"])
-    return now
+    return await connection.fetchval(QUERIES["server_time"])
 
 
 async def probe(connection: asyncpg.Connection) -> None:

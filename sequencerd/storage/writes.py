@@ -150,16 +150,14 @@ async def write_unchanged(
         raise NotWritten from error
     if row is None:
         raise NotWritten
-    number: int | None = row["number"]
-    return number
+    return row["number"]
 
 
 async def number_of_writes(connection: asyncpg.Connection) -> int | None:
     """Return the number of the present transaction: the version of the rows that it has written.
     None if triggers of others may have changed these, or where each node has numbers of its own.
     """
-    number: int | None = await connection.fetchval(QUERIES["number_of_writes"])
-    return number
+    return await connection.fetchval(QUERIES["number_of_writes"])
 
 
 class NotWritten(Exception):  # noqa: N818 - not an error

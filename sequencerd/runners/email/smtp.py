@@ -7,6 +7,7 @@ import re
 import ssl
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from time import monotonic
 
 from sequencerd.core.task import Answer, Attribution, Failed, NotStarted, Result
 from sequencerd.runners.email import smtp_connect
@@ -39,7 +40,7 @@ OFFER_TIMEOUT = 600.0
 REUSE_TIMEOUT = 10.0
 """Seconds for the first reply on a connection that was idle: it may be dead, unlike a new one."""
 
-MAX_ADDRESSES = 10
+MAX_LISTED = 10  # addresses that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +220,10 @@ class _Sending:
         """Send the message. Return why some recipients do not get it. Raises SmtpError, TokenError
         or OSError.
         """
-        since = _now()
+        since = monotonic()
         ended: Failed | NotStarted | None = None
         while self.rest and ended is None:
-            if _now() - since > OFFER_TIMEOUT:
+            if monotonic() - since > OFFER_TIMEOUT:
                 raise SmtpError(f"not ready for all of it within {OFFER_TIMEOUT:g} s")
             before = [*self.rest], {**self.refused}, {**self.unknown}
             self.dialogue = None
@@ -392,19 +393,13 @@ def _is_recipient_limit(reply: SmtpReply) -> bool:
     return read_refusal(*reply, "recipient").meaning is RefusalMeaning.RECIPIENTS
 
 
-def _now() -> float:
-    return asyncio.get_running_loop().time()
-
-
 def _list_refusals(refused: Mapping[str, Failed]) -> str:
-    shown = list(refused.items())[:MAX_ADDRESSES]
-    more = f" and {len(refused) - len(shown)} more" if len(refused) > len(shown) else ""
-    return ", ".join(f"{address} ({failed.message})" for address, failed in shown) + more
+    return _listed([f"{address} ({failed.message})" for address, failed in refused.items()])
 
 
-def _listed(addresses: list[str]) -> str:
-    more = len(addresses) - MAX_ADDRESSES
-    shown = ", ".join(addresses[:MAX_ADDRESSES])
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - MAX_LISTED
+    shown = ", ".join(items[:MAX_LISTED])
     return f"{shown} and {more} more" if more > 0 else shown
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from time import monotonic
 
 from sequencerd.runners.email.refusals import CONNECTIONS, SHORT_WAIT, RefusalMeaning, read_refusal
 from sequencerd.runners.email.smtp_dialogue import (
@@ -78,12 +79,12 @@ class ConnectionPool:
 
     @property
     def _is_full(self) -> bool:
-        return self._used >= self._allowed and _now() < self._full_until
+        return self._used >= self._allowed and monotonic() < self._full_until
 
     def _take(self) -> Dialogue | None:
         while self._idle:
             dialogue, since = self._idle.pop()
-            if dialogue.is_open and _now() - since < self._idle_for:
+            if dialogue.is_open and monotonic() - since < self._idle_for:
                 self._used += 1
                 dialogue.is_reused = True
                 return dialogue
@@ -105,7 +106,7 @@ class ConnectionPool:
             self._discard(dialogue)
             return
         self._used -= 1
-        self._idle.append((dialogue, _now()))
+        self._idle.append((dialogue, monotonic()))
         self._changed.set()
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._idle_for, self._drop)
@@ -145,7 +146,7 @@ class ConnectionPool:
         if not is_limit or not others:
             return False
         self._allowed = others
-        self._full_until = _now() + (SHORT_WAIT if wait is None else wait).total_seconds()
+        self._full_until = monotonic() + (SHORT_WAIT if wait is None else wait).total_seconds()
         return True
 
     def _lost(self, *, has_room: bool) -> None:
@@ -155,14 +156,14 @@ class ConnectionPool:
 
     def _drop(self) -> None:
         """Close connections that have been idle too long."""
-        kept = [(c, since) for c, since in self._idle if _now() - since < self._idle_for]
+        kept = [(c, since) for c, since in self._idle if monotonic() - since < self._idle_for]
         for entry in self._idle:
             if entry not in kept:
                 self._quit(entry[0])
         self._idle = kept
         self._timer = None
         if kept:
-            wait = kept[0][1] + self._idle_for - _now()
+            wait = kept[0][1] + self._idle_for - monotonic()
             self._timer = asyncio.get_running_loop().call_later(wait, self._drop)
 
     def _quit(self, dialogue: Dialogue) -> None:
@@ -186,7 +187,3 @@ async def _say_goodbye(dialogue: Dialogue) -> None:
         async with asyncio.timeout(2):
             await dialogue.quit()
     dialogue.close()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
