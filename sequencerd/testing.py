@@ -32,7 +32,7 @@ from sequencerd.definitions.simulate import Simulation, TimelineEntry
 from sequencerd.definitions.simulator import Outcome, Simulator
 from sequencerd.errors import FileError, UsageError
 from sequencerd.runners import Runner, registry
-from sequencerd.settings import Settings
+from sequencerd.settings import Settings, UnsubscribeSettings
 
 __all__ = [
     "FileError",
@@ -45,6 +45,11 @@ __all__ = [
     "load",
 ]
 
+_WITH_LINKS = Settings(
+    unsubscribe=UnsubscribeSettings(url="https://example.com", keys=(SecretStr("-" * 32),))
+)
+"""Settings for messages that need a link to unsubscribe."""
+
 
 def load(
     *paths: str | os.PathLike[str],
@@ -53,9 +58,9 @@ def load(
 ) -> Simulator:
     """Read files. `outcomes` are the results of side effects by type: next (the default), altNext,
     noop, fail, or an answer such as {"action": "next", "data": {"score": 80}}. Types named there
-    need no runner. Raises FileError.
+    need no runner. Without `settings`, links to unsubscribe lead to example.com. Raises FileError.
     """
-    runners = make_runners(settings or Settings(), outcomes or {})
+    runners = make_runners(settings or _WITH_LINKS, outcomes or {})
     found = files.read_all([Path(path) for path in paths], runners)
     definitions = {one.sequence.name: one.seeded({}) for one in found}
     return Simulator(definitions, runners, outcomes or {})

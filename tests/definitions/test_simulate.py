@@ -22,7 +22,7 @@ from sequencerd.core.enrollment import Enrollment
 from sequencerd.definitions.simulate import MAX_ENTRIES, Simulation
 from sequencerd.errors import FileError, UsageError
 from sequencerd.storage import conninfo
-from sequencerd.testing import Simulator, load
+from sequencerd.testing import Settings, Simulator, load
 from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, define, enroll, running_engine, until
 
@@ -787,3 +787,15 @@ def test_an_enrollment_has_its_own_start_and_data(
     with pytest.raises(SystemExit):
         main(["simulate", "--from-enrollment", "1", f"--{option}", "{}"])
     assert f"--{option} does not go with --from-enrollment" in capsys.readouterr().err
+
+
+def test_a_link_to_unsubscribe_needs_no_settings(tmp_path: Path) -> None:
+    sequence = loaded(
+        tmp_path,
+        "  - {name: mail, type: Email, config: {from: a@x.org, to: b@x.org, subject: x,"
+        " text: '{{unsubscribe_url}}'}}\n",
+    )
+    (mail,) = sequence.simulate(start=START).sent
+    assert mail.details["text"].startswith("https://example.com/unsubscribe/")
+    with pytest.raises(FileError, match="unsubscribe_url would be empty"):
+        load(tmp_path / "s.yaml", settings=Settings())
