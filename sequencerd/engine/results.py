@@ -206,7 +206,11 @@ class Results:
             not (is_few or _are_alike(results))
             or len(names) > 1
             or any(
-                one.enrollment.leases not in known or one.reservations or _has_data(result)
+                one.enrollment.leases not in known
+                # leased again since: among several leases, the statement would not notice it
+                or self._leases.by_id.get(one.enrollment.id) is not one
+                or one.reservations
+                or _has_data(result)
                 for one, result in results
             )
             or _undeliverable(results)

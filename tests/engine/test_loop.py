@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -917,6 +917,62 @@ async def test_a_result_after_a_cancel_is_recorded_and_moves_nothing(
     )
     assert "sent to ada" in late
     assert await connection.fetchval("SELECT status FROM sequencer.enrollments") == "cancelled"
+
+
+async def test_a_late_result_among_others_moves_nothing(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """An enrollment is restarted twice during its side effect, and then leased together with one
+    that has entered the step with it. The results of both are written at once.
+    """
+    released: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)  # by id and visit
+
+    async def hold(task: Task) -> Result:
+        await released[task.key.rpartition(":")[0]].wait()
+        return Answer()
+
+    await define(
+        connection,
+        "s",
+        ("start", "WaitForDuration", '{"amount": 0, "unit": "ms"}', "work"),
+        ("work", "Slow", "{}", "rest"),
+        ("rest", "WaitForDuration", '{"amount": 1, "unit": "hour"}', None),
+    )
+    await connection.execute(
+        "INSERT INTO sequencer.enrollments (id, sequence, subject, wake_at)"
+        " SELECT n, 's', n, now() FROM generate_series(1, 9) AS n"
+    )
+    slow = Recorder(hold, batch_size=1, concurrency=4)  # there are slots for eight
+    leased = "FROM sequencer.enrollments WHERE leased_by IS NOT NULL"
+    async with running_engine(database, {"Slow": slow}):
+        await until(connection, f"SELECT count(*) = 8 {leased}")
+        await eventually(lambda: slow.keys)
+        restarted, _, _ = slow.keys[0].split(":")
+        last = await connection.fetchval(
+            "SELECT id::text FROM sequencer.enrollments WHERE leased_by IS NULL"
+        )
+        for _ in range(2):
+            await connection.execute(
+                "UPDATE sequencer.enrollments SET step = step WHERE id::text = $1", restarted
+            )
+        for id_ in {*map(str, range(1, 10))} - {restarted, last}:
+            released[f"{id_}:2"].set()
+        await until(connection, f"SELECT count(*) = 2 AND count(DISTINCT leases) = 1 {leased}")
+        await eventually(lambda: f"{last}:2" in slow.visits)
+        released[f"{restarted}:2"].set()
+        released[f"{last}:2"].set()
+        await until(connection, f"SELECT count(*) = 1 {leased}")
+        released[f"{restarted}:4"].set()
+        await until(connection, "SELECT bool_and(step = 'rest') FROM sequencer.enrollments")
+    assert await way(connection, int(last)) == ["start enrolled", "start next", "work next"]
+    assert sorted(await way(connection, int(restarted))) == [
+        "start enrolled",
+        "start next",
+        "work moved",
+        "work moved",
+        "work next",
+        "work stale_result",
+    ]
 
 
 @pytest.mark.slow
