@@ -190,6 +190,7 @@ class Engine:
             background=self._background,
         )
         self._reloads = Repeating(partial(self.reload, ()), self._background)
+        self._changed: set[str] = set()  # changed sequences whose wake times are to be read
         self._fixed: set[StepKey] = set()  # steps that have changed before a failure was written
 
     # --- the loop
@@ -506,8 +507,8 @@ class Engine:
         requested; by default, of all. Return whether any have changed, or remain to be read.
         """
         self.catalog.mark_for_reload(names)
-        changed = {*await self._read_definitions()}
-        fixed = {*self._fixed}
+        self._changed.update(await self._read_definitions())
+        changed, fixed = {*self._changed}, {*self._fixed}
         if changed:
             self._report_braked()
         if changed or fixed:
@@ -515,6 +516,7 @@ class Engine:
                 await self.catalog.revive(connection, fixed)
                 names = changed | {sequence for sequence, _ in fixed}
                 self._report_wakes(await first_wakes_of(connection, names), is_later=True)
+        self._changed -= changed
         self._fixed -= fixed
         return bool(changed) or self.catalog.is_due
 

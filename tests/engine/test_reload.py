@@ -21,7 +21,7 @@ from sequencerd.core.model import Action, InstantStep, InvalidStep, ServedElsewh
 from sequencerd.core.task import Answer, Result, Task
 from sequencerd.daemon import ReloadableParts
 from sequencerd.definitions.compiler import build
-from sequencerd.engine import catalog
+from sequencerd.engine import catalog, loop
 from sequencerd.engine.catalog import MAX_BLOCKING, Catalog
 from sequencerd.engine.loop import Engine
 from sequencerd.errors import SettingsError
@@ -30,7 +30,16 @@ from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
 from sequencerd.storage import sequences, wakes
 from sequencerd.storage.statements import QUERIES
-from tests.helpers.engines import ALL_ENDED, Held, Recorder, define, enroll, running_engine, until
+from tests.helpers.engines import (
+    ALL_ENDED,
+    LOCK_IS_HELD,
+    Held,
+    Recorder,
+    define,
+    enroll,
+    running_engine,
+    until,
+)
 from tests.helpers.waiting import PATIENCE, eventually
 
 
@@ -641,6 +650,23 @@ async def test_what_a_fixed_step_had_failed_is_resumed_after_an_error_of_the_dat
         monkeypatch.setattr(sequences, "failed_steps", failing)
         await connection.execute("UPDATE sequencer.steps SET config = '{}'")
         await until(connection, "SELECT status = 'completed' FROM sequencer.enrollments")
+    assert len(failures) == 1
+
+
+@pytest.mark.usefixtures("no_polls")
+async def test_a_resumed_sequence_continues_after_an_error_of_the_database(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its definition is known by then, and its wake times are read again."""
+    failing, failures = failing_once(wakes.first_wakes_of)
+    await define(connection, "s", ("a", "Note", "{}", None))
+    await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+    await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600):
+        await until(connection, LOCK_IS_HELD)  # before, only a poll finds what has changed
+        monkeypatch.setattr(loop, "first_wakes_of", failing)
+        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        await until(connection, ALL_ENDED)
     assert len(failures) == 1
 
 
