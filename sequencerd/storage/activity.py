@@ -43,9 +43,10 @@ async def counted_until(connection: asyncpg.Connection, now: datetime) -> dateti
 
 
 async def _progress(connection: asyncpg.Connection, now: datetime) -> list[asyncpg.Record]:
-    return await connection.fetch(
+    rows: list[asyncpg.Record] = await connection.fetch(
         QUERIES["activity_progress"], list(COUNTING_DELAYS), now, MAX_PAST
     )
+    return rows
 
 
 def delays(due: Iterable[datetime], now: datetime) -> list[timedelta]:

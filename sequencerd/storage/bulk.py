@@ -160,7 +160,10 @@ async def selected(
 ) -> list[asyncpg.Record]:
     """Count the enrollments that `select` would return, by sequence, step, status and failure."""
     async with counting(connection):
-        return await connection.fetch(QUERIES["selected"], *_parameters(action, selection, to))
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES["selected"], *_parameters(action, selection, to)
+        )
+    return rows
 
 
 def added_up(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

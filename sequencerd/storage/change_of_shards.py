@@ -105,7 +105,8 @@ class Change:
         """Find out now what the commit would refuse. Return the id of the transaction."""
         connection = self.connections[shard]
         await connection.execute(QUERIES["check_constraints"])
-        return await connection.fetchval(QUERIES["transaction_id"])
+        id_: str | None = await connection.fetchval(QUERIES["transaction_id"])
+        return id_
 
     async def _outcome(self, shard: Shard, transaction_id: str | None) -> str | None:
         """Return whether a transaction was committed; None if its shard cannot tell."""

@@ -15,7 +15,8 @@ FIRST_START: CleanupStart = ("", datetime(1, 1, 1, tzinfo=UTC))
 
 async def try_lock_retention(connection: asyncpg.Connection) -> bool:
     """Try to become the only daemon that runs retention, until the end of the transaction."""
-    return await connection.fetchval(QUERIES["try_lock_retention"])
+    is_alone: bool = await connection.fetchval(QUERIES["try_lock_retention"])
+    return is_alone
 
 
 async def add_event_partitions(connection: asyncpg.Connection) -> None:
@@ -25,7 +26,8 @@ async def add_event_partitions(connection: asyncpg.Connection) -> None:
 
 async def drop_event_partition(connection: asyncpg.Connection, before: datetime) -> str | None:
     """Drop the oldest partition of the history if all of it is old enough. Return its name."""
-    return await connection.fetchval(QUERIES["drop_event_partition"], before)
+    name: str | None = await connection.fetchval(QUERIES["drop_event_partition"], before)
+    return name
 
 
 async def delete_ended(

@@ -46,7 +46,9 @@ def open_connection(
     shard: Shard, *, name: str, timeout: float, **options: Any
 ) -> Awaitable[asyncpg.Connection]:
     """Open a connection, with asyncpg's options. Raises SettingsError, and asyncpg's errors."""
-    return asyncpg.connect(**_arguments(shard, name, timeout), **options)
+    opening: Awaitable[asyncpg.Connection]
+    opening = asyncpg.connect(**_arguments(shard, name, timeout), **options)
+    return opening
 
 
 def open_pool(
@@ -333,7 +335,10 @@ async def read(
 ) -> list[asyncpg.Record]:
     """Return the rows of a statement in QUERIES, in a read-only transaction with a time limit."""
     async with reading(pool) as connection:
-        return await connection.fetch(QUERIES[query], *arguments, timeout=seconds)
+        rows: list[asyncpg.Record] = await connection.fetch(
+            QUERIES[query], *arguments, timeout=seconds
+        )
+        return rows
 
 
 @contextmanager

@@ -24,7 +24,10 @@ async def beat(
     """Extend the time for which a daemon is alive by the duration of a lease. Return when it
     started.
     """
-    return await connection.fetchval(QUERIES["beat"], daemon, started_at, lease, sorted(types))
+    since: datetime = await connection.fetchval(
+        QUERIES["beat"], daemon, started_at, lease, sorted(types)
+    )
+    return since
 
 
 async def types_elsewhere(connection: asyncpg.Connection, daemon: str) -> frozenset[str]:
@@ -73,4 +76,5 @@ async def release_notify_lock(connection: asyncpg.Connection) -> None:
 
 async def acquire_requests_lock(connection: asyncpg.Connection) -> bool:
     """Try to become the daemon that handles requests, for as long as the connection lasts."""
-    return await connection.fetchval(QUERIES["acquire_requests_lock"])
+    is_ours: bool = await connection.fetchval(QUERIES["acquire_requests_lock"])
+    return is_ours

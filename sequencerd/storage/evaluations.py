@@ -28,7 +28,8 @@ async def waiting_of_subjects(
 ) -> list[asyncpg.Record]:
     """Read id, subject, sequence and step of the waiting enrollments of subjects, after an id."""
     query = QUERIES["waiting_of_subjects"]
-    return await connection.fetch(query, subjects, after, now, limit)
+    rows: list[asyncpg.Record] = await connection.fetch(query, subjects, after, now, limit)
+    return rows
 
 
 async def unfinished_rescheduling(connection: asyncpg.Connection) -> dict[StepKey, int]:
@@ -41,7 +42,8 @@ async def rescheduling_from(connection: asyncpg.Connection, step_key: StepKey) -
     """Read the id from which on enrollments at a step have yet to be evaluated; None if there are
     none.
     """
-    return await connection.fetchval(QUERIES["rescheduling_from"], *step_key)
+    since: int | None = await connection.fetchval(QUERIES["rescheduling_from"], *step_key)
+    return since
 
 
 async def active_ids(
@@ -72,7 +74,8 @@ async def finish_rescheduling(
     connection: asyncpg.Connection, step_key: StepKey, since: int
 ) -> bool | None:
     """Record that a step is done. Return whether to do it again; None if another daemon did it."""
-    return await connection.fetchval(QUERIES["finish_rescheduling"], *step_key, since)
+    again: bool | None = await connection.fetchval(QUERIES["finish_rescheduling"], *step_key, since)
+    return again
 
 
 async def new_transaction(connection: asyncpg.Connection) -> int | None:
@@ -80,9 +83,11 @@ async def new_transaction(connection: asyncpg.Connection) -> int | None:
 
     None where the numbers of several servers cannot be compared.
     """
-    return await connection.fetchval(QUERIES["new_transaction"])
+    number: int | None = await connection.fetchval(QUERIES["new_transaction"])
+    return number
 
 
 async def oldest_transaction(connection: asyncpg.Connection) -> int:
     """Read the number of the oldest transaction in progress that has written."""
-    return await connection.fetchval(QUERIES["oldest_transaction"])
+    number: int = await connection.fetchval(QUERIES["oldest_transaction"])
+    return number

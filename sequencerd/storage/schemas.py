@@ -71,14 +71,16 @@ def in_schema(sql: str, schema: str) -> str:
 
 def schema_of(connection: asyncpg.Connection) -> str:
     """Return the schema of a connection."""
-    return getattr(connection, "schema", SCHEMA)
+    schema: str = getattr(connection, "schema", SCHEMA)
+    return schema
 
 
 @cache
 def connection_class(schema: str) -> type[asyncpg.Connection]:
     """Return the class of connections to a schema; for the default schema, asyncpg's own."""
     if schema == SCHEMA:
-        return asyncpg.Connection
+        usual: type[asyncpg.Connection] = asyncpg.Connection
+        return usual
     methods = {name: _in_schema(getattr(asyncpg.Connection, name), schema) for name in _STATEMENTS}
     return type("Connection", (asyncpg.Connection,), {"__slots__": (), "schema": schema, **methods})
 

@@ -30,12 +30,14 @@ async def hidden_tables(connection: asyncpg.Connection) -> list[HiddenTable]:
 
 async def is_standby(connection: asyncpg.Connection) -> bool:
     """Return whether the server is a standby, until it is promoted."""
-    return await connection.fetchval(QUERIES["is_standby"])
+    found: bool = await connection.fetchval(QUERIES["is_standby"])
+    return found
 
 
 async def is_on_citus(connection: asyncpg.Connection) -> bool:
     """Return whether Citus has distributed the tables."""
-    return await connection.fetchval(QUERIES["is_on_citus"])
+    found: bool = await connection.fetchval(QUERIES["is_on_citus"])
+    return found
 
 
 async def identity(connection: asyncpg.Connection) -> tuple[object, ...]:
@@ -47,7 +49,8 @@ async def identity(connection: asyncpg.Connection) -> tuple[object, ...]:
 
 async def server_time(connection: asyncpg.Connection) -> datetime:
     """Read the database's clock."""
-    return await connection.fetchval(QUERIES["server_time"])
+    now: datetime = await connection.fetchval(QUERIES["server_time"])
+    return now
 
 
 async def probe(connection: asyncpg.Connection) -> None:

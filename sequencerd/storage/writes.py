@@ -150,14 +150,16 @@ async def write_unchanged(
         raise NotWritten from error
     if row is None:
         raise NotWritten
-    return row["number"]
+    number: int | None = row["number"]
+    return number
 
 
 async def number_of_writes(connection: asyncpg.Connection) -> int | None:
     """Return the number of the present transaction: the version of the rows that it has written.
     None if triggers of others may have changed these, or where each node has numbers of its own.
     """
-    return await connection.fetchval(QUERIES["number_of_writes"])
+    number: int | None = await connection.fetchval(QUERIES["number_of_writes"])
+    return number
 
 
 class NotWritten(Exception):  # noqa: N818 - not an error
