@@ -13,7 +13,7 @@ import asyncpg
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from structlog.typing import FilteringBoundLogger
@@ -423,6 +423,8 @@ def _failed(
         return message_page(request, status, title, text, retry=retry)
 
     match error:
+        case ClientDisconnect():
+            return Response(status_code=400)  # which nobody reads
         case NotFoundError():
             return refused(404, "Not found", str(error))
         case WrongQueryError() | UsageError():

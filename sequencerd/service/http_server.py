@@ -17,8 +17,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sequencerd.errors import SettingsError
@@ -83,39 +84,34 @@ class _Connection(H11Protocol):
     arrives, or while its answer is read.
     """
 
-    _since: float | None = None  # when the client's turn began
+    _turn: tuple[bool, float] | None = None
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room by closing the connection whose client has been slow for longest."""
+        """Make room by closing the connection whose client has been slow for longest. If all wait
+        for an answer, the oldest request ends: a stream of the console, which the browser reopens.
+        """
         others = [one for one in self.connections if isinstance(one, _Connection)]
         super().connection_made(transport)
         self._check_time()
-        if len(others) < MAX_CONNECTIONS:
-            return
-        waiting = [one for one in others if one.since is not None]
-        longest = min(waiting, key=lambda one: one.since or 0.0, default=self)
-        longest.drop()
+        if len(others) >= MAX_CONNECTIONS:
+            min(others, key=_Connection.turn).drop()
 
-    @property
-    def since(self) -> float | None:
-        """Return when the client's turn began; None while a request is processed."""
-        return self._since if self._is_clients_turn else None
-
-    @property
-    def _is_clients_turn(self) -> bool:
+    def turn(self) -> tuple[bool, float]:
+        """Return whether the client waits for an answer, and since when this, or the opposite, has
+        been seen.
+        """
         cycle = self.cycle
         works = cycle is not None and not cycle.response_complete and not cycle.more_body
-        return not works or self.flow.write_paused
+        is_ours = works and not self.flow.write_paused
+        if self._turn is None or self._turn[0] != is_ours:
+            self._turn = is_ours, self.loop.time()
+        return self._turn
 
     def _check_time(self) -> None:
         """Check every second, because there is no event for each kind of slowness."""
-        now = self.loop.time()
-        if not self._is_clients_turn:
-            self._since = None
-        elif self._since is None:
-            self._since = now
-        elif now - self._since >= REQUEST_TIMEOUT:
+        is_ours, since = self.turn()
+        if not is_ours and self.loop.time() - since >= REQUEST_TIMEOUT:
             self.drop()
             return
         self._timer = self.loop.call_later(min(1.0, REQUEST_TIMEOUT), self._check_time)
@@ -132,13 +128,29 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
 
+def _refusing_ambiguous(app: ASGIApp) -> ASGIApp:
+    """Refuse a request with two lengths, and close its connection: a proxy in front may take its
+    body for shorter, and what follows for a request that it has checked.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        names = {name for name, _ in scope["headers"]}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            text = "A request has either Content-Length or Transfer-Encoding.\n"
+            refused = PlainTextResponse(text, 400, {"Connection": "close"})
+            return await refused(scope, receive, send)
+        return await app(scope, receive, send)
+
+    return answer
+
+
 class _HttpServer(uvicorn.Server):
     """Waits for requests in progress, but not for those that would never end."""
 
     def __init__(self, app: Starlette) -> None:
         super().__init__(
             uvicorn.Config(
-                app,
+                _refusing_ambiguous(app),
                 http=_Connection,
                 ws="none",
                 lifespan="off",  # that of `serving`

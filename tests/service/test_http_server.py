@@ -22,6 +22,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client import parser as text_format
 from prometheus_client.openmetrics import parser as openmetrics
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from sequencerd.core.decision import Event
 from sequencerd.core.task import Answer, Failed, Result
@@ -425,11 +428,19 @@ def test_the_page_names_every_metric() -> None:
 # --- connections
 
 
+async def endless(_: Request) -> StreamingResponse:
+    async def never() -> AsyncIterator[bytes]:
+        yield b"begun"
+        await asyncio.Event().wait()
+
+    return StreamingResponse(never())
+
+
 @asynccontextmanager
 async def listening(patience: float = 0.3) -> AsyncIterator[int]:
     """A listener in this process, and its port."""
     port = free_port()
-    app = make_app(list, list, CollectorRegistry())
+    app = make_app(list, list, CollectorRegistry(), public=[Route("/endless", endless)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(http_server, "REQUEST_TIMEOUT", patience)
         async with serving(app, f"127.0.0.1:{port}"):
@@ -493,6 +504,33 @@ async def test_many_idle_connections_keep_no_client_out() -> None:
         assert ours <= http_server.MAX_CONNECTIONS + 10
         for writer in idle:
             writer.transport.abort()
+
+
+async def test_streams_keep_no_client_out() -> None:
+    async with listening(patience=3600) as port, httpx.AsyncClient() as client:
+        streams = []
+        for _ in range(http_server.MAX_CONNECTIONS + 2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+            await reader.readuntil(b"begun")
+            streams.append(writer)
+        answer = await client.get(f"http://127.0.0.1:{port}/healthz")
+        assert answer.status_code == 200
+        for writer in streams:
+            writer.transport.abort()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_request_with_two_lengths_is_refused(first: int) -> None:
+    lengths = ["Content-Length: 4\r\n", "Transfer-Encoding: chunked\r\n"]
+    head = f"POST /healthz HTTP/1.1\r\nHost: x\r\n{lengths[first]}{lengths[1 - first]}\r\n0\r\n\r\n"
+    async with listening(patience=PATIENCE) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{head}GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert answer.count(b"HTTP/1.1") == 1
+        writer.close()
 
 
 async def test_the_daemon_works_beside_idle_connections(
