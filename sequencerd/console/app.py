@@ -32,6 +32,7 @@ from sequencerd.console import (
     sent_forms,
     simulating,
     step_form,
+    stored_sequence,
     suppressing,
 )
 from sequencerd.console.actions import BulkChanges
@@ -153,7 +154,7 @@ def make_console(served: ServedShard, log: FilteringBoundLogger) -> Starlette:
             post("/message/test", mail.send_test, "operator"),
             get("/data", in_its_shard(data_form.edit, "id"), "operator"),
             post("/data", data_form.change, "operator"),
-            get("/revision", editing.compare),
+            get("/revision", stored_sequence.compare),
         ],
         middleware=[Middleware(WithHeaders)],
         exception_handlers={HTTPException: error_page},

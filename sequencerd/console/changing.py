@@ -11,6 +11,7 @@ from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console import views
 from sequencerd.console.actions import ACTIONS, recorded
+from sequencerd.console.all_shards import in_all
 from sequencerd.console.auth import Visitor
 from sequencerd.console.causes import NO_ERROR, causes
 from sequencerd.console.context import (
@@ -23,7 +24,6 @@ from sequencerd.console.context import (
 )
 from sequencerd.console.lists import FILTERS, selection_of
 from sequencerd.console.live import COUNTS_TOPIC
-from sequencerd.console.merging import in_all
 from sequencerd.console.query import MAX_ROWS, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import at
 from sequencerd.storage import bulk, connections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import asyncpg
@@ -10,9 +11,9 @@ from starlette.responses import RedirectResponse, Response
 
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, query_of, render
-from sequencerd.console.editing import side_by_side
 from sequencerd.console.mask import hide_data, restore_data
 from sequencerd.console.query import NotFoundError, Query, as_sentence
+from sequencerd.console.stored_sequence import side_by_side
 from sequencerd.console.tables import at
 from sequencerd.core import exact_json
 from sequencerd.definitions.options import read_object
@@ -91,7 +92,8 @@ async def change(request: Request) -> Response:
         original = exact_json.loads(row["data"])
         data = restore_data(edited, original, context.settings.mask)
         after = await _pretty(context, text)
-        lines = side_by_side(await _shown(context, row), after)
+        before = await _shown(context, row)
+        lines = await asyncio.to_thread(side_by_side, before, after)
     except (UsageError, ValueError) as error:
         return await _page(request, id_, text, 422, wrong=as_sentence(str(error)))
     if query.must("version") != row["version"]:

@@ -1,9 +1,8 @@
-"""The pages that change a sequence: its status, and its definition after a plan."""
+"""The pages that change a sequence: its definition, after a plan, and its status."""
 
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import secrets
 from collections import Counter
@@ -25,16 +24,14 @@ from sequencerd.console.context import (
     query_of,
     render,
 )
-from sequencerd.console.merging import common_or_each, in_all
-from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.query import Query, WrongQueryError
+from sequencerd.console.stored_sequence import StoredSequence, read_stored, read_yaml
 from sequencerd.console.tables import at
 from sequencerd.core.brake import MAX_BRAKE, read_brake
 from sequencerd.definitions import json_schema, plan, plan_of_shards, yaml_reader
 from sequencerd.definitions.compiler import Definition, Runners
-from sequencerd.definitions.diff import parse_document
 from sequencerd.definitions.files import FileFinding, check_documents
 from sequencerd.definitions.plan import Plan
-from sequencerd.definitions.yaml_writer import to_yaml
 from sequencerd.errors import DatabaseError, FileError, PlanError, SequencerdError, ShardsError
 from sequencerd.storage import bulk, connections
 from sequencerd.storage.change_of_shards import ChangeTexts, changing
@@ -49,150 +46,7 @@ MOVE_PREFIX = "move."
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class StoredSequence:
-    """A sequence as it is in the database; `base` says so in forms. Of several shards, it is that
-    of the first.
-    """
-
-    revision: int
-    status: str
-    from_file: bool
-    by: str | None
-    reason: str | None
-    base: str
-
-
-async def read_stored(context: PageContext, name: str) -> StoredSequence:
-    """Read the current definition of a sequence. Raises NotFoundError."""
-    found = await in_all(
-        context, lambda part: connections.read(part.pool, "console_sequence", name)
-    )
-    stored = {shard: rows[0] for shard, rows in found.items() if rows}
-    if not stored:
-        raise NotFoundError(f"There is no sequence {name}.")
-    first, *_ = stored.values()
-    base = " ".join(
-        str(row["revision"]) if shard is None else f"{shard}:{row['revision']}"
-        for shard, row in stored.items()
-    )
-    merged = {
-        "status": common_or_each({shard: row["status"] for shard, row in stored.items()}),
-        "from_file": any(row["from_file"] for row in stored.values()),
-        "base": base,
-    }
-    return StoredSequence(**{**first, **merged})
-
-
-async def read_yaml(context: PageContext, name: str, revision: int | None) -> str:
-    """Return a sequence as YAML, as it is or as a revision had it; of several shards, that of the
-    first that has it. Raises NotFoundError.
-    """
-    found = await in_all(
-        context, lambda part: connections.read(part.pool, "document", name, revision)
-    )
-    documents = (document for ((document,),) in found.values())
-    document = next(filter(None, documents), None)
-    if document is None:
-        raise NotFoundError(f"The sequence {name} has no revision {revision}.")
-    return to_yaml(parse_document(name, document))
-
-
-def text_of(query: Query) -> str:
-    """Return the YAML in a form."""
-    return (query.get("text") or "").replace("\r\n", "\n")
-
-
-# --- the status
-
-
-async def ask_status(request: Request) -> Response:
-    """Ask before a sequence's status is changed."""
-    return await _ask_status(request, query_of(request), None)
-
-
-async def _ask_status(
-    request: Request, query: Query, wrong: str | None, status: int = 200
-) -> Response:
-    name, action = query.must("sequence"), _action(query)
-    stored = await read_stored(context_of(request), name)
-    return render(
-        request,
-        "status.html",
-        status,
-        title=f"{action.capitalize()} {name}?",
-        name=name,
-        action=action,
-        effect=bulk.SEQUENCE_STATUSES[action].effect(),
-        stored=stored,
-        reason=query.get("reason") or "",
-        wrong=wrong,
-    )
-
-
-def _action(query: Query) -> str:
-    if (action := query.must("action")) not in bulk.SEQUENCE_STATUSES:
-        raise WrongQueryError(f"unknown action {action!r}")
-    return action
-
-
-async def set_status(request: Request) -> Response:
-    """Pause, resume or archive a sequence."""
-    context, query = context_of(request), Query(request.state.form)
-    name, action = query.must("sequence"), _action(query)
-    if (reason := reason_of(query)) is None:
-        return await _ask_status(request, query, "Write a reason: it is recorded.", 422)
-    change = bulk.SEQUENCE_STATUSES[action]
-
-    async def work(shard: Shard) -> None:
-        async with connections.connected(shard) as connection:
-            await bulk.set_status(connection, [name], change.status, why(request, reason))
-
-    # a shard that cannot be reached must not prevent a pause in the others
-    answers = await _in_thread(context, lambda: ask(_explain, _shards(context), work))
-    if lines := answers.lines(refusals=True):
-        done = ", ".join(str(shard.name) for shard in answers.found)
-        wrong = (
-            f"{name} is {change.status} in {done}. Not everywhere: {'; '.join(lines)}. Repeat the "
-            "change when all can be reached."
-        )
-        return await _ask_status(request, query, wrong, 503)
-    return RedirectResponse(at("/sequence", sequence=name), 303)
-
-
-def _shards(context: PageContext) -> list[Shard]:
-    return [part.shard for part in context.parts.values()] or [context.shard]
-
-
-async def _in_thread(context: PageContext, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    """Run work in a thread, with connections of its own, because planning for many enrollments
-    takes long.
-    """
-    async with context.simulating:
-        try:
-            return await asyncio.to_thread(lambda: asyncio.run(work()))
-        except asyncpg.InsufficientPrivilegeError as error:
-            raise WrongQueryError(_missing_privilege(error)) from error
-
-
-def _missing_privilege(error: asyncpg.InsufficientPrivilegeError) -> str:
-    return (
-        f"the database refuses: {error}. To change sequences here, the console's login needs "
-        "GRANT sequencer_editor"
-    )
-
-
-async def _explain(_: Shard, error: BaseException) -> SequencerdError:
-    """Explain an error of one of several shards."""
-    match error:
-        case SequencerdError():
-            return error
-        case asyncpg.InsufficientPrivilegeError():
-            return DatabaseError(_missing_privilege(error))
-    return DatabaseError(brief(error))
-
-
-# --- the definition
+# --- the definition: the page
 
 
 async def edit(request: Request) -> Response:
@@ -263,6 +117,9 @@ def _lines(made: Plan) -> list[str]:
     return [line for one in made.sequences for line in one.lines(done=False)]
 
 
+# --- the definition: what the editor asks for while it is open
+
+
 async def schema(_: Request) -> Response:
     """Return the JSON Schema of files, which the editor uses for completion."""
     return Response(await asyncio.to_thread(_schema), media_type="application/json")
@@ -281,23 +138,36 @@ async def check(request: Request) -> Response:
     return JSONResponse([asdict(finding) for finding in findings])
 
 
+def text_of(query: Query) -> str:
+    """Return the YAML in a form."""
+    return (query.get("text") or "").replace("\r\n", "\n")
+
+
+def _check(context: PageContext, text: str) -> tuple[list[Definition], list[FileFinding]]:
+    if len(text.encode()) > yaml_reader.MAX_SIZE:
+        message = f"has more than {yaml_reader.MAX_SIZE} bytes: split the sequence"
+        return [], [FileFinding(ORIGIN, 1, None, None, message)]
+    return check_documents({ORIGIN: yaml_reader.parse(text)}, context.simulator().runners)
+
+
+# --- the definition: its plan, and the change
+
+
 async def change(request: Request) -> Response:
     """Check, plan or apply an edited sequence, or offer it as a file."""
     context, query = context_of(request), Query(request.state.form)
     name, action = query.must("sequence"), query.must("action")
     text = text_of(query)
-    stored = await read_stored(context, name)
     if action == "download":
         headers = {"Content-Disposition": f'attachment; filename="{_file_name(name)}.yaml"'}
         return Response(text, headers=headers, media_type="application/yaml")
+    stored = await read_stored(context, name)
     page = partial(_page, request, name, stored, text)
     definitions, findings = await asyncio.to_thread(_check, context, text)
-    wrong = None
     if any(finding.is_error for finding in findings):
-        wrong = "The sequence has errors."
-    elif [one.sequence.name for one in definitions] != [name]:
+        return page(422, findings=findings, wrong="The sequence has errors.")
+    if [one.sequence.name for one in definitions] != [name]:
         wrong = f"This page edits only {name}: to rename or add sequences, apply files."
-    if wrong:
         return page(422, findings=findings, wrong=wrong)
     if query.must("base") != stored.base and not missing.get():
         cause = f" ({stored.reason})" if stored.reason else ""
@@ -328,13 +198,16 @@ async def change(request: Request) -> Response:
             return page(422, wrong=f"The brake is a number from 1 to {MAX_BRAKE:,}, or empty.")
         cause, expected = why(request, reason), query.must("plan")
         await _in_thread(context, lambda: edited.apply(cause, expected, brake))
-    except (PlanError, FileError) as error:
-        wrong = f"Nothing was applied: {error}."
-        return _page(request, name, await read_stored(context, name), text, 409, wrong=wrong)
-    except ShardsError as error:
-        wrong = str(error)
-        return _page(request, name, await read_stored(context, name), text, 503, wrong=wrong)
+    except (PlanError, FileError, ShardsError) as error:
+        wrong, status = f"Nothing was applied: {error}.", 409
+        if isinstance(error, ShardsError):  # it may be applied in some
+            wrong, status = str(error), 503
+        return _page(request, name, await read_stored(context, name), text, status, wrong=wrong)
     return RedirectResponse(at("/sequence", sequence=name), 303)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)
 
 
 def _moves(form: Mapping[str, str], definition: Definition) -> dict[str, str]:
@@ -379,61 +252,93 @@ class _Edit:
             )
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)
+# --- the status
 
 
-def _check(context: PageContext, text: str) -> tuple[list[Definition], list[FileFinding]]:
-    if len(text.encode()) > yaml_reader.MAX_SIZE:
-        message = f"has more than {yaml_reader.MAX_SIZE} bytes: split the sequence"
-        return [], [FileFinding(ORIGIN, 1, None, None, message)]
-    return check_documents({ORIGIN: yaml_reader.parse(text)}, context.simulator().runners)
+async def ask_status(request: Request) -> Response:
+    """Ask before a sequence's status is changed."""
+    return await _ask_status(request, query_of(request), None)
 
 
-# --- revisions
-
-
-async def compare(request: Request) -> Response:
-    """Show a revision beside the previous one, or beside another."""
-    context, query = context_of(request), query_of(request)
-    name, revision = query.must("sequence"), query.number("revision", 0)
-    rows = await connections.read(context.pool, "console_revisions", name, revision, 1)
-    if not rows or rows[0]["revision"] != revision:
-        raise NotFoundError(f"The sequence {name} has no revision {revision}.")
-    before, after = (
-        to_yaml(parse_document(name, document)) if document else ""
-        for document in (rows[0]["before"], rows[0]["document"])
-    )
-    stored = await read_stored(context, name)
+async def _ask_status(
+    request: Request, query: Query, wrong: str | None, status: int = 200
+) -> Response:
+    name, action = query.must("sequence"), _action(query)
+    stored = await read_stored(context_of(request), name)
     return render(
         request,
-        "compare.html",
-        title=f"Revision {revision} of {name}",
+        "status.html",
+        status,
+        title=f"{action.capitalize()} {name}?",
         name=name,
-        row=rows[0],
-        reason=context.mask({"message": rows[0]["reason"]})["message"],
-        lines=side_by_side(before, after),
-        is_present=stored.revision == revision,
+        action=action,
+        effect=bulk.SEQUENCE_STATUSES[action].effect(),
+        stored=stored,
+        reason=query.get("reason") or "",
+        wrong=wrong,
     )
 
 
-def side_by_side(before: str, after: str) -> list[dict[str, Any]]:
-    """Return the lines of two texts, as far as they differ, with their neighbours. A row without
-    lines stands for what is left out.
+def _action(query: Query) -> str:
+    if (action := query.must("action")) not in bulk.SEQUENCE_STATUSES:
+        raise WrongQueryError(f"unknown action {action!r}")
+    return action
+
+
+async def set_status(request: Request) -> Response:
+    """Pause, resume or archive a sequence."""
+    context, query = context_of(request), Query(request.state.form)
+    name, action = query.must("sequence"), _action(query)
+    if (reason := reason_of(query)) is None:
+        return await _ask_status(request, query, "Write a reason: it is recorded.", 422)
+    change = bulk.SEQUENCE_STATUSES[action]
+
+    async def work(shard: Shard) -> None:
+        async with connections.connected(shard) as connection:
+            await bulk.set_status(connection, [name], change.status, why(request, reason))
+
+    # a shard that cannot be reached must not prevent a pause in the others
+    answers = await _in_thread(context, lambda: ask(_explain, _shards(context), work))
+    if lines := answers.lines(refusals=True):
+        done = ", ".join(str(shard.name) for shard in answers.found)
+        wrong = (
+            f"{name} is {change.status} in {done}. Not everywhere: {'; '.join(lines)}. Repeat the "
+            "change when all can be reached."
+        )
+        return await _ask_status(request, query, wrong, 503)
+    return RedirectResponse(at("/sequence", sequence=name), 303)
+
+
+# --- on each shard
+
+
+def _shards(context: PageContext) -> list[Shard]:
+    return [part.shard for part in context.parts.values()] or [context.shard]
+
+
+async def _in_thread(context: PageContext, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run work in a thread, with connections of its own, because planning for many enrollments
+    takes long.
     """
-    old, new = before.splitlines(), after.splitlines()
-    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    rows: list[dict[str, Any]] = []
-    for number, group in enumerate(matcher.get_grouped_opcodes()):
-        if number:
-            rows.append({"kind": "gap", "before": None, "after": None})
-        for kind, first, last, start, end in group:
-            rows += [
-                {
-                    "kind": kind,
-                    "before": old[first + offset] if first + offset < last else None,
-                    "after": new[start + offset] if start + offset < end else None,
-                }
-                for offset in range(max(last - first, end - start))
-            ]
-    return rows
+    async with context.simulating:
+        try:
+            return await asyncio.to_thread(lambda: asyncio.run(work()))
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise WrongQueryError(_missing_privilege(error)) from error
+
+
+def _missing_privilege(error: asyncpg.InsufficientPrivilegeError) -> str:
+    return (
+        f"the database refuses: {error}. To change sequences here, the console's login needs "
+        "GRANT sequencer_editor"
+    )
+
+
+async def _explain(_: Shard, error: BaseException) -> SequencerdError:
+    """Explain an error of one of several shards."""
+    match error:
+        case SequencerdError():
+            return error
+        case asyncpg.InsufficientPrivilegeError():
+            return DatabaseError(_missing_privilege(error))
+    return DatabaseError(brief(error))

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sequencerd.console import views
+from sequencerd.console.all_shards import in_all
 from sequencerd.console.context import PageContext, context_of, query_of, render
-from sequencerd.console.merging import in_all
 from sequencerd.console.panel import RANGES, range_of
 from sequencerd.console.query import NotFoundError, Query
 from sequencerd.console.tables import Column, Table, at

@@ -14,8 +14,8 @@ import asyncpg
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sequencerd.console.all_shards import in_all
 from sequencerd.console.context import PageContext, context_of, definition_of, query_of, render
-from sequencerd.console.merging import in_all
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError, as_sentence
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import Column, Table, at

@@ -24,6 +24,7 @@ from sequencerd.console import (
     suppressing,
     views,
 )
+from sequencerd.console.all_shards import grouped, in_all
 from sequencerd.console.causes import FailureCause, causes
 from sequencerd.console.changing import select
 from sequencerd.console.context import (
@@ -36,7 +37,6 @@ from sequencerd.console.context import (
     render,
     to_its_shard,
 )
-from sequencerd.console.editing import read_stored
 from sequencerd.console.lists import (
     COLUMNS,
     DEFAULT_COLUMNS,
@@ -47,13 +47,7 @@ from sequencerd.console.lists import (
 )
 from sequencerd.console.live import COUNTS_TOPIC
 from sequencerd.console.mask import MASKED_VALUE, OF_OTHERS, MaskedRow
-from sequencerd.console.merging import (
-    found_in_all,
-    grouped,
-    in_all,
-    revisions_in_all,
-    waiting_in_all,
-)
+from sequencerd.console.merging import found_in_all, revisions_in_all, waiting_in_all
 from sequencerd.console.query import (
     MAX_ROWS,
     ROWS_PER_PAGE,
@@ -62,6 +56,7 @@ from sequencerd.console.query import (
     WrongQueryError,
     as_sentence,
 )
+from sequencerd.console.stored_sequence import read_stored
 from sequencerd.console.summary import MAX_CAUSES, MAX_GROUPS, MAX_PROBLEMS, Counts
 from sequencerd.console.tables import Column, Table, as_csv, as_json, at, at_shard
 from sequencerd.console.views import EnrollmentHistory

@@ -11,9 +11,9 @@ from typing import Any
 import asyncpg
 
 from sequencerd.console import mail
+from sequencerd.console.all_shards import in_all
 from sequencerd.console.causes import causes
 from sequencerd.console.context import PageContext
-from sequencerd.console.merging import in_all
 from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import at

@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from sequencerd.console import mail, simulating
 from sequencerd.console.actions import BulkChanges
+from sequencerd.console.all_shards import in_all
 from sequencerd.console.app import (
     ServedShard,
     WithHeaders,
@@ -37,9 +38,9 @@ from sequencerd.console.context import (
     unmasked,
 )
 from sequencerd.console.live import LiveTopics
-from sequencerd.console.merging import SummaryOfShards, in_all
 from sequencerd.console.query import NotFoundError
 from sequencerd.console.sessions import SessionsOfShards
+from sequencerd.console.summary_of_shards import SummaryOfShards
 from sequencerd.console.tables import at_shard, place
 from sequencerd.definitions.simulator import Simulator
 

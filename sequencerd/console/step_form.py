@@ -14,6 +14,7 @@ from starlette.responses import Response
 from sequencerd.console import editing
 from sequencerd.console.context import context_of, query_of, render
 from sequencerd.console.query import NotFoundError, Query, WrongQueryError
+from sequencerd.console.stored_sequence import read_stored, read_yaml
 from sequencerd.core.faults import KeyPath
 from sequencerd.definitions import yaml_edit, yaml_reader
 from sequencerd.definitions.form_fields import UNITS, FormField, fields
@@ -26,18 +27,18 @@ async def ask(request: Request) -> Response:
     """Show the form for a step of the stored definition."""
     query = query_of(request)
     name = query.must("sequence")
-    stored = await editing.read_stored(context_of(request), name)
-    text = await editing.read_yaml(context_of(request), name, None)
-    return _form(request, query, text, stored.base)
+    stored = await read_stored(context_of(request), name)
+    text = await read_yaml(context_of(request), name, None)
+    return await _form(request, query, text, stored.base)
 
 
 async def of_edited(request: Request) -> Response:
     """Show the form for a step in a text that is being edited."""
     query = Query(request.state.form)
-    return _form(request, query, editing.text_of(query), query.must("base"))
+    return await _form(request, query, editing.text_of(query), query.must("base"))
 
 
-def _form(
+async def _form(
     request: Request,
     query: Query,
     text: str,
@@ -45,7 +46,7 @@ def _form(
     wrong: str | None = None,
 ) -> Response:
     step = query.must("step")
-    _, type_, found = _fields(text, step)
+    _, type_, found = await asyncio.to_thread(_fields, text, step)
     given = request.state.form if request.method == "POST" else {}
     return render(
         request,
@@ -91,12 +92,13 @@ async def change(request: Request) -> Response:
     """Change the YAML according to the form, and plan the change."""
     query = Query(request.state.form)
     text = editing.text_of(query)
-    number, _, found = _fields(text, query.must("step"))
+    number, _, found = await asyncio.to_thread(_fields, text, query.must("step"))
     values = _changed(request.state.form, number, found)
     try:
         edited = await asyncio.to_thread(yaml_edit.set_values, text, values)
     except yaml_edit.EditError as error:
-        return _form(request, query, text, query.must("base"), f"Use the editor: {error}.")
+        wrong = f"Use the editor: {error}."
+        return await _form(request, query, text, query.must("base"), wrong)
     request.state.form = {**request.state.form, "text": edited, "action": "plan"}
     return await editing.change(request)
 

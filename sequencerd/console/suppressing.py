@@ -12,11 +12,11 @@ import asyncpg
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from sequencerd.console.all_shards import in_all, matching_rows, say_where_missing
 from sequencerd.console.auth import Visitor
 from sequencerd.console.changing import reason_of, why
 from sequencerd.console.context import PageContext, context_of, message_page, query_of, render
 from sequencerd.console.mask import MASKED_VALUE, MaskedRow
-from sequencerd.console.merging import in_all, matching_rows, say_where_missing
 from sequencerd.console.query import LAST_CHARACTER, NotFoundError, Query, WrongQueryError
 from sequencerd.console.tables import Column, Table, at
 from sequencerd.core.task import Undeliverable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -319,18 +320,20 @@ async def revisions(pool: asyncpg.Pool, query: Query, mask: MaskRow) -> Table:
         min(query.rows, 10) + 1,
     )
     shown = found[: min(query.rows, 10)]
+    name = query.must("sequence")
+    changes = await asyncio.to_thread(
+        lambda: [describe_revision(name, row["before"], row["document"]) for row in shown]
+    )
     rows = [
         {
             "revision": row["revision"],
-            "url": at("/revision", sequence=query.must("sequence"), revision=row["revision"]),
+            "url": at("/revision", sequence=name, revision=row["revision"]),
             "at": row["at"],
             "by": row["by"],
             "reason": mask({"message": row["reason"]})["message"],
-            "changes": "\n".join(
-                describe_revision(query.must("sequence"), row["before"], row["document"])
-            ),
+            "changes": "\n".join(lines),
         }
-        for row in shown
+        for row, lines in zip(shown, changes, strict=True)
     ]
     more = None
     if len(found) > len(shown):

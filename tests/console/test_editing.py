@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import re
+from threading import Event
+from time import process_time
 from typing import Any
 
 import asyncpg
 import httpx
 import pytest
 
-from sequencerd.console import summary
-from sequencerd.console.editing import side_by_side
+from sequencerd.console import stored_sequence, summary
+from sequencerd.console.stored_sequence import side_by_side
 from tests.console.conftest import (
     BEGUN,
     DAY,
@@ -290,3 +293,38 @@ async def test_errors_are_found_while_a_sequence_is_edited(
         assert nonce
         assert f"style-src 'self' 'nonce-{nonce[1]}'" in policy
         assert "script-src 'self';" in policy
+
+
+def test_many_changes_in_a_long_sequence_are_compared_in_little_time() -> None:
+    """Lines such as "type: Email" occur once in each step, and any of them may begin a match."""
+
+    def text(amount: int) -> str:
+        steps = (f"  - name: step{n}\n    amount: {amount if n % 7 else 1}" for n in range(3000))
+        return "steps:\n" + "\n    type: WaitForDuration\n    unit: day\n".join(steps)
+
+    before = process_time()
+    lines = side_by_side(text(1), text(2))
+    assert process_time() - before < 10  # usually one
+    assert sum(line["kind"] == "replace" for line in lines) == 3000 - -(-3000 // 7)
+
+
+async def test_other_pages_are_served_while_revisions_are_compared(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await waiting_and_failing(connection)
+    revision = await connection.fetchval(REVISION)
+    begun, other_served = Event(), Event()
+
+    def compare(_: str, __: str) -> list[dict[str, Any]]:
+        begun.set()
+        assert other_served.wait(PATIENCE)
+        return []
+
+    monkeypatch.setattr(stored_sequence, "side_by_side", compare)
+    async with console(database, {"Note": Fixable()}) as client:
+        url = f"/revision?sequence=s&revision={revision}"
+        comparing = asyncio.create_task(client.get(url))
+        await asyncio.to_thread(begun.wait, PATIENCE)
+        assert (await client.get("/search")).status_code == 200
+        other_served.set()
+        assert (await comparing).status_code == 200

@@ -10,11 +10,13 @@ from typing import cast
 
 import asyncpg
 
+from sequencerd.console.all_shards import in_all
 from sequencerd.console.context import PageContext, lost, missing
 from sequencerd.console.lists import EnrollmentPage
-from sequencerd.console.merging import found_in_all, in_all, merge_counts
+from sequencerd.console.merging import found_in_all
 from sequencerd.console.query import Query
 from sequencerd.console.summary import Counts
+from sequencerd.console.summary_of_shards import merge_counts
 from sequencerd.console.tables import Table
 from sequencerd.storage.connections import Shard
 
