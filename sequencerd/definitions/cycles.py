@@ -64,14 +64,18 @@ def _never_waiting(sequences: Mapping[str, Sequence]) -> Iterator[tuple[str, Rem
     ):
         inside = {n: [w for w in ways[n] if w.target in among] for n in steps if n in among}
         reported: set[StepNode] = set()
+        impossible: set[frozenset[tuple[StepNode, StepNode]]] = set()
         for is_sure in (True, False):
             part = _cyclic({n: [w for w in ws if w.is_sure >= is_sure] for n, ws in inside.items()})
             for node in part:
                 if node in starts and node not in reported and budget > 0:
                     path, states = _way_back(node, part, budget)
                     budget -= states
+                    if (cycle := frozenset(pairwise(path))) in impossible:
+                        continue  # found from another of its steps
                     wanted = [_wanted(steps[n], part[n], to) for n, to in pairwise(path)]
                     if among is same and not _can_hold(wanted):
+                        impossible.add(cycle)
                         continue
                     if path:
                         reported.update(path)
@@ -146,11 +150,17 @@ def _wanted(step: Step, ways: Iterable[UnwaitedExit], target: StepNode) -> list[
     return found
 
 
-def _can_hold(wanted: Iterable[Iterable[Wanted]]) -> bool:
+def _can_hold(wanted: list[list[Wanted]]) -> bool:
     """Return whether no condition has to be true and false."""
+
+    def extended(alternatives: list[Wanted], known: list[Answers]) -> list[Answers]:
+        found = (one for each in alternatives for one in _answers(each, known))
+        return list(islice(found, MAX_ANSWERS))
+
     known: list[Answers] = [{}]
-    for alternatives in wanted:
-        known = [one for each in alternatives for one in _answers(each, known)][:MAX_ANSWERS]
+    # steps without a choice first: what contradicts them is not combined with anything else
+    for alternatives in sorted(wanted, key=lambda each: len(extended(each, [{}]))):
+        known = extended(alternatives, known)
     return bool(known)
 
 

@@ -818,6 +818,26 @@ def test_a_cycle_that_never_ends_is_reported(
     assert words in cycle
 
 
+def test_a_long_cycle_of_conditions_that_contradict_each_other_is_not_reported(
+    tmp_path: Path,
+) -> None:
+    """The choices between the two that decide would take hours to combine."""
+
+    def holds(key: str) -> str:
+        return HOLDS.replace("data.a", f"data.{key}")
+
+    conditions = [f"{{any: [{holds(f'a{n}')}, {holds(f'b{n}')}]}}" for n in range(300)]
+    conditions[150], conditions[-1] = holds("c"), f"{{not: {holds('c')}}}"
+    steps = [f"{{name: s{n}, type: Conditional, config: {c}}}" for n, c in enumerate(conditions)]
+    steps[-1] = steps[-1][:-1] + ", next: s0}"
+    text = "name: s\nsteps:\n" + "".join(f"  - {line}\n" for line in steps)
+    assert check(tmp_path / "s.yaml", text) == []
+    [told] = check(
+        tmp_path / "s.yaml", text.replace("{not: ", "{all: [").replace("}}}, n", "}}]}, n")
+    )
+    assert "may hold at the same time" in told.message
+
+
 def test_jumps_that_lead_to_each_other_are_reported(tmp_path: Path) -> None:
     text = (
         "name: s\nsteps:\n  - {name: over, type: GoTo, config: {sequence: t, step: back}}\n---\n"
