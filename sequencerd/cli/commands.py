@@ -170,6 +170,9 @@ async def _explained(
         case asyncpg.QueryCanceledError():
             advice = "if statement_timeout is set for this user or database, set it to 0"
             return DatabaseError(f"{error.args[0]}; {advice}")
+        case asyncpg.TransactionRollbackError():  # such as a deadlock
+            advice = "another transaction changed the same rows: repeat the command"
+            return DatabaseError(f"{error.args[0]}; {advice}")
         case asyncpg.PostgresError():
             return DatabaseError(f"the database rejected the command: {with_hint(error)}")
         case TimeoutError() | asyncpg.InterfaceError(__context__=TimeoutError()):

@@ -124,6 +124,27 @@ async def test_doctor_continues_after_a_check_fails(
     assert "runner Crm" in found
 
 
+async def test_a_command_that_a_deadlock_ends_is_to_be_repeated(
+    connection: asyncpg.Connection, sequencerd: Command
+) -> None:
+    """For example an apply, beside an edit of the same steps by SQL."""
+    await connection.execute(
+        """
+        INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'a');
+        INSERT INTO sequencer.steps (sequence, name, type) VALUES ('s', 'a', 'Note');
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN RAISE deadlock_detected USING MESSAGE = 'deadlock detected'; END$$;
+        CREATE TRIGGER refuse AFTER UPDATE ON sequencer.sequences
+            FOR EACH ROW EXECUTE FUNCTION refuse();
+        """
+    )
+    sequencerd("pause", "s", code=1)
+    assert sequencerd.errors == (
+        "sequencerd: deadlock detected; another transaction changed the same rows: repeat the "
+        "command\n"
+    )
+
+
 def test_a_closed_pipe_is_not_an_error(
     database: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,8 @@ SELECT count(*) FROM moved;
 
 -- name: lock_definitions
 -- Lock all definitions until the end of the transaction: `apply` runs one at a time, and changes of
--- sequences by SQL wait.
+-- sequences by SQL wait. Steps are not locked, as daemons would wait, too: a change of a step by SQL, which
+-- locks first the step and then the sequence, may end in a deadlock.
 SELECT pg_advisory_xact_lock({definitions_lock}), (SELECT count(*) FROM (
     SELECT FROM sequencer.sequences ORDER BY name FOR UPDATE) AS locked);
 
