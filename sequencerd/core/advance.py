@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar, assert_never
 
@@ -28,6 +28,7 @@ from sequencerd.core.faults import DefinitionError, EvaluationError, printable
 from sequencerd.core.model import (
     LIMIT_REACHED,
     NEXT,
+    NOTHING_REFUSED,
     Action,
     Cancellation,
     Definitions,
@@ -90,7 +91,7 @@ def advance(
     jitter: float = 1.0,
     *,
     started_revision: int | None = None,
-    refused: Refusals | None = None,
+    refused: Refusals = NOTHING_REFUSED,
     expired_leases: int = 0,
     result_only: bool = False,
     full: LimitReached | None = None,
@@ -111,11 +112,11 @@ def advance(
     evaluation. `full` says which limit of the first side effect with one has no room, if any: the
     caller reserves it, and calls again.
     """
-    evaluation = _Evaluation(definitions, enrollment, now, refused)
-    evaluation.expired_leases = expired_leases
-    evaluation.full = full
-    if started_revision is not None:
-        evaluation.revision = started_revision
+    if started_revision is None and (known := definitions.get(enrollment.sequence)):
+        started_revision = known.revision
+    evaluation = _Evaluation(
+        definitions, enrollment, now, started_revision, refused, expired_leases, full
+    )
     try:
         decision = evaluation.begin(result, jitter) or (
             Wait(now) if result_only else evaluation.follow()
@@ -137,7 +138,7 @@ def advance(
         and not evaluation.entered
         and not evaluation.entries
         and not evaluation.cancellations
-        and refused is None
+        and not refused
     )
     return Advanced(
         evaluation.at,
@@ -146,8 +147,8 @@ def advance(
         evaluation.merged,
         is_shared,
         evaluation.entered,
-        tuple(evaluation.entries),
-        tuple(evaluation.cancellations),
+        evaluation.entries,
+        evaluation.cancellations,
         tuple(evaluation.answers) if is_shared else (),
     )
 
@@ -173,60 +174,30 @@ def is_unchanged(before: Enrollment, advanced: Advanced) -> bool:
     )
 
 
+@dataclass(slots=True, eq=False)
 class _Evaluation:
     """One evaluation: the enrollment after its moves so far, and its events."""
 
-    __slots__ = (
-        "_timezone",
-        "answers",
-        "at",
-        "cancellations",
-        "context",
-        "definitions",
-        "entered",
-        "entries",
-        "events",
-        "expired_holder",
-        "expired_leases",
-        "external",
-        "full",
-        "is_limited",
-        "merged",
-        "moves",
-        "now",
-        "read_own_before",
-        "refused",
-        "revision",
-    )
-
-    def __init__(
-        self,
-        definitions: Definitions,
-        enrollment: Enrollment,
-        now: datetime,
-        refused: Refusals | None,
-    ) -> None:
-        self.definitions = definitions
-        self.at = enrollment
-        self.now = now
-        self.refused = refused
-        self.entered: tuple[str, ...] = ()
-        self.entries: list[Entry] = []
-        self.cancellations: list[Cancellation] = []
-        self.events: list[Event] = []
-        self.merged: Mapping[str, Any] | None = None
-        self.moves = 0
-        known = definitions.get(enrollment.sequence)
-        self.revision = known.revision if known else None  # recorded with each event
-        self.expired_holder: str | None = None  # the daemon whose lease of this visit expired
-        self.expired_leases = 0  # earlier expired leases of this visit
-        self.full: LimitReached | None = None
-        self.is_limited = False  # whether a limit had no room
-        self._timezone: str | None = None
-        self.answers: list[tuple[Condition, bool]] = []  # shared by all contexts
-        self.context: Context | None = None
-        self.read_own_before = False  # whether an earlier context has read own values
-        self.external: External | None = None  # the present sequence, after its first use
+    definitions: Definitions
+    at: Enrollment
+    now: datetime
+    revision: int | None  # recorded with each event
+    refused: Refusals
+    expired_leases: int  # earlier expired leases of this visit
+    full: LimitReached | None
+    entered: tuple[str, ...] = ()
+    entries: tuple[Entry, ...] = ()
+    cancellations: tuple[Cancellation, ...] = ()
+    events: list[Event] = field(default_factory=list)
+    merged: Mapping[str, Any] | None = None
+    moves: int = 0
+    expired_holder: str | None = None  # the daemon whose lease of this visit expired
+    is_limited: bool = False  # whether a limit had no room
+    answers: list[tuple[Condition, bool]] = field(default_factory=list)  # shared by all contexts
+    context: Context | None = None
+    read_own_before: bool = False  # whether an earlier context has read own values
+    external: External | None = None  # of the present sequence, after its first use
+    valid_timezone: str | None = None  # the enrollment's own, or what replaces it
 
     def begin(self, result: Result | None, jitter: float) -> Decision | None:
         """Start a journey, or apply a result. Return None to follow the steps."""
@@ -359,14 +330,14 @@ class _Evaluation:
         own = self.at.timezone
         if own is None:
             return self.sequence().timezone
-        if self._timezone is None:
+        if self.valid_timezone is None:
             try:
                 dates.zone(own)
-                self._timezone = own
+                self.valid_timezone = own
             except DefinitionError as error:
-                self._timezone = self.sequence().timezone
-                self.record("warning", f"{error}; {self._timezone} is used")
-        return self._timezone
+                self.valid_timezone = self.sequence().timezone
+                self.record("warning", f"{error}; {self.valid_timezone} is used")
+        return self.valid_timezone
 
     def _step(self, sequence: Sequence) -> Step:
         step = sequence.steps.get(self.at.step)
@@ -604,7 +575,7 @@ class _Evaluation:
         """Jump to a step of another sequence; if that refuses, take altNext, if there is one. Wait
         if its definition is outdated.
         """
-        if (self.refused or {}).get(name) == "outdated":
+        if self.refused.get(name) == "outdated":
             return Wait(self.now + LOCKED_DELAY)
         if (refusal := self._refusal(name)) is not None:
             if step.alt_next_step is None:
@@ -624,14 +595,14 @@ class _Evaluation:
             return Fail("loop", _loop_message([*executed]))
         name, subject = entry.sequence, entry.subject
         known = self.definitions.get(name)
-        failure = (self.refused or {}).get(entry.key)
+        failure = self.refused.get(entry.key)
         if known is not None and known.archived:
             failure = "archived"
         if failure is None:
             first = known.steps.get(known.first_step) if known else None
             if first is not None and isinstance(first.behaviour, ServedElsewhere):
                 entry = entry._replace(elsewhere=first.name)
-            self.entries.append(entry._replace(executed=executed))
+            self.entries += (entry._replace(executed=executed),)
             self.at = self.at._replace(executed=executed)
             self.record(Action.NEXT.value, f"enrolled {subject!r} in {name}")
             return self._move_to(step.next_step)
@@ -650,17 +621,17 @@ class _Evaluation:
         """Cancel enrollments of a subject elsewhere and continue. Wait while another session has
         locked one of them.
         """
-        if cancellation.key in (self.refused or {}):
+        if cancellation.key in self.refused:
             return Wait(self.now + LOCKED_DELAY)
         by = f"by step {step.name} of {step.sequence}, enrollment {self.at.id}"
-        self.cancellations.append(cancellation._replace(message=printable(by)))
+        self.cancellations += (cancellation._replace(message=printable(by)),)
         message = f"cancelled {cancellation.subject!r} in {cancellation.sequence}"
         self.record(Action.NEXT.value, message)
         return self._move_to(step.next_step)
 
     def _refusal(self, name: str) -> Fail | None:
         """Return why a jump cannot enter a sequence, or None."""
-        failure = (self.refused or {}).get(name)
+        failure = self.refused.get(name)
         known = self.definitions.get(name)
         if failure == "archived" or (known is not None and known.archived):
             return Fail("archived", f"sequence {name!r} is archived: a GoTo cannot enter it")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
 from enum import StrEnum
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from sequencerd.core import exact_json
@@ -97,6 +98,7 @@ class Cancellation(NamedTuple):
 RefusalKey = str | tuple[str, str, str]
 Refusals = Mapping[Any, str]  # by RefusalKey, or by sequence name alone
 """Refusals with the codes of their reasons: jumps by their sequence, and others by their key."""
+NOTHING_REFUSED: Refusals = MappingProxyType({})
 
 StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation
 """An exit that the config names, or an action, the others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -40,6 +41,7 @@ Condition = Callable[[str], bool]
 """A condition on a view, given as JSON text."""
 
 
+@dataclass(slots=True, eq=False)
 class Context:
     """The evaluation context: what steps and goals read of an enrollment, and the time.
 
@@ -47,35 +49,14 @@ class Context:
     Conditions that read only the data do not count: `answers` has their results.
     """
 
-    __slots__ = (
-        "_enrollment",
-        "_holidays",
-        "answers",
-        "external",
-        "has_read_own",
-        "now",
-        "seed",
-        "timezone",
-    )
-
-    def __init__(
-        self,
-        enrollment: Enrollment,
-        now: datetime,
-        timezone: str,
-        external: External,
-        holidays: Holidays | None = None,
-        *,
-        answers: list[tuple[Condition, bool]] | None = None,
-    ) -> None:
-        self.answers = [] if answers is None else answers
-        self.external = external
-        self._holidays = holidays
-        self.now = now
-        self.timezone = timezone
-        self.has_read_own = False
-        self.seed: str | None = None  # of the step that reads it
-        self._enrollment = enrollment
+    _enrollment: Enrollment
+    now: datetime
+    timezone: str
+    external: External
+    _holidays: Holidays | None = None
+    answers: list[tuple[Condition, bool]] = field(default_factory=list)
+    has_read_own: bool = False
+    seed: str | None = None  # of the step that reads it
 
     def is_of(self, enrollment: Enrollment) -> bool:
         """Return whether this is the context of exactly this enrollment."""

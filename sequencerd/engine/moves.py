@@ -30,7 +30,7 @@ from sequencerd.core.decision import (
 )
 from sequencerd.core.enrollment import Enrollment, StepKey
 from sequencerd.core.faults import EvaluationError, printable
-from sequencerd.core.model import Refusals, SideEffect
+from sequencerd.core.model import NOTHING_REFUSED, Refusals, SideEffect
 from sequencerd.core.task import Result, Task
 from sequencerd.core.view import state_view, view_in_state
 from sequencerd.engine.batch import Batch
@@ -146,7 +146,7 @@ class Moves:
         now: datetime,
         result: Result | None = None,
         started_revision: int | None = None,
-        refused: Refusals | None = None,
+        refused: Refusals = NOTHING_REFUSED,
         *,
         expired_leases: int = 0,
         result_only: bool = False,

@@ -1195,11 +1195,11 @@ def test_a_jump_reports_the_sequence_that_it_enters() -> None:
     [
         (OTHER, {"other": "already_enrolled"}, "already_enrolled"),
         (OTHER, {"other": "archived"}, "archived"),
-        (ARCHIVED, None, "archived"),
+        (ARCHIVED, {}, "archived"),
     ],
 )
 def test_a_jump_that_is_refused_has_an_outcome(
-    other: dict[str, Sequence], refused: dict[str, str] | None, failure: str
+    other: dict[str, Sequence], refused: dict[str, str], failure: str
 ) -> None:
     failed = advance({**sequence(JUMP), **other}, at("go"), NOW, refused=refused)
     assert isinstance(failed.decision, Fail)

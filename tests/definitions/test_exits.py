@@ -52,8 +52,8 @@ RESULTS: list[Result | None] = [
     Suppressed("all of them"),
     NotStarted(),
 ]
-REFUSED: list[Refusals | None] = [
-    None,
+REFUSED: list[Refusals] = [
+    {},
     {
         "other": "already_enrolled",
         ("enroll", "other", "ada"): "already_enrolled",
