@@ -18,7 +18,7 @@ from sequencerd.console.query import Query, WrongQueryError
 from sequencerd.console.summary import Counts
 from sequencerd.console.tables import at
 from sequencerd.core.model import ALT_NEXT, NEXT, Sequence, Step
-from sequencerd.core.step_types import config_in_order, describe_wait
+from sequencerd.core.step_types import config_in_order, step_type
 from sequencerd.core.step_types.condition_config import describe_condition
 from sequencerd.core.window_config import describe_window
 from sequencerd.definitions import drawing
@@ -188,7 +188,7 @@ _REACHED = {"wait": "waits", "skip": "is skipped", "altNext": "goes to altNext"}
 def _describe(definition: Sequence, step: Step) -> list[str]:
     """Describe a step: its wait, and when and how often its side effect may begin."""
     config = dict(step.config) if isinstance(step.config, Mapping) else {}
-    found = [describe_wait(step.type, config)]
+    found = [step_type(step.type).describe(config)]
     if isinstance(window := config.get("window"), dict) and (described := describe_window(window)):
         found.append(f"begins only in its window: {described}")
     for limit, text in drawing.limits(definition, step):

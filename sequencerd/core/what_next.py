@@ -11,7 +11,7 @@ from sequencerd.core.config import parse_json
 from sequencerd.core.describe import is_never, text
 from sequencerd.core.faults import DefinitionError
 from sequencerd.core.model import LIMIT_REACHED
-from sequencerd.core.step_types import describe_wait
+from sequencerd.core.step_types import step_type
 from sequencerd.core.window_config import describe_window
 
 
@@ -35,7 +35,7 @@ def what_next(row: Mapping[str, Any], at: Callable[[datetime], str] = text) -> s
     if row["entered_at"] is None:
         return f"starts at {at(row['wake_at'])}"
     config = _object(row["config"])
-    waits = describe_wait(row["type"], config)
+    waits = step_type(row["type"]).describe(config)
     window = "" if waits else _window(row, config)
     if row["attempt"] and not is_never(row["wake_at"]):
         number, next_at = row["attempt"], at(row["wake_at"])

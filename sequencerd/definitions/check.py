@@ -40,12 +40,9 @@ from sequencerd.core.model import (
 from sequencerd.core.step_types import (
     BUILT_IN,
     has_languages,
-    in_a_row,
-    is_goal,
     is_message,
     language_texts,
-    localised_keys,
-    read_paths,
+    step_type,
     template_texts,
     written_keys,
 )
@@ -165,7 +162,7 @@ def _wrong_in_a_row(step: Step, sequence: Sequence) -> str | None:
         or isinstance(following.behaviour, InvalidStep)
     ):
         return None
-    wrong = in_a_row(step.type, step.config, following.config)
+    wrong = step_type(step.type).in_a_row(step.config, following.config)
     return wrong and f"before {following.name}: {wrong}"
 
 
@@ -301,7 +298,7 @@ def _constant_remark(step: Step, exit_: Exit, answer: bool | None, why: str) -> 
     is_error = answer is None or (not answer and waits and not following)
     if answer is None:
         message = f"this fails for every enrollment: {why}"
-    elif is_goal(step.type):
+    elif step_type(step.type).is_goal:
         does = "every enrollment meets this goal before the first step"
         message = f"{does if answer else 'this goal can never be met'}: {why}"
     elif waits:
@@ -339,7 +336,7 @@ def _wrong_path(path: object, root: str | None, sequence: Sequence) -> str | Non
 
 def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
     """Yield remarks on the paths in templates, and the errors of configs that were not compiled."""
-    for path, target in read_paths(step.type, step.config):
+    for path, target in step_type(step.type).paths(step.config):
         with suppress(DefinitionError):  # the step's problem reports these
             root = first_key(Operand(type="get", value=target))
             if wrong := _wrong_path(target, root, sequence):
@@ -351,7 +348,7 @@ def _check_templates(step: Step, sequence: Sequence) -> Iterator[Remark]:
     partials = dict(sequence.shared.partials)
     for path, source in template_texts(step.type, step.config):
         keys = ("config", *path)
-        known = partials if path[0] in localised_keys(step.type) else {}
+        known = partials if path[0] in step_type(step.type).localised else {}
         try:
             template = compile_template(source, escape=False, partials=known)
             for missing in missing_layouts(source, known):
@@ -506,12 +503,12 @@ def unknown_paths(sequence: Sequence, known: KnownPaths) -> Iterator[Remark]:
 
 def _paths(step: Step, shared: MessageContext) -> Iterator[tuple[KeyPath, str]]:
     """Yield the constant paths in the conditions and templates of a step, separated by dots."""
-    for keys, read in (*_read_by_conditions(step), *read_paths(step.type, step.config)):
+    for keys, read in (*_read_by_conditions(step), *step_type(step.type).paths(step.config)):
         with suppress(DefinitionError):
             yield ("config", *keys), ".".join(path_keys(read))
     for keys, source in template_texts(step.type, step.config):
         with suppress(DefinitionError):
-            partials = dict(shared.partials) if keys[0] in localised_keys(step.type) else {}
+            partials = dict(shared.partials) if keys[0] in step_type(step.type).localised else {}
             template = compile_template(source, escape=False, partials=partials)
             for read in sorted(template.surely_reads):
                 yield ("config", *keys), read

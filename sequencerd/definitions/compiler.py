@@ -40,7 +40,7 @@ from sequencerd.core.model import (
     Window,
 )
 from sequencerd.core.schedule import EnrollConfig
-from sequencerd.core.step_types import BUILT_IN
+from sequencerd.core.step_types import BUILT_IN, step_type
 from sequencerd.core.step_types.condition_config import condition_calendars
 from sequencerd.core.step_types.effects import (
     EFFECT_KEYS,
@@ -177,7 +177,7 @@ def build(sequence: Sequence, window: Mapping[str, Any] | str | None = None) -> 
         steps={
             name: _with_problems(step, faults.get(name, ())) for name, step in made.steps.items()
         },
-        goals=tuple(step for step in reversed(ordered) if step_types.is_goal(step.type)),
+        goals=tuple(step for step in reversed(ordered) if step_type(step.type).is_goal),
         collects=next((step.name for step in ordered if _collects(step)), None),
     )
 
@@ -496,7 +496,7 @@ class Definition:
         old_names = {new: old for old, new in self.pending_renames(present).items()}
         found = {}
         for name, step in self.sequence.steps.items():
-            if step_types.is_seeded(step.type):
+            if step_type(step.type).is_seeded:
                 known = present.get(old_names.get(name, name))
                 first = f"{self.sequence.name}/{self.renames.get(name, name)}"
                 while not known and first in present.values():  # of a renamed step

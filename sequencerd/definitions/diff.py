@@ -9,7 +9,7 @@ from typing import Any
 from sequencerd.core.config import parse_json
 from sequencerd.core.describe import counted
 from sequencerd.core.faults import DefinitionError
-from sequencerd.core.step_types import is_seeded, language_texts, rename_steps, used_partials
+from sequencerd.core.step_types import language_texts, rename_steps, step_type, used_partials
 from sequencerd.core.step_types.durations import in_words
 from sequencerd.errors import PlanError
 
@@ -199,7 +199,7 @@ def seeds(document: SequenceDocument) -> dict[str, str | None]:
 
 def _seeded(document: SequenceDocument, step: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a step with its seed if it has one."""
-    if not is_seeded(step["type"]):
+    if not step_type(step["type"]).is_seeded:
         return step
     return {**step, "seed": step.get("seed", f"{document['name']}/{step['name']}")}
 

@@ -31,12 +31,11 @@ from sequencerd.core.languages import FILE, TEXT_SCHEMA, check_locale_path
 from sequencerd.core.model import NEXT, InvalidStep, MessageContext, SideEffect, Step
 from sequencerd.core.schedule import EnrollConfig, Span
 from sequencerd.core.step_types import (
-    is_goal,
     is_instant,
     is_message,
-    is_seeded,
     may_take_alt_next,
     named_steps,
+    step_type,
 )
 from sequencerd.core.step_types.durations import Duration, FixedDuration, elapsed
 from sequencerd.core.step_types.effects import Topic
@@ -541,7 +540,7 @@ def _check_alt_next(source: _SequenceSource, number: int, step: Step) -> None:
 def _check_next(source: _SequenceSource, number: int, step: Step) -> None:
     """Warn about a step that leads to a goal, and waits there, only because its next is omitted."""
     following = source.steps[number + 1] if number + 1 < len(source.steps) else None
-    if is_goal(_text_at(following, "type") or "") and any(
+    if step_type(_text_at(following, "type")).is_goal and any(
         exit_.path == NEXT.path for exit_ in step.behaviour.exits
     ):
         message = (
@@ -577,7 +576,7 @@ def _read_steps(source: _SequenceSource, runners: Runners, shared: MessageContex
             _check_alt_next(source, number, step)
         if "next" not in parsed.model_fields_set:
             _check_next(source, number, step)
-        if parsed.seed is not None and not is_seeded(parsed.type):
+        if parsed.seed is not None and not step_type(parsed.type).is_seeded:
             message = f"a {parsed.type} is not decided by a seed: leave it out"
             source.add_finding(("steps", number, "seed"), message)
         steps.setdefault(step.name, step)

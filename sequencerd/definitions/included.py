@@ -9,7 +9,7 @@ from typing import Any
 from sequencerd.core.faults import KeyPath
 from sequencerd.core.javascript.templates import MAX_SOURCE
 from sequencerd.core.languages import FILE
-from sequencerd.core.step_types import localised_keys, used_partials
+from sequencerd.core.step_types import step_type, used_partials
 
 FOLDER = "partials"
 """A folder beside the file of a sequence: each file in it is a partial, named without the suffix.
@@ -59,7 +59,7 @@ def places(document: object) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
         config = step.get("config") if isinstance(step, dict) else None
         if isinstance(config, dict) and isinstance(step.get("type"), str):
             path: KeyPath = ("steps", number, "config")
-            keys = localised_keys(step["type"])
+            keys = step_type(step["type"]).localised
             yield from _named(path, config, keys)
             for key in keys:
                 yield from _named((*path, key), config.get(key))

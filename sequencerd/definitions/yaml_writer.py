@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from sequencerd.core.config import in_order
-from sequencerd.core.step_types import config_in_order, is_goal, may_take_alt_next
+from sequencerd.core.step_types import config_in_order, may_take_alt_next, step_type
 from sequencerd.definitions.diff import SequenceDocument
 from sequencerd.definitions.files import FileSequence
 
@@ -101,7 +101,7 @@ def _step(step: SequenceDocument, following: SequenceDocument | None) -> dict[st
         shown["config"] = config_in_order(step["type"], step["config"])
     # `check` warns if next is omitted before a goal, and altNext where a side effect may take it
     default = None if following is None else following["name"]
-    if step["next"] != default or (following is not None and is_goal(following["type"])):
+    if step["next"] != default or (following is not None and step_type(following["type"]).is_goal):
         shown["next"] = step["next"]
     if step["altNext"] is not None or may_take_alt_next(step["type"], step["config"]):
         shown["altNext"] = step["altNext"]

@@ -16,7 +16,7 @@ from sequencerd.core.advance import advance
 from sequencerd.core.calendar.granularity import GRANULARITIES, period
 from sequencerd.core.decision import Fail, Wait
 from sequencerd.core.faults import DefinitionError, EvaluationError
-from sequencerd.core.step_types import compile_step, describe_wait, roots
+from sequencerd.core.step_types import compile_step, roots, step_type
 from sequencerd.core.step_types.condition_config import (
     compile_condition,
     condition_roots,
@@ -322,7 +322,7 @@ def test_an_offset_is_described() -> None:
     open_["compareTo"] = moved({"type": "now"}, 4, "hours", within={"days": ["mon"]})
     assert describe_condition(open_) == 'isAfter("2026-03-01", now + 4 hours within mon)'
     assert " + 4 hours within mon) is" in explain(read_condition(open_), context({}))
-    assert describe_wait("Goal", config) == f"waits until {shown} is true"
+    assert step_type("Goal").describe(config) == f"waits until {shown} is true"
     told = explain(read_condition(config), context({"at": "2026-03-02"}))
     assert told == (
         'isBetween(data.at = "2026-03-02", "2026-03-01" + 1 day,'
@@ -339,7 +339,7 @@ def test_a_combination_is_described() -> None:
     }
     config = {"any": [truth("a"), {"not": due}]}
     shown = "any(eq(data.a, true), not(isBefore(data.due, now, day)))"
-    assert describe_wait("Goal", config) == f"waits until {shown} is true"
+    assert step_type("Goal").describe(config) == f"waits until {shown} is true"
     told = explain(read_condition(config), context({"a": False, "due": "2026-03-02"}))
     assert told == (
         'any(eq(data.a = false, true), not(isBefore(data.due = "2026-03-02",'

@@ -26,7 +26,7 @@ from sequencerd.core.model import (
     SideEffect,
     Step,
 )
-from sequencerd.core.step_types import describe_wait, is_message, named_steps
+from sequencerd.core.step_types import is_message, named_steps, step_type
 from sequencerd.core.task import Answer, Failed, NotStarted, Result, Suppressed
 from sequencerd.definitions.compiler import build, compile_behaviour
 from tests.definitions.test_check import RUNNERS
@@ -154,7 +154,7 @@ def test_steps_that_may_wait_declare_it(type_: str, config: dict[str, Any]) -> N
     )
     says_so = any(one.at_once != "always" for one in step.exits)
     assert says_so or not waits
-    assert bool(describe_wait(type_, config)) == says_so
+    assert bool(step_type(type_).describe(config)) == says_so
 
 
 @st.composite

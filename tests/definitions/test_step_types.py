@@ -14,7 +14,7 @@ import pytest
 
 from sequencerd import settings_file
 from sequencerd.core.model import InvalidStep, Sequence, Step
-from sequencerd.core.step_types import BUILT_IN, describe_wait, is_instant
+from sequencerd.core.step_types import BUILT_IN, is_instant, step_type
 from sequencerd.core.step_types.condition_config import ConditionConfig
 from sequencerd.definitions import drawing
 from sequencerd.definitions.compiler import build, compile_behaviour, named_calendars
@@ -144,8 +144,8 @@ def test_each_exit_is_drawn_and_reachable_and_checked_at_its_line(
 @pytest.mark.parametrize(("type_", "config"), CASES)
 def test_a_step_that_waits_is_described(type_: str, config: dict[str, Any]) -> None:
     waits = type_.startswith("WaitFor") or type_ in ("Goal", "Collect")
-    assert describe_wait(type_, config).startswith("waits ") == waits
-    assert describe_wait(type_, {}) == ""
+    assert step_type(type_).describe(config).startswith("waits ") == waits
+    assert step_type(type_).describe({}) == ""
 
 
 def test_no_other_module_knows_a_type_by_its_name() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sequencerd.core.config import in_order, parse_config
+from sequencerd.core.config import Config, in_order, parse_config
 from sequencerd.core.faults import DefinitionError, KeyPath
 from sequencerd.core.javascript.conditions import Operand, first_key
 from sequencerd.core.javascript.templates import called_partials, compile_template
@@ -28,25 +28,22 @@ BUILT_IN: Mapping[str, StepType] = {
 }
 """All built-in types by name, in the order of the documentation."""
 
+_CUSTOM = StepType(name="", config=Config)
+
+
+def step_type(name: str | None) -> StepType:
+    """Return the record of a step type: an empty one for the type of a custom runner."""
+    return BUILT_IN.get(name or "", _CUSTOM)
+
 
 def is_instant(type_: str) -> bool:
     """Return whether a type is built in and has no side effect."""
-    return type_ in BUILT_IN and BUILT_IN[type_].compile is not None
+    return step_type(type_).compile is not None
 
 
 def is_message(type_: str) -> bool:
     """Return whether a type is built in and has a side effect."""
-    return type_ in BUILT_IN and BUILT_IN[type_].compile is None
-
-
-def is_goal(type_: str) -> bool:
-    """Return whether a step of this type is a goal."""
-    return type_ in BUILT_IN and BUILT_IN[type_].is_goal
-
-
-def is_seeded(type_: str) -> bool:
-    """Return whether a seed decides where a step of this type leads a subject."""
-    return type_ in BUILT_IN and BUILT_IN[type_].is_seeded
+    return type_ in BUILT_IN and not is_instant(type_)
 
 
 def compile_step(type_: str, config: Mapping[str, Any]) -> InstantStep:
@@ -79,16 +76,11 @@ def may_take_alt_next(type_: str, config: Mapping[str, Any]) -> bool:
     return False
 
 
-def describe_wait(type_: str | None, config: Mapping[str, Any]) -> str:
-    """Describe what an enrollment at a step waits for; empty for a step that does not wait."""
-    return BUILT_IN[type_].describe(config) if type_ is not None and type_ in BUILT_IN else ""
-
-
 def named_steps(type_: str, config: object) -> Iterator[tuple[KeyPath, str, str | None]]:
     """Yield the steps that a config names, with their paths, and with their sequences if it names
     these.
     """
-    for path in BUILT_IN[type_].steps if type_ in BUILT_IN else ():
+    for path in step_type(type_).steps:
         for where, holder in find(config, path[:-1]):
             step = holder.get(path[-1]) if isinstance(holder, dict) else None
             if isinstance(step, str):
@@ -119,7 +111,7 @@ def template_texts(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyP
 
 def language_texts(type_: str, config: Mapping[str, Any]) -> Mapping[str, str | dict[str, str]]:
     """Return the texts of a config that may be in several languages, by key."""
-    keys = localised_keys(type_)
+    keys = step_type(type_).localised
     return {key: config[key] for key in keys if isinstance(config.get(key), str | dict)}
 
 
@@ -131,11 +123,6 @@ def used_partials(
     return frozenset().union(*(called_partials(text, partials) for _, text in sources))
 
 
-def localised_keys(type_: str) -> tuple[str, ...]:
-    """Return the keys of a type's config that may have a text for each language."""
-    return BUILT_IN[type_].localised if type_ in BUILT_IN else ()
-
-
 def has_languages(type_: str, config: Mapping[str, Any]) -> bool:
     """Return whether a message has a text for each language."""
     return any(isinstance(text, dict) for text in language_texts(type_, config).values())
@@ -143,31 +130,17 @@ def has_languages(type_: str, config: Mapping[str, Any]) -> bool:
 
 def written_keys(type_: str, config: Mapping[str, Any]) -> list[str] | None:
     """Return the keys of the data that a step writes; None if they may be any."""
-    if type_ not in BUILT_IN:
-        return []
-    written = config.get(BUILT_IN[type_].writes)
+    record = step_type(type_)
+    written = config.get(record.writes)
     if data.copies_object(written):
         return None
-    return [*BUILT_IN[type_].produces, *(written if isinstance(written, dict) else ())]
-
-
-def in_a_row(type_: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """Describe the error of two consecutive steps of a type; None if there is none."""
-    record = BUILT_IN.get(type_)
-    return record.in_a_row(first, second) if record else None
+    return [*record.produces, *(written if isinstance(written, dict) else ())]
 
 
 def calendars(type_: str, config: Mapping[str, Any]) -> set[str]:
     """Return the calendars of holidays that a built-in step without a side effect needs."""
-    paths = BUILT_IN[type_].calendars if type_ in BUILT_IN else ()
-    found = (name for path in paths for _, name in find(config, path))
+    found = (name for path in step_type(type_).calendars for _, name in find(config, path))
     return {name for name in found if isinstance(name, str)}
-
-
-def read_paths(type_: str, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
-    """Yield the paths that a config reads outside of its conditions, with their places."""
-    if type_ in BUILT_IN:
-        yield from BUILT_IN[type_].paths(config)
 
 
 def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
@@ -176,14 +149,14 @@ def roots(type_: str, config: Mapping[str, Any]) -> frozenset[str] | None:
     For a config with errors, return what can be determined.
     """
     found: set[str] = set()
-    for path in BUILT_IN[type_].conditions if type_ in BUILT_IN else ():
+    for path in step_type(type_).conditions:
         for _, condition in find(config, path):
             if not isinstance(condition, dict):
                 continue
             with suppress(DefinitionError, ValidationError):
                 found |= condition_roots(read_condition(condition))
     try:
-        for _, target in read_paths(type_, config):
+        for _, target in step_type(type_).paths(config):
             with suppress(DefinitionError):
                 found.add(first_key(Operand(type="get", value=target)) or "")
         for _, source in template_texts(type_, config):

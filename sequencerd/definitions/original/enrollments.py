@@ -11,7 +11,7 @@ import asyncpg
 from sequencerd.core.describe import visible
 from sequencerd.core.enrollment import MAX_SUBJECT
 from sequencerd.core.routing import ShardNumber, shard_of
-from sequencerd.core.step_types import is_goal, is_instant
+from sequencerd.core.step_types import is_instant, step_type
 from sequencerd.definitions import apply_plan
 from sequencerd.definitions.compiler import Runners
 from sequencerd.definitions.original.read import ImportSource
@@ -326,5 +326,5 @@ def _without_step(own: ImportedSequence, *, is_active: bool) -> tuple[ImportedSe
     """Return the step of an enrollment without one: the last goal, because only goals move it."""
     if not is_active:
         return None
-    goals = [name for name, step in own.steps.items() if is_goal(step["type"])]
+    goals = [name for name, step in own.steps.items() if step_type(step["type"]).is_goal]
     return (own, goals[-1]) if goals else None
