@@ -12,7 +12,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, Field, StrictInt, model_validator
 
 from sequencerd.core.calendar import dates
-from sequencerd.core.calendar.zones import first_showing, set_back
+from sequencerd.core.calendar.zones import first_showing, next_candidate
 from sequencerd.core.config import Config
 
 BASE_UNITS = {
@@ -114,8 +114,7 @@ def _next_shown(schedule: str, now: datetime, zone: ZoneInfo) -> datetime:
         found = next(CronSim(schedule, wall - _MINUTE))
         if found == wall:
             return instant
-        showing, again = first_showing(found.replace(tzinfo=zone), instant), set_back(instant, zone)
-        instant = showing if again is None else min(showing, again)
+        instant = next_candidate(found.replace(tzinfo=zone), instant, zone)
 
 
 def _without_zone(wall: datetime) -> datetime:

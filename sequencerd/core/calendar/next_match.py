@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from sequencerd.core.calendar.zones import OUT_OF_RANGE, first_showing, set_back, to_wall
+from sequencerd.core.calendar.zones import OUT_OF_RANGE, next_candidate, to_wall
 from sequencerd.core.faults import DefinitionError, EvaluationError
 
 HORIZON_YEARS = 10
@@ -158,9 +158,7 @@ def _search(
 ) -> datetime | None:
     """Search the next match, from one candidate wall time to the next: usually one, two at a gap.
 
-    Nothing can match before the clock first shows the next candidate, with one exception: a clock
-    that is set back to before the present wall time. In that case the search continues from there.
-    If the clock skips the candidate, the search continues from the end of the gap.
+    If the clock skips a candidate, the search continues from the end of the gap.
     """
     instant = after
     while instant - after <= _HORIZON:
@@ -170,8 +168,7 @@ def _search(
         target = field.following(wall, wanted)
         if target is None:
             return None
-        showing, again = first_showing(target, instant), set_back(instant, tz)
-        instant = showing if again is None else min(showing, again)
+        instant = next_candidate(target, instant, tz)
     return None
 
 

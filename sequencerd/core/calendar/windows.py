@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
-from sequencerd.core.calendar.zones import first_showing, set_back, to_wall
+from sequencerd.core.calendar.zones import next_candidate, to_wall
 from sequencerd.core.faults import EvaluationError
 from sequencerd.core.model import Window
 
@@ -38,10 +38,7 @@ def opening(
             target = _next_start(window, wall, holidays)
             if target is None:
                 break
-            # clocks that are set back may show an earlier time of the window before
-            again = set_back(instant, tz)
-            instant = first_showing(target, instant)
-            instant = instant if again is None else min(instant, again)
+            instant = next_candidate(target, instant, tz)
     except OverflowError:
         pass  # the calendar ends
     raise EvaluationError("unsatisfiable", "the window will not open within four years")
@@ -60,9 +57,7 @@ def closing(
         wall = to_wall(instant, tz)
         if not window.shows(wall, holidays):
             break
-        again = set_back(instant, tz)
-        instant = first_showing(_end(window, wall), instant)
-        instant = instant if again is None else min(instant, again)
+        instant = next_candidate(_end(window, wall), instant, tz)
     return instant
 
 

@@ -65,6 +65,14 @@ def first_showing(wall: datetime, since: datetime) -> datetime:
     return first if first >= since else _at_offset(wall, after)
 
 
+def next_candidate(wall: datetime, since: datetime, tz: ZoneInfo) -> datetime:
+    """Return when to look for a wall time that comes after the present one: when the clock first
+    shows it, or when the clock is set back before that, as it may then show an earlier match again.
+    """
+    showing, again = first_showing(wall, since), set_back(since, tz)
+    return showing if again is None else min(showing, again)
+
+
 def offset_change(start: datetime, end: datetime, tz: ZoneInfo) -> datetime:
     """Return the instant in (start, end] from which on the offset differs from that of `start`.
 
