@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from sequencerd.core.calendar import dates
 from sequencerd.core.calendar.date_format import DEFAULT, check_locale, compile_format
 from sequencerd.core.faults import DefinitionError, EvaluationError, Fault
+from sequencerd.core.graph import reach
 from sequencerd.core.javascript import sandbox
 from sequencerd.core.view import View
 
@@ -211,7 +212,7 @@ def compile_template(
         return Template(source, True, none, none, none, "", ())
     found = _analysis(source)
     used = _used(found, partials)
-    inlines = set(found["inlines"]).union(*(one["inlines"] for one in used.values()))
+    inlines = _inlines(found, used)
     is_certain = not any(one["isDynamic"] for one in (found, *used.values()))
     wrong = [*_wrong(found), *_missing(found, partials, inlines)]
     for name, one in used.items():
@@ -250,8 +251,6 @@ def check_partial(source: str) -> None:
     """Raise DefinitionError for a partial that no template can use. Missing partials are reported
     for the templates, which may define them.
     """
-    if "{{" not in source and len(source) <= MAX_SOURCE:
-        return
     if wrong := list(_wrong(_analysis(source))):
         raise DefinitionError([Fault((), text) for text in wrong])
 
@@ -260,27 +259,20 @@ def missing_layouts(source: str, partials: Mapping[str, str]) -> list[str]:
     """Describe missing partials with a block, which handlebars renders in their place. The template
     has no errors.
     """
-    if "{{" not in source:
-        return []
     found = _analysis(source)
-    used = _used(found, partials)
-    inlines = set(found["inlines"]).union(*(one["inlines"] for one in used.values()))
+    inlines = _inlines(found, _used(found, partials))
     return list(_missing(found, partials, inlines, with_block=True))
 
 
 def called_partials(source: str, partials: Mapping[str, str]) -> set[str]:
     """Return the partials that a template uses, directly or through others, if they are valid."""
-    used: set[str] = set()
-    sources = [source]
-    while sources:
-        text = sources.pop()
-        if "{{" not in text:
-            continue
+
+    def called(text: str) -> set[str]:
         with suppress(DefinitionError):
-            new = _named(_analysis(text), partials) - used
-            used |= new
-            sources += [partials[name] for name in new]
-    return used
+            return _named(_analysis(text), partials)
+        return set()
+
+    return reach(called(source), lambda name: called(partials[name]))
 
 
 def _named(found: Mapping[str, Any], partials: Mapping[str, str]) -> set[str]:
@@ -292,15 +284,12 @@ def _named(found: Mapping[str, Any], partials: Mapping[str, str]) -> set[str]:
 
 def surely_used(source: str, partials: Mapping[str, str]) -> set[str]:
     """Return the partials that a template without errors certainly renders with the whole view."""
-    found: set[str] = set()
-    sources = [source]
-    while sources:
-        text = sources.pop()
-        for _, name, _, is_sure in _analysis(text)["used"] if "{{" in text else ():
-            if is_sure and name in partials and name not in found:
-                found.add(name)
-                sources.append(partials[name])
-    return found
+
+    def rendered(text: str) -> set[str]:
+        used = _analysis(text)["used"]
+        return {name for _, name, _, is_sure in used if is_sure and name in partials}
+
+    return reach(rendered(source), lambda name: rendered(partials[name]))
 
 
 def surely_read(source: str, partials: Mapping[str, str]) -> set[str]:
@@ -308,7 +297,7 @@ def surely_read(source: str, partials: Mapping[str, str]) -> set[str]:
     partials.
     """
     sources = [source, *(partials[name] for name in surely_used(source, partials))]
-    return {path for one in sources if "{{" in one for path in _analysis(one)["surelyReads"]}
+    return {path for one in sources for path in _analysis(one)["surelyReads"]}
 
 
 def _analysis(source: str) -> dict[str, Any]:
@@ -321,8 +310,20 @@ def _analysis(source: str) -> dict[str, Any]:
         raise DefinitionError(
             f"the template has {source.count('{{')} tags: write at most {MAX_TAGS}"
         )
-    found: dict[str, Any] = json.loads(_analysed(source))
+    found: dict[str, Any] = json.loads(_analysed(source)) if "{{" in source else _NO_TAGS
     return found
+
+
+_NO_TAGS: dict[str, Any] = {
+    **dict.fromkeys(("wrong", "constants", "dates", "reads", "surelyReads", "inlines", "used"), ()),
+    "isDynamic": False,
+}
+"""The analysis of a text without tags, for which no context is created."""
+
+
+def _inlines(found: Mapping[str, Any], used: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return the partials that a template, or one that it uses, defines itself."""
+    return {name for one in (found, *used.values()) for name in one["inlines"]}
 
 
 def _wrong(found: Mapping[str, Any]) -> Iterator[str]:
