@@ -38,10 +38,16 @@ MAX_WANTED = 1000  # names of changed sequences; beyond them, all sequences are 
 
 
 class Catalog:
-    """The sequences by name. `reschedule` is called for changed steps with waiting enrollments."""
+    """The sequences by name. `reschedule` is called for changed steps with waiting enrollments, and
+    `requested` when there is something to reload.
+    """
 
     def __init__(
-        self, env: Environment, runners: Runners, reschedule: Callable[[StepKey], None]
+        self,
+        env: Environment,
+        runners: Runners,
+        reschedule: Callable[[StepKey], None],
+        requested: Callable[[], None],
     ) -> None:
         self._env = env
         self.sequences: dict[str, model.Sequence] = {}
@@ -54,6 +60,7 @@ class Catalog:
         self._refused: set[str] = set()  # sequences with steps that may compile later
         self._outdated: frozenset[str] = frozenset()  # types to be compiled again in these
         self._reschedule = reschedule
+        self._requested = requested
         self._read_from: tuple[object, ...] | None = None  # the identity of the server
         self._loading = asyncio.Lock()
         self._compile_until: float | None = None  # for large configs, in the loop's time
@@ -89,6 +96,16 @@ class Catalog:
             self._wanted |= set(names)
             if len(self._wanted) > MAX_WANTED:
                 self._wanted = None
+
+    def request(self, names: Iterable[str] | None = None) -> None:
+        """Read the definitions of these sequences, or of all, soon, if they have changed."""
+        self.mark_for_reload(names)
+        self._requested()
+
+    def request_unknown(self, name: str) -> None:
+        """Read the definition of a sequence soon if it is unknown, and may exist."""
+        if self.should_load(name):
+            self.request([name])
 
     @property
     def is_due(self) -> bool:

@@ -60,9 +60,7 @@ class _Ended(NamedTuple):
 
 
 class Claims:
-    """Claims enrollments. `push` schedules a step for a time, and `request_reload` requests to read
-    the definitions of sequences that have changed.
-    """
+    """Claims enrollments. `push` schedules a step for a time."""
 
     def __init__(
         self,
@@ -77,7 +75,6 @@ class Claims:
         cursors: Cursors,
         read_ahead: ReadAhead,
         push: Callable[[StepKey, datetime], None],
-        request_reload: Callable[[Iterable[str]], None],
     ) -> None:
         self._env = env
         self._catalog = catalog
@@ -87,7 +84,6 @@ class Claims:
         self._moves = moves
         self._quarantine = quarantine
         self._push = push
-        self._request_reload = request_reload
         self._cursors = cursors
         self._read_ahead = read_ahead
         self._taken_over: set[int] = set()  # leased by another daemon, though executed here
@@ -167,7 +163,7 @@ class Claims:
             self._env.log.warning("steps are claimed alone", steps=step_keys, error=brief(error))
             return [*step_keys]
         if empty := {due.sequence for due in dues if not counts[due.step_key]}:
-            self._request_reload(empty)
+            self._catalog.request(empty)
         return alone + [due.step_key for due in dues if counts[due.step_key] == due.limit]
 
     def _due_together(
@@ -224,15 +220,14 @@ class Claims:
             self._push(step_key, self._env.clock.now() + timedelta(seconds=LOCKED_PAUSE))
         if count == 0:
             # nothing is claimed with a definition that has changed
-            self._request_reload([step_key[0]])
+            self._catalog.request([step_key[0]])
         return count == due.limit
 
     def _claimable(
         self, step_key: StepKey, now: datetime, most: int, claimers: int = 1
     ) -> DueEnrollments | None:
         """Return what to claim of a step now, at `most` so many; None if nothing can be claimed."""
-        if self._catalog.should_load(step_key[0]):
-            self._request_reload([step_key[0]])
+        self._catalog.request_unknown(step_key[0])
         sequence = self._catalog.sequences.get(step_key[0])
         if sequence is None or sequence.paused or self._executors.is_waited_for(step_key):
             return None

@@ -115,8 +115,8 @@ class Engine:
         self._background = Background(env.stopping, log)
         self.problems = Problems()
         self._cursors = Cursors()
-        self.catalog = Catalog(env, runners, self._start_rescheduling)
-        definitions = self.catalog.sequences
+        self._reloads = Repeating(partial(self.reload, ()), self._background)
+        self.catalog = Catalog(env, runners, self._reschedule, self._reloads.request)
         self.heartbeat = Heartbeat(
             heart,
             self.problems,
@@ -142,9 +142,8 @@ class Engine:
         )
         self._moves = Moves(
             env,
-            definitions,
+            self.catalog,
             self.executors,
-            request_reload=self._request_reload,
             lease_expired=self.heartbeat.lease_expired,
         )
         self._leases = Leases(env, self.executors, self._report_wake, self._report_invalid)
@@ -168,28 +167,25 @@ class Engine:
             cursors=self._cursors,
             read_ahead=self._read_ahead,
             push=self._push,
-            request_reload=self._request_reload,
         )
         self._results = Results(
             env,
-            definitions,
+            self.catalog,
             self.executors,
             self._moves,
             self._leases,
             backlog=self._backlog,
             quarantine=self._quarantine,
-            request_reload=self._request_reload,
         )
         self._expiries = Expiries(env, self.catalog, self.executors, self._claims)
         self._rescheduling = Rescheduling(
             env,
-            definitions,
+            self.catalog,
             self._moves,
             self._leases,
             quarantine=self._quarantine.add,
             background=self._background,
         )
-        self._reloads = Repeating(partial(self.reload, ()), self._background)
         self._changed: set[str] = set()  # changed sequences whose wake times are to be read
         self._fixed: set[StepKey] = set()  # steps that have changed before a failure was written
 
@@ -254,7 +250,7 @@ class Engine:
                 self._cursors.report(step_key, since, self._env.clock.now(), is_later=is_later)
                 self._check_soon(step_key)
             case DefinitionsChanged(definitions=name):
-                self._request_reload(None if name is True else [name])
+                self.catalog.request(None if name is True else [name])
             case Reevaluate():
                 self._rescheduling.request(message)
             case _:
@@ -347,8 +343,7 @@ class Engine:
         claims without a result.
         """
         if self.catalog.step(step_key) is None:
-            if self.catalog.should_load(step_key[0]):
-                self._request_reload([step_key[0]])
+            self.catalog.request_unknown(step_key[0])
             return
         delay = self._claims.delay(step_key)
         if delay:
@@ -527,11 +522,6 @@ class Engine:
             self._reloads.request()
         return changed
 
-    def _request_reload(self, names: Iterable[str] | None) -> None:
-        """Read the definitions of these sequences, or of all, soon, if they have changed."""
-        self.catalog.mark_for_reload(names)
-        self._reloads.request()
-
     def _report_braked(self) -> None:
         sequences = self.catalog.sequences
         self._env.metrics.braked(name for name, known in sequences.items() if known.is_stopped)
@@ -544,10 +534,10 @@ class Engine:
         if self.catalog.step(step_key) is not known:
             self._fixed.add(step_key)
             self._reloads.request()
-        elif known is None and self.catalog.should_load(step_key[0]):
-            self._request_reload([step_key[0]])
+        elif known is None:
+            self.catalog.request_unknown(step_key[0])
 
-    def _start_rescheduling(self, step_key: StepKey) -> None:
+    def _reschedule(self, step_key: StepKey) -> None:
         self._rescheduling.start(step_key)
 
     # --- errors

@@ -35,6 +35,7 @@ from sequencerd.core.task import Result, Task
 from sequencerd.core.view import state_view, view_in_state
 from sequencerd.engine.batch import Batch
 from sequencerd.engine.breaker import TIMER_TOLERANCE
+from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executor, Executors, Leased
 from sequencerd.engine.jumps import PendingMove, decide
@@ -49,24 +50,19 @@ BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it p
 
 
 class Moves:
-    """Advances enrollments. `definitions` belong to the catalog and change; `request_reload`
-    requests to read those of sequences that have changed; `executors` have the slots;
-    `lease_expired` is the heartbeat's.
-    """
+    """Advances enrollments. `executors` have the slots; `lease_expired` is the heartbeat's."""
 
     def __init__(
         self,
         env: Environment,
-        definitions: model.Definitions,
+        catalog: Catalog,
         executors: Executors,
         *,
-        request_reload: Callable[[Iterable[str]], None],
         lease_expired: Callable[[float, float], bool],
     ) -> None:
         self._env = env
-        self._definitions = definitions
+        self._catalog = catalog
         self._executors = executors
-        self._request_reload = request_reload
         self._lease_expired = lease_expired
         self.invalid: dict[StepKey, model.Step | None] = {}
         """The steps at which enrollments have failed as invalid, as they were defined then."""
@@ -134,8 +130,7 @@ class Moves:
         """
         wake_at = enrollment.wake_at
         if wake_at is not None and wake_at > now - START_TOLERANCE:
-            known = self._definitions.get(enrollment.sequence)
-            step = known.steps.get(enrollment.step) if known else None
+            step = self._catalog.step((enrollment.sequence, enrollment.step))
             if step is not None and isinstance(step.behaviour, SideEffect):
                 return now
         return wake_at
@@ -158,7 +153,7 @@ class Moves:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         try:
             advanced = advance(
-                self._definitions,
+                self._catalog.sequences,
                 enrollment,
                 now,
                 result,
@@ -177,9 +172,8 @@ class Moves:
             return _failed(enrollment, now, text, "error")
         match advanced.decision:
             case Fail("invalid_step") if len(self.invalid) < MAX_INVALID:
-                sequence, step = advanced.enrollment.sequence, advanced.enrollment.step
-                known = self._definitions.get(sequence)
-                self.invalid.setdefault((sequence, step), known.steps.get(step) if known else None)
+                step_key = advanced.enrollment.sequence, advanced.enrollment.step
+                self.invalid.setdefault(step_key, self._catalog.step(step_key))
         return advanced
 
     def fail(
@@ -202,7 +196,7 @@ class Moves:
         )
 
     def _is_braked(self, at: Enrollment, now: datetime) -> bool:
-        sequence = self._definitions.get(at.sequence)
+        sequence = self._catalog.sequences.get(at.sequence)
         until = sequence.braked_until if sequence else None
         return until is not None and now < until
 
@@ -296,9 +290,9 @@ class Moves:
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
         """Write a batch, after deciding its effects on other sequences and enrollments."""
-        decided = await decide(connection, batch.jumps, self._definitions)
+        decided = await decide(connection, batch.jumps, self._catalog.sequences)
         if decided.outdated:
-            self._request_reload(decided.outdated)
+            self._catalog.request(decided.outdated)
         for jumped, advanced in decided.advanced:
             self.add(batch, jumped, advanced, now)
             batch.entries += advanced.entries

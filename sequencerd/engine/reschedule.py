@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-from sequencerd.core import model
 from sequencerd.core.advance import is_unchanged
 from sequencerd.core.enrollment import StepKey
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE, Background, Repeating
 from sequencerd.engine.batch import Batch
+from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.environment import Environment
 from sequencerd.engine.jumps import PendingMove
 from sequencerd.engine.leases import Leases
@@ -44,18 +44,16 @@ class Rescheduling:
     def __init__(
         self,
         env: Environment,
-        sequences: Mapping[str, model.Sequence],
+        catalog: Catalog,
         moves: Moves,
         leases: Leases,
         *,
         quarantine: Callable[[int, StepKey, Exception], None],
         background: Background,
     ) -> None:
-        """Make it. `sequences` belong to the catalog and change. `quarantine` receives enrollments
-        that the database refuses to write.
-        """
+        """Make it. `quarantine` receives enrollments that the database refuses to write."""
         self._env = env
-        self._sequences = sequences
+        self._catalog = catalog
         self._moves = moves
         self._leases = leases
         self._quarantine = quarantine
@@ -114,7 +112,7 @@ class Rescheduling:
         for step_key in marked:
             self.start(step_key)
         for sequence, step in set(step_keys).difference(marked):
-            if sequence in self._sequences and step in self._sequences[sequence].steps:
+            if self._catalog.step((sequence, step)):
                 self.request(Reevaluate(sequence=sequence, step=step))  # it is locked
 
     async def _evaluate_subjects(self) -> None:
@@ -152,7 +150,7 @@ class Rescheduling:
                     by_step[sequence, step].append(id_)
             of = {row["id"]: row["subject"] for row in rows}
             for step_key, ids in by_step.items():
-                sequence = self._sequences.get(step_key[0])
+                sequence = self._catalog.sequences.get(step_key[0])
                 if sequence is None or sequence.paused:
                     continue
                 for first in range(0, len(ids), self._env.batch):
@@ -217,7 +215,7 @@ class Rescheduling:
         """Evaluate a step from an id on. Return False if another daemon does."""
         count = 0
         while not self._env.stopping.is_set():
-            sequence = self._sequences.get(step_key[0])
+            sequence = self._catalog.sequences.get(step_key[0])
             if sequence is None or sequence.paused:
                 return True  # it starts again when the sequence is resumed
             async with connections.borrow(self._env.pool) as connection:

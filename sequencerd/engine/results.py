@@ -7,11 +7,10 @@ quarantined.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 
-from sequencerd.core import model
 from sequencerd.core.decision import Event
 from sequencerd.core.enrollment import StepKey
 from sequencerd.core.faults import printable
@@ -26,6 +25,7 @@ from sequencerd.core.task import (
 from sequencerd.engine.background import ERROR_PAUSE, LOCKED_PAUSE
 from sequencerd.engine.backpressure import Backlog
 from sequencerd.engine.batch import MAX_UNLOCKED, Batch
+from sequencerd.engine.catalog import Catalog
 from sequencerd.engine.environment import Environment
 from sequencerd.engine.executors import Executors, Finished, Leased
 from sequencerd.engine.leases import Leases
@@ -43,30 +43,26 @@ DIFFERING_FOR = timedelta(seconds=5)
 
 
 class Results:
-    """Writes results. `definitions` belong to the catalog; `request_reload` requests to read those
-    of sequences that have changed.
-    """
+    """Writes results."""
 
     def __init__(
         self,
         env: Environment,
-        definitions: model.Definitions,
+        catalog: Catalog,
         executors: Executors,
         moves: Moves,
         leases: Leases,
         *,
         backlog: Backlog,
         quarantine: Quarantine,
-        request_reload: Callable[[Iterable[str]], None],
     ) -> None:
         self._env = env
-        self._definitions = definitions
+        self._catalog = catalog
         self._executors = executors
         self._backlog = backlog
         self._leases = leases
         self._moves = moves
         self._quarantine = quarantine
-        self._request_reload = request_reload
         self._differing_until: dict[StepKey, datetime] = {}
 
     async def write(self) -> None:
@@ -152,7 +148,7 @@ class Results:
             locked = await locking.lock(connection, known, self._leases.transactions)
             revisions = locked.revisions.items()
             if changed := {name for name, at in revisions if self._revision(name) != at}:
-                self._request_reload(changed)
+                self._catalog.request(changed)
             batch.places, batch.transaction = locked.places, locked.transaction
             missing = [enrollment.id for enrollment in known if enrollment.id not in locked.ids]
             exist = await locking.existing(connection, missing) if missing else set()
@@ -245,7 +241,7 @@ class Results:
         return False
 
     def _revision(self, name: str) -> int | None:
-        sequence = self._definitions.get(name)
+        sequence = self._catalog.sequences.get(name)
         return sequence.revision if sequence else None
 
 

@@ -541,7 +541,7 @@ def test_names_that_may_be_anything_are_searched_once_and_not_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(catalog, "MAX_UNKNOWN", 2)
-    unread = Catalog(cast("Any", None), {}, lambda _: None)
+    unread = Catalog(cast("Any", None), {}, lambda _: None, lambda: None)
     assert [unread.should_load(name) for name in "aabbc"] == [True, False, True, False, False]
 
 
@@ -730,13 +730,13 @@ async def test_others_proceed_while_a_large_template_is_read(
     async with running_engine(database, {"Write": Writer()}, sweep=3600) as engine:
         await define(connection, "s", large_template("large"))
         await eventually(slow_template.begun.is_set)
-        found_nothing, request = asyncio.Event(), engine._claims._request_reload
+        found_nothing, request = asyncio.Event(), engine.catalog.request
 
         def request_reload(names: Iterable[str]) -> None:
             found_nothing.set()
             request(names)
 
-        monkeypatch.setattr(engine._claims, "_request_reload", request_reload)
+        monkeypatch.setattr(engine.catalog, "request", request_reload)
         engine._push_now(("other", "a"))
         await found_nothing.wait()
         other = await enroll(connection, "other", "ada")
