@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -59,37 +60,25 @@ class _Ended(NamedTuple):
         return len(self.claimed) < self.due.limit
 
 
+@dataclass(eq=False)
 class Claims:
-    """Claims enrollments. `push` schedules a step for a time."""
+    """Claims enrollments."""
 
-    def __init__(
-        self,
-        env: Environment,
-        catalog: Catalog,
-        executors: Executors,
-        moves: Moves,
-        leases: Leases,
-        *,
-        backlog: Backlog,
-        quarantine: Quarantine,
-        cursors: Cursors,
-        read_ahead: ReadAhead,
-        push: Callable[[StepKey, datetime], None],
-    ) -> None:
-        self._env = env
-        self._catalog = catalog
-        self._executors = executors
-        self._backlog = backlog
-        self._leases = leases
-        self._moves = moves
-        self._quarantine = quarantine
-        self._push = push
-        self._cursors = cursors
-        self._read_ahead = read_ahead
-        self._taken_over: set[int] = set()  # leased by another daemon, though executed here
-        # until when steps with slow evaluations rest, one after the other, in the loop's time
-        self._resting: dict[StepKey, float] = {}
-        self._rests_end = 0.0
+    _env: Environment
+    _catalog: Catalog
+    _executors: Executors
+    _moves: Moves
+    _leases: Leases
+    _backlog: Backlog
+    _quarantine: Quarantine
+    _cursors: Cursors
+    _read_ahead: ReadAhead
+    _push: Callable[[StepKey, datetime], None]  # schedules a step for a time
+    # leased by another daemon, though executed here
+    _taken_over: set[int] = field(default_factory=set)
+    # until when steps with slow evaluations rest, one after the other, in the loop's time
+    _resting: dict[StepKey, float] = field(default_factory=dict)
+    _rests_end: float = 0.0
 
     async def prepare(self) -> None:
         """Prepare the statements of a lone enrollment, on the connection that is borrowed next: in

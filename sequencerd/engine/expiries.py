@@ -7,6 +7,7 @@ yet: they are evaluated once, which writes it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -29,17 +30,15 @@ class _KnownExpiry(NamedTuple):
     until: datetime | None  # all that were due before this time have one
 
 
+@dataclass(eq=False)
 class Expiries:
     """Finds expired enrollments, and claims them."""
 
-    def __init__(
-        self, env: Environment, catalog: Catalog, executors: Executors, claims: Claims
-    ) -> None:
-        self._env = env
-        self._catalog = catalog
-        self._executors = executors
-        self._claims = claims
-        self._known: dict[StepKey, _KnownExpiry] = {}
+    _env: Environment
+    _catalog: Catalog
+    _executors: Executors
+    _claims: Claims
+    _known: dict[StepKey, _KnownExpiry] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Search all due enrollments once more, because some may have been committed late."""

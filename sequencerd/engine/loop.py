@@ -127,7 +127,7 @@ class Engine:
         )
         self._quarantine = Quarantine(self.problems, clock=clock, log=log)
         metrics.quarantined.set_function(lambda: len(self._quarantine))
-        self._outages = Outages(env, self.catalog, self.problems, since=self._cursors.since)
+        self._outages = Outages(env, self.catalog, self.problems, self._cursors.since)
         self._backlog = Backlog(settings.batch)
         self.executors = Executors(
             env,
@@ -140,43 +140,20 @@ class Engine:
             redact=redact,
             pauses=pauses,
         )
-        self._moves = Moves(
-            env,
-            self.catalog,
-            self.executors,
-            lease_expired=self.heartbeat.lease_expired,
-        )
+        self._moves = Moves(env, self.catalog, self.executors, self.heartbeat.lease_expired)
         self._leases = Leases(env, self.executors, self._report_wake, self._report_invalid)
-        self._read_ahead = ReadAhead(
+        writing = (  # what all that write batches need
             env,
             self.catalog,
             self.executors,
             self._moves,
             self._leases,
-            backlog=self._backlog,
-            quarantine=self._quarantine,
+            self._backlog,
+            self._quarantine,
         )
-        self._claims = Claims(
-            env,
-            self.catalog,
-            self.executors,
-            self._moves,
-            self._leases,
-            backlog=self._backlog,
-            quarantine=self._quarantine,
-            cursors=self._cursors,
-            read_ahead=self._read_ahead,
-            push=self._push,
-        )
-        self._results = Results(
-            env,
-            self.catalog,
-            self.executors,
-            self._moves,
-            self._leases,
-            backlog=self._backlog,
-            quarantine=self._quarantine,
-        )
+        self._read_ahead = ReadAhead(*writing)
+        self._claims = Claims(*writing, self._cursors, self._read_ahead, self._push)
+        self._results = Results(*writing)
         self._expiries = Expiries(env, self.catalog, self.executors, self._claims)
         self._rescheduling = Rescheduling(
             env,

@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from typing import assert_never
@@ -49,23 +50,16 @@ START_TOLERANCE = timedelta(seconds=1)  # after its wake time, an enrollment sta
 BRAKE_DELAY = timedelta(seconds=1)  # until a delay by a brake ends, unless it pauses the sequence
 
 
+@dataclass(eq=False)
 class Moves:
-    """Advances enrollments. `executors` have the slots; `lease_expired` is the heartbeat's."""
+    """Advances enrollments."""
 
-    def __init__(
-        self,
-        env: Environment,
-        catalog: Catalog,
-        executors: Executors,
-        *,
-        lease_expired: Callable[[float, float], bool],
-    ) -> None:
-        self._env = env
-        self._catalog = catalog
-        self._executors = executors
-        self._lease_expired = lease_expired
-        self.invalid: dict[StepKey, model.Step | None] = {}
-        """The steps at which enrollments have failed as invalid, as they were defined then."""
+    _env: Environment
+    _catalog: Catalog
+    _executors: Executors  # which have the slots
+    _lease_expired: Callable[[float, float], bool]  # of the heartbeat
+    invalid: dict[StepKey, model.Step | None] = field(default_factory=dict)
+    """The steps at which enrollments have failed as invalid, as they were defined then."""
 
     def move(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime
 
 from sequencerd.core.enrollment import StepKey
@@ -15,22 +16,14 @@ from sequencerd.storage import connections, wakes
 PROBLEM_KIND = "runner"
 
 
+@dataclass(eq=False)
 class Outages:
     """Reports outages: as `problems`, which operators read, as metrics, and in the log."""
 
-    def __init__(
-        self,
-        env: Environment,
-        catalog: Catalog,
-        problems: Problems,
-        *,
-        since: Callable[[StepKey], datetime],
-    ) -> None:
-        """Make it; `since` returns the time before which nothing is due at a step."""
-        self._env = env
-        self._catalog = catalog
-        self._problems = problems
-        self._since = since
+    _env: Environment
+    _catalog: Catalog
+    _problems: Problems
+    _since: Callable[[StepKey], datetime]  # the time before which nothing is due at a step
 
     def report(self, executor: Executor) -> None:
         """Report that a runner is down, is down for another reason, or works again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from contextlib import aclosing, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -42,29 +43,19 @@ class _Planned(NamedTuple):
     sequence: Sequence
 
 
+@dataclass(eq=False)
 class ReadAhead:
     """The enrollments that were read before they are due, all of one step and one time."""
 
-    def __init__(
-        self,
-        env: Environment,
-        catalog: Catalog,
-        executors: Executors,
-        moves: Moves,
-        leases: Leases,
-        *,
-        backlog: Backlog,
-        quarantine: Quarantine,
-    ) -> None:
-        self._env = env
-        self._catalog = catalog
-        self._executors = executors
-        self._moves = moves
-        self._leases = leases
-        self._backlog = backlog
-        self._quarantine = quarantine
-        self._of: tuple[StepKey, datetime] | None = None
-        self._planned: deque[_Planned] = deque()
+    _env: Environment
+    _catalog: Catalog
+    _executors: Executors
+    _moves: Moves
+    _leases: Leases
+    _backlog: Backlog
+    _quarantine: Quarantine
+    _of: tuple[StepKey, datetime] | None = None
+    _planned: deque[_Planned] = field(default_factory=deque)
 
     def is_of(self, step_key: StepKey, at: datetime) -> bool:
         """Return whether what wakes at a step at a time was read last, or is being read."""

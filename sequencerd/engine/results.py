@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from sequencerd.core.decision import Event
@@ -42,28 +43,18 @@ DIFFERING_FOR = timedelta(seconds=5)
 """For how long many equal results of a step are locked first, after some had different outcomes."""
 
 
+@dataclass(eq=False)
 class Results:
     """Writes results."""
 
-    def __init__(
-        self,
-        env: Environment,
-        catalog: Catalog,
-        executors: Executors,
-        moves: Moves,
-        leases: Leases,
-        *,
-        backlog: Backlog,
-        quarantine: Quarantine,
-    ) -> None:
-        self._env = env
-        self._catalog = catalog
-        self._executors = executors
-        self._backlog = backlog
-        self._leases = leases
-        self._moves = moves
-        self._quarantine = quarantine
-        self._differing_until: dict[StepKey, datetime] = {}
+    _env: Environment
+    _catalog: Catalog
+    _executors: Executors
+    _moves: Moves
+    _leases: Leases
+    _backlog: Backlog
+    _quarantine: Quarantine
+    _differing_until: dict[StepKey, datetime] = field(default_factory=dict)
 
     async def write(self) -> None:
         """Write results in batches until cancelled."""
