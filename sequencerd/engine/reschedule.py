@@ -100,7 +100,7 @@ class Rescheduling:
             async with connections.borrow(self._env.pool) as connection:
                 step_keys = [
                     (sequence, step)
-                    for sequence, step in await wakes.occupied_steps(connection)
+                    for (sequence, step), _ in await wakes.occupied_steps(connection)
                     if not wanted.isdisjoint(
                         [(sequence, step), (sequence, None), (None, step), (None, None)]
                     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Rows
 from datetime import datetime
 from sys import intern
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -34,7 +34,8 @@ async def first_wakes(
     earliest from a time on.
     """
     if not since:
-        return await _all_first_wakes(connection)
+        every = await occupied_steps(connection)
+        return [(step_key, at) for step_key, at in every if at is not None]
     known = sorted(since)
     return await _first_wakes(connection, since, [FIRST_KEY, *known], [*known, LAST_KEY])
 
@@ -65,22 +66,25 @@ async def _first_wakes(
     return _with_keys(rows)
 
 
-async def _all_first_wakes(connection: asyncpg.Connection) -> list[tuple[StepKey, datetime]]:
-    """Read the earliest wake time of each step, in pages: a single statement for a million steps
-    would run into its time limit on a busy server, again and again.
+async def occupied_steps(
+    connection: asyncpg.Connection,
+) -> list[tuple[StepKey, datetime | None]]:
+    """Read the steps that have active enrollments, and when the first of each wakes; None if only a
+    change can wake it. It reads pages: a single statement for a million steps would run into its
+    time limit on a busy server, again and again.
     """
-    found: list[tuple[StepKey, datetime]] = []
+    found: list[tuple[StepKey, datetime | None]] = []
     after = FIRST_KEY
     rows = None
     while rows is None or len(rows) == STEPS_PER_SEARCH:
-        rows = await connection.fetch(QUERIES["all_first_wakes"], *after, STEPS_PER_SEARCH)
-        found += _with_keys(row for row in rows if row["wake_at"] is not None)
+        rows = await connection.fetch(QUERIES["occupied_steps"], *after, STEPS_PER_SEARCH)
+        found += _with_keys(rows)
         if rows:
-            after = rows[-1]["sequence"], rows[-1]["step"]
+            after, _ = found[-1]
     return found
 
 
-def _with_keys(rows: Iterable[asyncpg.Record]) -> list[tuple[StepKey, datetime]]:
+def _with_keys(rows: Iterable[asyncpg.Record]) -> list[tuple[StepKey, Any]]:
     """Return the rows of a search. Names are stored once, as in the definitions: they would take
     more memory than all else.
     """
@@ -131,9 +135,3 @@ async def left_at_steps(
         )
         for sequence, step, at, first_due, again_at, ahead in rows
     }
-
-
-async def occupied_steps(connection: asyncpg.Connection) -> list[StepKey]:
-    """Read the steps that have active enrollments."""
-    rows = await connection.fetch(QUERIES["occupied"])
-    return [(row["sequence"], row["step"]) for row in rows]

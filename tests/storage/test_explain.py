@@ -32,7 +32,7 @@ HOT = {
     "forget_expiries": HERE,
     "left": "'{s}', '{a}', now(), 'me', '{}', '{-infinity}', '{true}'",
     "first_wakes": "'{s}', '{a}', '{-infinity}', '{\"\",s}', '{\"\",a}', '{s,z}', '{a,z}'",
-    "all_first_wakes": f"{HERE}, 20000",
+    "occupied_steps": f"{HERE}, 20000",
     "count_due": "ARRAY['s'], ARRAY['a'], '{-infinity}', now(), 1000",
     "lock": IDS,
     "fences": IDS,
@@ -62,7 +62,6 @@ HOT = {
     "waiting": f"{HERE}, {IDS}, now()",
     "failed_steps": "'a', 'z'",
     "revive": "ARRAY['s'], ARRAY['a'], now()",
-    "occupied": "",
     "waiting_of_subjects": "'{u7,u8}', 0, now(), 1000",
 }
 

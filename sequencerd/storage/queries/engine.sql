@@ -187,9 +187,9 @@ SELECT p.sequence, p.step, first.wake_at
        AND e.wake_at >= p.since AND e.wake_at < 'infinity'
      ORDER BY e.wake_at LIMIT 1) AS first;
 
--- name: all_first_wakes
--- Find the earliest wake time of the next $3 steps after the step $1, $2 that have active enrollments, as
--- above; null if only a change can wake them. Without gaps, it takes less time.
+-- name: occupied_steps
+-- Find the next $3 steps after the step $1, $2 that have active enrollments, and the earliest wake time of
+-- each, as above; null if only a change can wake them. Without gaps, it takes less time.
 WITH RECURSIVE step_key AS (
     (SELECT e.sequence, e.step, e.wake_at FROM sequencer.enrollments AS e
       WHERE e.status = 'active' AND (e.sequence, e.step) > ($1, $2)
@@ -696,19 +696,6 @@ UPDATE sequencer.enrollments AS e SET wake_at = $3
          WHERE id = ANY ($1::bigint[]) AND leased_by = $2 AND status = 'active'
          ORDER BY id FOR UPDATE SKIP LOCKED) AS mine
  WHERE e.id = mine.id;
-
--- name: occupied
--- Find each step that has active enrollments, skipping from one to the next in the index.
-WITH RECURSIVE step_key AS (
-    (SELECT sequence, step FROM sequencer.enrollments
-      WHERE status = 'active' ORDER BY sequence, step LIMIT 1)
-    UNION ALL
-    SELECT following.* FROM step_key CROSS JOIN LATERAL (
-        SELECT sequence, step FROM sequencer.enrollments AS e
-         WHERE e.status = 'active' AND (e.sequence, e.step) > (step_key.sequence, step_key.step)
-         ORDER BY sequence, step LIMIT 1) AS following
-)
-SELECT sequence, step FROM step_key;
 
 -- name: request_evaluation
 -- Request that all enrollments waiting at steps are evaluated: from the first id on, or once more after
