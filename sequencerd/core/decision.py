@@ -60,7 +60,7 @@ class QueryLookup(NamedTuple):
 class End(NamedTuple):
     """The journey has ended."""
 
-    status: Literal["completed"] = "completed"
+    status: Literal["completed"] = "completed"  # a tuple without values would be false
 
 
 class Fail(NamedTuple):

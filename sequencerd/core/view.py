@@ -99,7 +99,10 @@ class Context:
             self.has_read_own = True
         if roots == _DATA:
             return data_view(self._enrollment)
-        others = _about(self._enrollment, self.timezone, self.entered_at, self.external)
+        others: dict[str, Any] = state_view(
+            self._enrollment, self.timezone, self.entered_at, self.external
+        )
+        _add_own(others, self._enrollment)
         if roots is not None:
             others = {name: value for name, value in others.items() if name in roots}
         has_data = roots is None or "data" in roots
@@ -165,15 +168,6 @@ def view_in_state(enrollment: Enrollment, of_state: StateView) -> View:
     made.data = enrollment.data
     made.state = of_state
     return made
-
-
-def _about(
-    enrollment: Enrollment, timezone: str, entered_at: datetime, external: External
-) -> dict[str, Any]:
-    """Return the values that `get` paths, templates and custom runners read, without the data."""
-    values = {**state_view(enrollment, timezone, entered_at, external)}
-    _add_own(values, enrollment)
-    return values
 
 
 def _add_own(values: dict[str, Any], enrollment: Enrollment) -> None:
