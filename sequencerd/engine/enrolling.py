@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple
@@ -108,7 +108,7 @@ class Enrolling:
 
     async def run_due(self) -> float:
         """Execute the runs that are due; return in how many seconds to check again."""
-        pause = await self._check(is_ours=False)
+        pause = await self._check()
         if pause > 0:
             return pause
         async with (
@@ -118,7 +118,7 @@ class Enrolling:
             if not await connection.fetchval(QUERIES["try_lock_enrolling"]):
                 return RUNNING_INTERVAL
             while True:
-                pause = await self._check(is_ours=True, reading=connection)
+                pause = await self._check(connection)
                 if not self._running:
                     return max(pause, RUNNING_INTERVAL)
                 await asyncio.wait(
@@ -127,15 +127,12 @@ class Enrolling:
                     return_when=asyncio.FIRST_COMPLETED,
                 )
 
-    async def _check(self, *, is_ours: bool, reading: asyncpg.Connection | None = None) -> float:
-        """Read the schedules, and start the runs that are due if `is_ours`. Return in how many
-        seconds the next run is due.
+    async def _check(self, locked: asyncpg.Connection | None = None) -> float:
+        """Read the schedules. If a connection has `locked` the enrolling for this daemon, start the
+        runs that are due. Return in how many seconds the next run is due.
         """
-        if reading is None:
-            async with connections.borrow(self._pool) as connection:
-                rows = await connection.fetch(QUERIES["schedules"])
-        else:
-            rows = await reading.fetch(QUERIES["schedules"])
+        async with nullcontext(locked) if locked else connections.borrow(self._pool) as connection:
+            rows = await connection.fetch(QUERIES["schedules"])
         now = self._clock.now()
         times = [now + timedelta(seconds=CHECK_INTERVAL)]
         found: dict[str, str] = {}
@@ -159,14 +156,14 @@ class Enrolling:
             is_too_late = last is not None and last > now + CLOCK_TOLERANCE and due > latest
             if row["scheduled"] != row["definition"] or is_too_late:
                 times.append(now)
-                if is_ours:
+                if locked:
                     async with connections.borrow(self._pool) as connection:
                         await connection.execute(
                             QUERIES["set_schedule"], name, row["definition"], first
                         )
                 continue
             times.append(due)
-            if is_ours and due <= now:
+            if locked and due <= now:
                 run = DueRun(name, row["timezone"], config, due, row["failures"])
                 task = asyncio.create_task(self._run(run))
                 self._running[name] = task
