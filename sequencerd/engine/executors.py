@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from sequencerd.core.backoff import Pauses, VisitKey
@@ -302,25 +303,19 @@ class Executors:
         self._finished = finished
         self._is_full = is_full
         self._wake = wake
-        self._outage_changed = outage_changed
-        self._redact = redact
-        self._pauses = pauses
+        self._new = partial(
+            Executor,
+            finished=self._add_finished,
+            resumed=self._resume,
+            outage_changed=outage_changed,
+            redact=redact,
+            metrics=env.metrics,
+            pauses=pauses,
+        )
         self._replaced: set[Executor] = set()
         self.by_key: dict[ExecutorKey, Executor] = {
             type_: self._new(type_, runner) for type_, runner in runners.items()
         }
-
-    def _new(self, key: ExecutorKey, runner: Executable) -> Executor:
-        return Executor(
-            key,
-            runner,
-            finished=self._add_finished,
-            resumed=self._resume,
-            outage_changed=self._outage_changed,
-            redact=self._redact,
-            metrics=self._env.metrics,
-            pauses=self._pauses,
-        )
 
     def free(self, key: ExecutorKey, step_key: StepKey) -> Executor | None:
         """Return an executor with a free slot. If it has none, the step waits for one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import asyncpg
@@ -25,29 +26,22 @@ from sequencerd.storage.writes import Unchanged
 MAX_TRANSACTIONS = 1000  # transactions that are remembered
 
 
+@dataclass(eq=False)
 class Leases:
-    """The leases. `wakes` receives the steps to which a batch has moved enrollments, the first wake
-    time at each, and whether there are later ones; `invalid` receives the steps at which
-    enrollments have failed as invalid.
-    """
+    """The leases, by enrollment."""
 
-    def __init__(
-        self,
-        env: Environment,
-        executors: Executors,
-        wakes: Callable[[StepKey, datetime, bool], None],
-        invalid: Callable[[StepKey], None],
-    ) -> None:
-        self._env = env
-        self.by_id: dict[int, Leased] = {}
-        self.transactions: dict[int, int] = {}
-        """The latest transactions that wrote leases and no data, as far as they are known, by the
-        number of the leases. None whose rows triggers of others may have changed.
-        """
-        self._writing: dict[int, Batch] = {}  # by the numbers of their leases
-        self._executors = executors
-        self._wakes = wakes
-        self._invalid = invalid
+    _env: Environment
+    _executors: Executors
+    # of steps to which a batch has moved enrollments: the first wake time, and whether others wake
+    # later
+    _wakes: Callable[[StepKey, datetime, bool], None]
+    _invalid: Callable[[StepKey], None]  # of steps at which enrollments have failed as invalid
+    by_id: dict[int, Leased] = field(default_factory=dict)
+    transactions: dict[int, int] = field(default_factory=dict)
+    """The latest transactions that wrote leases and no data, as far as they are known, by the
+    number of the leases. None whose rows triggers of others may have changed.
+    """
+    _writing: dict[int, Batch] = field(default_factory=dict)  # by the numbers of their leases
 
     def __len__(self) -> int:
         return len(self.by_id)
@@ -117,11 +111,11 @@ class Leases:
         except LOST_ERRORS:
             held = await self.held(batch.leased, written_together=True)
             self._start(one for one in batch.leased if one.fence in held)
-            self._give_back(one for one in batch.leased if one.fence not in held)
+            self.give_back(one for one in batch.leased if one.fence not in held)
             self._report(batch, batch.failures())
             raise
         except BaseException:
-            self._give_back(batch.leased)
+            self.give_back(batch.leased)
             raise
         else:
             self._start(batch.leased)
@@ -152,7 +146,7 @@ class Leases:
         for (executor, _, _), group in by_step.items():
             executor.start(group)
 
-    def _give_back(self, leased: Iterable[Leased]) -> None:
+    def give_back(self, leased: Iterable[Leased]) -> None:
         """Give back the slots of side effects that do not start, also to the steps that have found
         none meanwhile: no result will wake these.
         """

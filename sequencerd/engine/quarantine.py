@@ -106,10 +106,9 @@ class Quarantine:
         self._clock = clock
         self._log = log
         self._by_step: dict[StepKey, dict[int, Quarantined]] = {}
-        self._count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return sum(map(len, self._by_step.values()))
 
     def ids(self, step_key: StepKey) -> list[int]:
         """Return the quarantined enrollments of a step."""
@@ -137,7 +136,7 @@ class Quarantine:
         Raises the error if too many are quarantined, because the cause is then a common one.
         """
         known = self._by_step.get(step_key, {}).get(id_)
-        if known is None and self._count >= MAX_ROWS:
+        if known is None and len(self) >= MAX_ROWS:
             raise error
         tries = known.tries + 1 if known else 1
         since = known.since if known else self._clock.now()
@@ -146,7 +145,6 @@ class Quarantine:
         due_at = asyncio.get_running_loop().time() + pause
         one = Quarantined(id_, step_key, result, since, tries, due_at)
         self._by_step.setdefault(step_key, {})[id_] = one
-        self._count += known is None
         message = f"{type(error).__name__}: {error}"
         if result is not None:
             message += "; its side effect is done, and is not executed again"
@@ -168,7 +166,6 @@ class Quarantine:
             del there[one.id]
             if not there:
                 del self._by_step[one.step_key]
-            self._count -= 1
             self._problems.clear(OF_ENROLLMENT, str(one.id))
             self._log.info("enrollment is no longer quarantined", enrollment=one.id)
 

@@ -110,9 +110,7 @@ class ReadAhead:
         try:
             is_suited = self._moves.move_unlocked(batch, (one for one, _ in read), at)
         finally:  # they are reserved when it is written
-            for leased in batch.leased:
-                leased.executor.reserve(-1)
-            self._executors.resume()
+            self._leases.give_back(batch.leased)
         if not is_suited:
             return None
         versions = {one.id: version for one, version in read}

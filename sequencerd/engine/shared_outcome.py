@@ -59,17 +59,6 @@ class SharedOutcomes:
     the outcomes of a key form a tree of conditions.
     """
 
-    __slots__ = (
-        "_by_key",
-        "_found",
-        "_key",
-        "_key_found",
-        "_others",
-        "_result",
-        "_result_key",
-        "_state",
-    )
-
     def __init__(self) -> None:
         self._by_key: dict[OutcomeKey, _Question | SharedOutcome] = {}
         # the latest of each, as most enrollments of a batch are like the one before: to compare
