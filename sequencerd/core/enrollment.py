@@ -92,63 +92,30 @@ class Enrollment(NamedTuple):
         # `_make` takes twice as long
         return tuple.__new__(Enrollment, self[:_WAKE_AT] + other[_WAKE_AT:])
 
-    # What most moves do is written out: `_replace` takes twice as long.
+    # what most moves do is written out: `_replace` takes twice as long
 
     def entering(
         self, sequence: str, step: str, now: datetime, executed: tuple[str, ...] | list[str]
     ) -> Enrollment:
         """Return it at another step: a new visit, in which nothing has been tried."""
-        return Enrollment(
-            self.id,
-            self.subject,
-            self.data,
-            self.created_at,
-            self.tag,
-            self.original_id,
-            None,
-            sequence,
-            step,
-            self.timezone,
-            now,
-            self.visit + 1,
-            0,
-            0,
-            None,
-            None,
-            None,
-            self.goals_met,
-            self.goals_elsewhere,
-            executed,
-        )
+        visit = sequence, step, self.timezone, now, self.visit + 1
+        untried = 0, 0, None, None, None  # no attempts, leases, retry, holder and error
+        goals = self.goals_met, self.goals_elsewhere
+        parts = (*self[:_WAKE_AT], None, *visit, *untried, *goals, executed)
+        return tuple.__new__(Enrollment, parts)
 
     def leased_to(self, daemon: str, number: int) -> Enrollment:
         """Return it with one more attempt, leased by this daemon with this number."""
-        return Enrollment(
-            self.id,
-            self.subject,
-            self.data,
-            self.created_at,
-            self.tag,
-            self.original_id,
-            None,
-            self.sequence,
-            self.step,
-            self.timezone,
-            self.entered_at,
-            self.visit,
-            self.attempt + 1,
-            number,
-            None,
-            daemon,
-            self.last_error,
-            self.goals_met,
-            self.goals_elsewhere,
-            self.executed,
-        )
+        visit = self[_STATE_BEGINS:_ATTEMPT]
+        lease = self.attempt + 1, number, None, daemon
+        parts = (*self[:_WAKE_AT], None, *visit, *lease, *self[_LAST_ERROR:])
+        return tuple.__new__(Enrollment, parts)
 
 
 _WAKE_AT = Enrollment._fields.index("wake_at")
 _STATE_BEGINS = Enrollment._fields.index("sequence")
+_ATTEMPT = Enrollment._fields.index("attempt")
+_LAST_ERROR = Enrollment._fields.index("last_error")
 _LISTS = Enrollment._fields.index("goals_met")
 
 
