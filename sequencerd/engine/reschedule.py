@@ -57,20 +57,17 @@ class Rescheduling:
         self._moves = moves
         self._leases = leases
         self._quarantine = quarantine
-        self._background = background
         self._wanted: dict[StepKey, None] = {}  # a dict as a set that keeps its order
-        self._is_working = False
         self._others: dict[StepKey, int] = {}  # the progress of another daemon, as read last
         self._requests: set[Reevaluate] = set()
+        self._works = Repeating(self._work, background)
         self._passes = Repeating(self._record_requests, background, pause=REQUEST_PAUSE)
         self._subjects = Repeating(self._evaluate_subjects, background)
 
     def start(self, step_key: StepKey) -> None:
         """Evaluate the waiting enrollments of a step, soon."""
         self._wanted[step_key] = None
-        if not self._is_working:
-            self._is_working = True
-            self._background.spawn(self._work())
+        self._works.request()
 
     def resume(self, unfinished: Mapping[StepKey, int]) -> None:
         """Continue what another daemon has started, unless it makes progress."""
@@ -153,34 +150,19 @@ class Rescheduling:
                 sequence = self._catalog.sequences.get(step_key[0])
                 if sequence is None or sequence.paused:
                     continue
+                evaluate = partial(self._evaluate, step_key, sequence.revision)
                 for first in range(0, len(ids), self._env.batch):
                     part = ids[first : first + self._env.batch]
-                    left = await self._evaluate_waiting(step_key, part, sequence.revision)
+                    left = await self._in_parts(evaluate, part, step_key) or []
                     locked.update(of[id_] for id_ in left)
         return locked
 
-    async def _evaluate_waiting(
-        self, step_key: StepKey, ids: list[int], revision: int
-    ) -> list[int]:
-        """Evaluate waiting enrollments. Return those that have to be evaluated later."""
-
-        async def evaluate(part: Sequence[int]) -> list[int] | None:
-            return await self._evaluate(step_key, part, revision)
-
-        return await self._in_parts(evaluate, ids, step_key) or []
-
-    async def _work(self) -> None:
-        try:
-            while self._wanted and not self._env.stopping.is_set():
-                await self._work_on(list(self._wanted))
-        finally:
-            self._is_working = False
-
-    async def _work_on(self, step_keys: list[StepKey]) -> None:
+    async def _work(self) -> bool:
+        """Evaluate the wanted steps. Return that this was useful."""
         outlasted = False
-        for step_key in step_keys:
+        for step_key in list(self._wanted):
             if self._env.stopping.is_set():
-                return
+                break
             again = None
             try:
                 if not outlasted:
@@ -198,6 +180,7 @@ class Rescheduling:
             if again is not None:
                 self._wanted.pop(step_key, None)
                 asyncio.get_running_loop().call_later(again, self.start, step_key)
+        return True
 
     async def _reschedule(self, step_key: StepKey) -> bool:
         """Evaluate a step. Return False if another daemon does."""
@@ -257,7 +240,7 @@ class Rescheduling:
         async def evaluate(part: Sequence[int]) -> list[int] | None:
             nonlocal since
             until = ids[-1] + 1 if part == left else since
-            locked = await self._evaluate(step_key, part, revision, (since, until))
+            locked = await self._evaluate(step_key, revision, part, (since, until))
             if locked == []:
                 since = until
             return locked
@@ -300,8 +283,8 @@ class Rescheduling:
     async def _evaluate(
         self,
         step_key: StepKey,
-        ids: Sequence[int],
         revision: int,
+        ids: Sequence[int],
         progress: tuple[int, int] | None = None,
     ) -> list[int] | None:
         """Evaluate enrollments in one transaction, and record the progress if none was locked and
