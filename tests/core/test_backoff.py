@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sequencerd.core import backoff
 from sequencerd.core.backoff import (
     MAX_COINCIDENCE,
     OPEN_GATE,
@@ -190,3 +192,12 @@ def test_a_suspicion_does_not_open_a_closed_gate() -> None:
     closed = OPEN_GATE.failed("down", 0.0, 1.0, 60.0, 0.0)
     assert closed.suspected(2.0) is closed
     assert OPEN_GATE.suspected(2.0).allowed(2.0, 10) == 1
+
+
+def test_of_too_many_enrollments_that_fail_the_first_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backoff, "MAX_ENROLLMENTS", 2)
+    suspects, keys = Suspects(), [(id_, 1) for id_ in range(3)]
+    suspects.failed_together(keys, 0.0)
+    assert suspects.among(keys) == set(keys[1:])
