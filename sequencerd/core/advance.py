@@ -454,8 +454,6 @@ class _Evaluation:
                 else:
                     self.record("branch", label)
                 return self._move_to(target)
-            case Action.NOOP:
-                return Wait(self.now + NOOP_DELAY)
             case _:
                 assert_never(answer)
 

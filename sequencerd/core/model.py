@@ -100,7 +100,7 @@ Refusals = Mapping[Any, str]  # by RefusalKey, or by sequence name alone
 """Refusals with the codes of their reasons: jumps by their sequence, and others by their key."""
 NOTHING_REFUSED: Refusals = MappingProxyType({})
 
-StepAnswer = Action | Stay | Exit | Update | Entry | Cancellation
+StepAnswer = Literal[Action.NEXT, Action.ALT_NEXT] | Stay | Exit | Update | Entry | Cancellation
 """An exit that the config names, or an action, the others."""
 
 
