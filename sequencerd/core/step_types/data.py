@@ -183,7 +183,6 @@ def _child(value: Any, key: str) -> Any:
 
 def _compile_add(path: KeyPath, amount: Any, strict: bool) -> NewValue:
     faults = Faults()
-    number: Callable[[Context], int | float] = lambda _: 0  # noqa: E731
     with faults.at("add"):
         if isinstance(amount, bool) or not isinstance(amount, int | float | str):
             raise DefinitionError("must be a number, or a template that gives one")

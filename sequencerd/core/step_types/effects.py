@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
@@ -70,8 +70,6 @@ class TopicLimitConfig(Config):
     def compile(self, topic: str | None = None) -> Limit:
         """Compile it. Raises DefinitionError."""
         faults = Faults()
-        per = timedelta()
-        key: Callable[[Context], str] = lambda _: ""  # noqa: E731
         with faults.at("limit", "per"):
             per = elapsed(self.per)
         with faults.at("limit", "key"):
