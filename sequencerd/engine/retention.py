@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from functools import partial
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import asyncpg
 from structlog.typing import FilteringBoundLogger
@@ -28,6 +27,7 @@ RETRY_INTERVAL = 60.0  # seconds, after a lock or a transient error
 BATCH_SIZE = 1000  # enrollments
 BATCH_PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -106,10 +106,10 @@ async def _count_activity(
     loop = asyncio.get_running_loop()
     started = loop.time()
     for count in (activity.count, activity.sum_lateness):
-        while await _alone(pool, partial(count, now=now)):
+        while await _alone(pool, count, now):
             await asyncio.sleep(loop.time() - started)  # at most half of one connection
             started = loop.time()
-    await _alone(pool, lambda c: activity.prune(c, now - ACTIVITY_KEPT_FOR))
+    await _alone(pool, activity.prune, now - ACTIVITY_KEPT_FOR)
 
 
 async def _drop_history(
@@ -122,7 +122,7 @@ async def _drop_history(
     if counted is None:  # events that are not counted yet are kept
         return
     before = min(now - settings.events, counted)
-    while name := await _alone(pool, lambda c: cleanup.drop_event_partition(c, before)):
+    while name := await _alone(pool, cleanup.drop_event_partition, before):
         log.info("old history was dropped", partition=name)
 
 
@@ -136,11 +136,8 @@ async def _delete_ended(
     started = loop.time()
     # in each pass, so that rows that were locked in the last one are found
     start = cleanup.FIRST_START
-
-    def delete(connection: asyncpg.Connection) -> Awaitable[tuple[int, cleanup.CleanupStart]]:
-        return cleanup.delete_ended(connection, until, BATCH_SIZE, start)
-
-    while (ended := await _alone(pool, delete)) and ended[0]:
+    delete = cleanup.delete_ended
+    while (ended := await _alone(pool, delete, until, BATCH_SIZE, start)) and ended[0]:
         count, start = ended
         deleted += count
         await asyncio.sleep(max(BATCH_PAUSE, loop.time() - started))
@@ -152,12 +149,16 @@ async def _delete_ended(
 async def _prune_reservations(
     pool: asyncpg.Pool, _settings: RetentionSettings, now: datetime, _log: FilteringBoundLogger
 ) -> None:
-    await _alone(pool, lambda c: limits.prune(c, now))
+    await _alone(pool, limits.prune, now)
 
 
 async def _alone(
-    pool: asyncpg.Pool, work: Callable[[asyncpg.Connection], Awaitable[T]]
+    pool: asyncpg.Pool,
+    work: Callable[Concatenate[asyncpg.Connection, P], Awaitable[T]],
+    *args: P.args,
+    **kwargs: P.kwargs,
 ) -> T | None:
     """Do work in a transaction, unless another daemon runs retention."""
     async with connections.borrow(pool) as connection, connections.transaction(connection):
-        return await work(connection) if await cleanup.try_lock_retention(connection) else None
+        is_ours = await cleanup.try_lock_retention(connection)
+        return await work(connection, *args, **kwargs) if is_ours else None
