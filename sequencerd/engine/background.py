@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from structlog.typing import FilteringBoundLogger
@@ -29,16 +30,16 @@ async def concurrently(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Ta
         await asyncio.gather(task, return_exceptions=True)
 
 
+@dataclass(eq=False)
 class Background:
     """The background tasks of an engine. Once `stopping` is set, work is no longer repeated after
     errors.
     """
 
-    def __init__(self, stopping: asyncio.Event, log: FilteringBoundLogger) -> None:
-        self.stopping = stopping
-        self.is_over = False
-        self.log = log
-        self._tasks: set[asyncio.Task[None]] = set()
+    stopping: asyncio.Event
+    log: FilteringBoundLogger
+    is_over: bool = False
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def spawn(self, work: Awaitable[None]) -> None:
         """Do work in a new task."""
@@ -83,6 +84,7 @@ class Background:
             task.cancel()
 
 
+@dataclass(eq=False)
 class Repeating:
     """Work that any user can request, as often as they like, at a limited cost.
 
@@ -91,14 +93,11 @@ class Repeating:
     was useful. A stop ends none of it: results that are written meanwhile may need it.
     """
 
-    def __init__(
-        self, work: Callable[[], Awaitable[object]], background: Background, *, pause: float = 0.0
-    ) -> None:
-        self._work = work
-        self._background = background
-        self._pause = pause
-        self._is_requested = False
-        self._is_busy = False
+    _work: Callable[[], Awaitable[object]]
+    _background: Background
+    _pause: float = 0.0
+    _is_requested: bool = False
+    _is_busy: bool = False
 
     def request(self) -> None:
         """Request a run soon, from the beginning of the work."""

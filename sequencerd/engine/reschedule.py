@@ -61,7 +61,7 @@ class Rescheduling:
         self._others: dict[StepKey, int] = {}  # the progress of another daemon, as read last
         self._requests: set[Reevaluate] = set()
         self._works = Repeating(self._work, background)
-        self._passes = Repeating(self._record_requests, background, pause=REQUEST_PAUSE)
+        self._passes = Repeating(self._record_requests, background, REQUEST_PAUSE)
         self._subjects = Repeating(self._evaluate_subjects, background)
 
     def start(self, step_key: StepKey) -> None:
