@@ -28,15 +28,15 @@ MAX_TRANSACTIONS = 1000  # transactions that are remembered
 
 @dataclass(eq=False)
 class Leases:
-    """The leases, by enrollment."""
+    """The side effects that this daemon has leased."""
 
     _env: Environment
     _executors: Executors
-    # of steps to which a batch has moved enrollments: the first wake time, and whether others wake
-    # later
-    _wakes: Callable[[StepKey, datetime, bool], None]
-    _invalid: Callable[[StepKey], None]  # of steps at which enrollments have failed as invalid
-    by_id: dict[int, Leased] = field(default_factory=dict)
+    # of each step to which a batch has moved enrollments: the first wake time, and whether others
+    # wake later
+    _report_wake: Callable[[StepKey, datetime, bool], None]
+    _report_invalid: Callable[[StepKey], None]  # at which enrollments have failed as invalid
+    by_id: dict[int, Leased] = field(default_factory=dict)  # by enrollment
     transactions: dict[int, int] = field(default_factory=dict)
     """The latest transactions that wrote leases and no data, as far as they are known, by the
     number of the leases. None whose rows triggers of others may have changed.
@@ -132,9 +132,9 @@ class Leases:
             log.warning("enrollment failed", failure=failure)
             log.debug("enrollment failed", error=message)
         for step_key, (first, last) in batch.wakes().items():
-            self._wakes(step_key, first, last > first)
+            self._report_wake(step_key, first, last > first)
         for step_key in batch.invalid_steps():
-            self._invalid(step_key)
+            self._report_invalid(step_key)
 
     def _start(self, leased: Iterable[Leased]) -> None:
         """Start side effects, by step."""
