@@ -25,6 +25,7 @@ ACTIVITY_KEPT_FOR = timedelta(days=400)  # for which hourly counts are kept
 MAX_CLOCK_OFFSET = timedelta(days=1)  # beyond which one of the clocks is wrong
 RETRY_INTERVAL = 60.0  # seconds, after a lock or a transient error
 BATCH_SIZE = 1000  # enrollments
+PRUNED_AT_ONCE = 10_000  # reservations, for which each batch reads the table from its beginning
 BATCH_PAUSE = 0.05  # seconds between batches, and at least as long as a batch took
 
 P = ParamSpec("P")
@@ -149,7 +150,11 @@ async def _delete_ended(
 async def _prune_reservations(
     pool: asyncpg.Pool, _settings: RetentionSettings, now: datetime, _log: FilteringBoundLogger
 ) -> None:
-    await _alone(pool, limits.prune, now)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    while await _alone(pool, limits.prune, now, PRUNED_AT_ONCE) == PRUNED_AT_ONCE:
+        await asyncio.sleep(max(BATCH_PAUSE, loop.time() - started))
+        started = loop.time()
 
 
 async def _alone(

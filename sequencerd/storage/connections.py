@@ -22,13 +22,14 @@ from sequencerd.settings import SCHEMA
 from sequencerd.storage import conninfo
 from sequencerd.storage.database_errors import TRANSIENT_ERRORS, with_hint
 from sequencerd.storage.schemas import connection_class
-from sequencerd.storage.statements import QUERIES
+from sequencerd.storage.statements import QUERIES, affected
 
 CONNECT_TIMEOUT = 10.0  # seconds
 _SETTINGS = {"standard_conforming_strings": "on"}
 """Settings of all sessions, without which our functions would read their own texts differently."""
 _NOTIFY = "sequencer.notify"
 COMMAND_TIMEOUT = 30.0  # seconds; a connection that died silently must not block the engine
+WRITE_SIZE = 5000  # rows, which even a slow server writes in much less than that time
 
 
 class Shard(NamedTuple):
@@ -321,6 +322,20 @@ async def batches(
     while rows := await on.fetch(f"FETCH {size:d} FROM {name}"):
         yield rows
     await on.execute(f"CLOSE {name}")
+
+
+async def write_in_batches(connection: asyncpg.Connection, name: str, *parameters: object) -> int:
+    """Repeat a statement of QUERIES, whose last parameter is the number of rows that it may write,
+    until there are no more. Return how many were written.
+
+    Of a million rows at once, none would be written if that takes longer than COMMAND_TIMEOUT, and
+    other sessions would wait for all of them.
+    """
+    written, count = 0, WRITE_SIZE
+    while count == WRITE_SIZE:
+        count = affected(await connection.execute(QUERIES[name], *parameters, WRITE_SIZE))
+        written += count
+    return written
 
 
 @asynccontextmanager

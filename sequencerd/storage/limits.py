@@ -13,7 +13,7 @@ from typing import NamedTuple
 import asyncpg
 
 from sequencerd.core.model import LimitReached, Reservation
-from sequencerd.storage.statements import QUERIES
+from sequencerd.storage.statements import QUERIES, affected
 
 
 class Reserved(NamedTuple):
@@ -57,9 +57,9 @@ async def reserve(
     }
 
 
-async def prune(connection: asyncpg.Connection, now: datetime) -> None:
-    """Delete places that no limit counts any more."""
-    await connection.execute(QUERIES["prune_reservations"], now)
+async def prune(connection: asyncpg.Connection, now: datetime, limit: int) -> int:
+    """Delete a batch of the places that no limit counts any more. Return how many."""
+    return affected(await connection.execute(QUERIES["prune_reservations"], now, limit))
 
 
 async def left_by_brakes(

@@ -158,7 +158,7 @@ async def expired_ids(
 
 async def forget_expiries(connection: asyncpg.Connection, step_key: StepKey) -> None:
     """Mark the expiries of a step as unknown, because its definition may have changed."""
-    await connection.execute(QUERIES["forget_expiries"], *step_key)
+    await connections.write_in_batches(connection, "forget_expiries", *step_key)
 
 
 async def claim_some(

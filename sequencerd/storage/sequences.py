@@ -10,8 +10,8 @@ from datetime import datetime
 import asyncpg
 
 from sequencerd.core.enrollment import StepKey
-from sequencerd.storage.connections import transaction
-from sequencerd.storage.statements import QUERIES, affected, columns
+from sequencerd.storage.connections import transaction, write_in_batches
+from sequencerd.storage.statements import QUERIES, columns
 
 
 async def read_revisions(
@@ -74,4 +74,4 @@ async def failed_steps(connection: asyncpg.Connection, names: Iterable[str]) -> 
 async def revive(connection: asyncpg.Connection, step_keys: Rows[StepKey], now: datetime) -> int:
     """Resume enrollments that failed at steps that are valid now. Return how many."""
     sequences, steps = columns(step_keys)
-    return affected(await connection.execute(QUERIES["revive"], sequences, steps, now))
+    return await write_in_batches(connection, "revive", sequences, steps, now)

@@ -451,7 +451,7 @@ async def test_places_of_one_side_effect_are_reserved_together_or_not_at_all(
 async def test_uses_that_no_limit_counts_are_pruned(connection: asyncpg.Connection) -> None:
     wanted = [Reserved(1, 1, (place("a"),)), Reserved(2, 1, (place("b", per=9 * HOUR),))]
     await reserve(connection, wanted, [], NOW)
-    await prune(connection, NOW + 2 * HOUR)
+    assert await prune(connection, NOW + 2 * HOUR, 10) == 1
     assert await connection.fetch("SELECT key FROM sequencer.reservations") == [(b"b",)]
 
 
@@ -495,5 +495,5 @@ async def test_a_clock_that_was_ahead_holds_nothing_up_for_longer_than_a_period(
     full = await reserve(connection, [Reserved(4, 1, (both,))], [], NOW + HOUR / 2)
     assert full == {0: LimitReached(0, NOW + HOUR)}
     assert await reserve(connection, [Reserved(4, 1, (both,))], [], NOW + HOUR) == {}
-    await prune(connection, NOW + 3 * HOUR)
+    assert await prune(connection, NOW + 3 * HOUR, 10) == 1
     assert await connection.fetchval("SELECT count(*) FROM sequencer.reservations") == 0

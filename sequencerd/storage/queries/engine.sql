@@ -378,10 +378,14 @@ SELECT id
  LIMIT $6;
 
 -- name: forget_expiries
--- Mark the expiry of a step's enrollments as unknown: -infinity has passed, so they are evaluated again.
+-- Mark the expiry of a batch of a step's enrollments as unknown: -infinity has passed, so they are evaluated
+-- again. Those that another session has locked are skipped, so that no deadlock is possible.
 UPDATE sequencer.enrollments SET expires_at = '-infinity'
- WHERE sequence = $1 AND step = $2 AND status = 'active' AND expires_at IS NOT NULL
-   AND leased_by IS NULL;
+ WHERE id = ANY (ARRAY(
+    SELECT id FROM sequencer.enrollments
+     WHERE sequence = $1 AND step = $2 AND status = 'active' AND expires_at > '-infinity'
+       AND leased_by IS NULL
+     LIMIT $3 FOR UPDATE SKIP LOCKED));
 
 -- name: claim_some
 -- Claim given enrollments of a step that are due or waiting, including those that this daemon itself has
@@ -406,12 +410,15 @@ SELECT {bare_enrollment}
 SELECT id, data FROM sequencer.enrollments WHERE id = ANY ($1::bigint[]);
 
 -- name: count_expired_leases
--- Count the leases that expired within the last day, in the present visits of enrollments.
-SELECT v.enrollment_id, count(*)
+-- Count the leases that expired within the last day, in the present visits of enrollments. As a lateral
+-- subquery, it reads an index even where there are no statistics yet.
+SELECT e.id AS enrollment_id, expired.count
   FROM unnest($1::bigint[], $2::int[]) AS e (id, visit)
-  JOIN sequencer.events AS v ON v.enrollment_id = e.id AND v.visit = e.visit
- WHERE v.action = 'lease_expired' AND v.at > $3::timestamptz - interval '1 day'
- GROUP BY v.enrollment_id;
+ CROSS JOIN LATERAL (
+    SELECT count(*) FROM sequencer.events AS v
+     WHERE v.enrollment_id = e.id AND v.visit = e.visit AND v.action = 'lease_expired'
+       AND v.at > $3::timestamptz - interval '1 day') AS expired
+ WHERE expired.count > 0;
 
 -- name: orphans
 -- Find enrollments that a daemon has leased but does not know of, among the first due at steps.
@@ -803,14 +810,18 @@ SELECT k.sequence, k.step FROM step_key AS k
                   AND e.failure = 'invalid_step');
 
 -- name: revive
--- Resume enrollments that failed because their step was invalid, now that it is valid.
+-- Resume a batch of the enrollments that failed because their step was invalid, now that it is valid.
 WITH revived AS (
     UPDATE sequencer.enrollments AS e
        SET status = 'active', wake_at = $3, ended_at = NULL, failure = NULL, last_error = NULL,
            attempt = 0, retry_at = NULL, leased_by = NULL, executed = '{}'
-      FROM unnest($1::text[], $2::text[]) AS fixed (sequence, step)
-     WHERE e.sequence = fixed.sequence AND e.step = fixed.step
-       AND e.status = 'failed' AND e.failure = 'invalid_step'
+     WHERE e.id = ANY (ARRAY(
+        SELECT f.id FROM unnest($1::text[], $2::text[]) AS fixed (sequence, step)
+         CROSS JOIN LATERAL (
+            SELECT f.id FROM sequencer.enrollments AS f
+             WHERE f.sequence = fixed.sequence AND f.step = fixed.step
+               AND f.status = 'failed' AND f.failure = 'invalid_step' LIMIT $4 FOR UPDATE) AS f
+         LIMIT $4))
     RETURNING e.id, e.sequence, e.step, e.visit
 )
 INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
@@ -924,8 +935,10 @@ SELECT sequencer.brake(sequence, begun, is_over, $4)
   FROM unnest($1::text[], $2::integer[], $3::boolean[]) AS c (sequence, begun, is_over);
 
 -- name: prune_reservations
--- Delete the reservations that no limit counts any more.
-DELETE FROM sequencer.reservations WHERE counts_until < $1;
+-- Delete a batch of the reservations that no limit counts any more. Rows that a daemon has locked to reserve
+-- others are skipped: to wait for them could be a deadlock.
+DELETE FROM sequencer.reservations WHERE key = ANY (ARRAY(
+    SELECT key FROM sequencer.reservations WHERE counts_until < $1 LIMIT $2 FOR UPDATE SKIP LOCKED));
 
 -- part: activity_of
 -- Which events are counted by hour, and as what.
