@@ -9,6 +9,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import asyncpg
 
@@ -259,12 +260,14 @@ async def set_status_command(
     change = bulk.SEQUENCE_STATUSES[arguments.command]
     names = sorted(set(arguments.sequences))
 
-    async def work(shard: Shard) -> list[asyncpg.Record]:
+    async def work(shard: Shard) -> list[dict[str, Any]]:
         async with connected(shard) as connection:
             for name in names:
                 await check_names(connection, name)
             reason = bulk.changed_by(arguments.reason)
-            return await bulk.set_status(connection, names, change.status, reason)
+            rows = await bulk.set_status(connection, names, change.status, reason)
+            active = await bulk.count_active(connection, names)
+            return [{**row, "active": active[row["name"]]} for row in rows]
 
     # an unavailable shard must not prevent a pause in the others
     answers = await ask(explain(arguments), shards, work, warn=warn)

@@ -289,6 +289,13 @@ async def set_status(
     return rows
 
 
+async def count_active(connection: asyncpg.Connection, names: Iterable[str]) -> dict[str, int]:
+    """Count the active enrollments of sequences: after a change, as it may take minutes."""
+    async with counting(connection):
+        rows = await connection.fetch(QUERIES["count_active"], list(names))
+    return {row["name"]: row["active"] for row in rows}
+
+
 async def set_reason(connection: asyncpg.Connection, reason: str) -> None:
     """Set the reason that the events of this transaction record."""
     await connection.execute(await connection.fetchval(QUERIES["set_reason"], reason))

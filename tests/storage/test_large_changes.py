@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from sequencerd.core.model import Reservation
-from sequencerd.storage import connections, limits, locking, sequences
+from sequencerd.storage import bulk, connections, limits, locking, sequences
 from tests.helpers.engines import define
 
 NOW = datetime.now(UTC)
@@ -74,3 +74,13 @@ async def test_reservations_are_pruned_in_batches_without_waiting(
     later = NOW + 2 * hour
     assert [await limits.prune(connection, later, 2) for _ in range(2)] == [2, 1]
     assert await connection.fetchval("SELECT key FROM sequencer.reservations") == b"a"
+
+
+async def test_a_pause_does_not_wait_until_the_enrollments_are_counted(
+    connection: asyncpg.Connection, other: asyncpg.Connection
+) -> None:
+    await enroll_some(connection, "data = '{}'")
+    await other.execute("LOCK TABLE sequencer.enrollments IN ACCESS EXCLUSIVE MODE")
+    (row,) = await bulk.set_status(connection, ["s"], "paused", "wrong text")
+    assert dict(row) == {"name": "s", "before": "active"}
+    assert await connection.fetchval("SELECT status FROM sequencer.sequences") == "paused"

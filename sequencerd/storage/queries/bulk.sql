@@ -123,7 +123,7 @@ RETURNING locked.leased_by IS NOT NULL AS executing;
 SELECT false AS executing FROM generate_series(1, sequencer.reevaluate(ids => $1::bigint[]));
 
 -- name: set_sequence_status
--- Set the status of sequences; return the former one and how many enrollments are active.
+-- Set the status of sequences; return the former one.
 WITH before AS (
     SELECT name, status FROM sequencer.sequences WHERE name = ANY ($1::text[])
      ORDER BY name FOR UPDATE
@@ -131,7 +131,10 @@ WITH before AS (
     UPDATE sequencer.sequences AS s SET status = $2
       FROM before WHERE s.name = before.name AND before.status <> $2
 )
-SELECT name, status AS before,
-       (SELECT count(*) FROM sequencer.enrollments AS e
-         WHERE e.sequence = before.name AND e.status = 'active') AS active
-  FROM before;
+SELECT name, status AS before FROM before;
+
+-- name: count_active
+-- Count the active enrollments of sequences.
+SELECT name, (SELECT count(*) FROM sequencer.enrollments AS e
+               WHERE e.sequence = name AND e.status = 'active') AS active
+  FROM unnest($1::text[]) AS s (name);
