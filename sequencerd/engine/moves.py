@@ -292,6 +292,8 @@ class Moves:
             batch.entries += advanced.entries
         if batch.limited or batch.given_back:
             await self._reserve(connection, batch, now)
+        if batch.jumps or batch.entries:
+            await entries.limit_waits(connection)
         await writes.write(connection, batch, now)
         if decided.cancelled:
             await entries.cancel(connection, decided.cancelled, now)

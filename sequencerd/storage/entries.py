@@ -43,6 +43,13 @@ async def cancel(
     await connection.execute(query, list(messages), list(messages.values()), now)
 
 
+async def limit_waits(connection: asyncpg.Connection) -> None:
+    """Wait only briefly for an application that enrolls the same subjects: it may wait for what
+    this transaction has locked.
+    """
+    await connection.execute(QUERIES["limit_waits"])
+
+
 async def enter(connection: asyncpg.Connection, entries: Rows[Entry]) -> set[StepKey]:
     """Enroll subjects, and return where they begin. Raises ValueError if one was enrolled after the
     check.

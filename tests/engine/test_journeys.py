@@ -198,6 +198,31 @@ async def test_concurrent_enroll_steps_enroll_a_subject_once(
     )
 
 
+@pytest.mark.parametrize(
+    ("type_", "config"),
+    [("Enroll", '{"sequence": "b"}'), ("GoTo", '{"sequence": "b", "step": "wait"}')],
+)
+async def test_an_open_transaction_that_enrolls_a_subject_delays_that_one_alone(
+    connection: asyncpg.Connection, database: str, type_: str, config: str
+) -> None:
+    """And whatever it writes next, no deadlock ends it."""
+    await define(connection, "b", DAYS)
+    await define(connection, "a", ("go", type_, config, None))
+    other = await asyncpg.connect(database)
+    async with running_engine(database):
+        async with other.transaction():
+            await enroll(other, "b", "x")
+            await connection.execute(
+                "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('a', 'x'), ('a', 'y')"
+            )
+            entered = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE sequence = 'b'"
+            await until(connection, entered)
+            await other.execute("UPDATE sequencer.enrollments SET data = '{}' WHERE subject = 'x'")
+        await until(connection, ENDED)
+    await other.close()
+    assert ("x", "b", "active") in await rows(connection)
+
+
 async def test_sequences_that_enroll_in_each_other_are_stopped(
     connection: asyncpg.Connection, database: str
 ) -> None:

@@ -350,6 +350,12 @@ INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, 
 SELECT id, $3, sequence, step, visit, 'cancelled', message, extract(epoch FROM $3 - entered_at)
   FROM cancelled;
 
+-- name: limit_waits
+-- Wait for locks only briefly in this transaction. It has locked enrollments, and waits for a transaction that
+-- has enrolled the same subject: if that waits for the enrollments, a deadlock would end one of the two, which
+-- PostgreSQL looks for after a second.
+SET LOCAL lock_timeout = '200ms';
+
 -- name: enter
 -- Enroll the subjects of Enroll steps, and return where each begins.
 SELECT sequence, step
