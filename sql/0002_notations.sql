@@ -413,6 +413,89 @@ BEGIN
 END $$;
 
 
+-- `wake_at IS NOT NULL` means active, like `status = 'active'`. But with the latter, the planner may read the
+-- index of all active enrollments instead of that of subjects, where it has no statistics or old ones.
+CREATE OR REPLACE FUNCTION sequencer.reevaluate(
+    subject text DEFAULT NULL, sequence text DEFAULT NULL, step text DEFAULT NULL,
+    ids bigint[] DEFAULT NULL
+) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    count bigint;
+BEGIN
+    WITH woken AS (
+        UPDATE sequencer.enrollments AS e SET wake_at = least(e.wake_at, now())
+         WHERE e.leased_by IS NULL
+           AND (e.status = 'active' OR num_nonnulls(reevaluate.subject, reevaluate.ids) > 0 AND e.wake_at IS NOT NULL)
+           -- an enrollment that starts later keeps its time; after a load without notifications, it is due unnoticed
+           AND (e.entered_at IS NOT NULL OR e.wake_at <= now())
+           AND (reevaluate.subject IS NULL OR e.subject = reevaluate.subject)
+           AND (reevaluate.sequence IS NULL OR e.sequence = reevaluate.sequence)
+           AND (reevaluate.step IS NULL OR e.step = reevaluate.step)
+           AND (reevaluate.ids IS NULL OR e.id = ANY (reevaluate.ids))
+        RETURNING e.id, e.sequence, e.step, e.visit
+    ), recorded AS (
+        INSERT INTO sequencer.events (enrollment_id, at, sequence, step, visit, action, message)
+        SELECT w.id, clock_timestamp(), w.sequence, w.step, w.visit, 'reevaluated',
+               sequencer.changed_by()
+          FROM woken AS w WHERE current_setting('sequencer.reason', true) <> ''
+    )
+    SELECT count(*) INTO count FROM woken;
+    RETURN count;
+END $$;
+
+
+-- With the caller's rights, as an INSERT and an UPDATE would be.
+CREATE OR REPLACE FUNCTION sequencer.collect(
+    sequence text, subject text, item jsonb, timezone text DEFAULT NULL
+) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    at_most CONSTANT integer := sequencer.collect_at_most(collect.sequence);
+    items CONSTANT jsonb := jsonb_build_array(collect.item);
+    enrollment bigint;
+    present timestamptz;
+BEGIN
+    -- where the reentry policy allows several enrollments, no constraint keeps two sessions from
+    -- enrolling the subject at the same time
+    IF EXISTS (SELECT FROM sequencer.sequences WHERE name = collect.sequence AND reentry = 'always') THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended(
+            format('sequencer.collect %s %s', collect.sequence, collect.subject), 0));
+    END IF;
+    FOR attempt IN 1..100 LOOP
+        SELECT e.id INTO enrollment FROM sequencer.enrollments AS e
+         WHERE e.subject = collect.subject AND e.sequence = collect.sequence AND e.wake_at IS NOT NULL
+         ORDER BY e.id DESC LIMIT 1 FOR NO KEY UPDATE;
+        present := clock_timestamp();
+        IF FOUND THEN
+            UPDATE sequencer.enrollments AS e
+               SET data = sequencer.add_items(e.data, items, 1, present, present, at_most)
+             WHERE e.id = enrollment;
+            RETURN enrollment;
+        END IF;
+        INSERT INTO sequencer.enrollments AS e (sequence, subject, data, timezone)
+        VALUES (collect.sequence, collect.subject,
+                sequencer.add_items('{}', items, 1, present, present, at_most),
+                collect.timezone)
+        ON CONFLICT DO NOTHING RETURNING e.id INTO enrollment;
+        IF FOUND THEN
+            RETURN enrollment;
+        END IF;
+        -- the enrollment that prevents it either has ended, or was inserted meanwhile
+        IF EXISTS (SELECT FROM sequencer.enrollments AS e
+                    WHERE e.subject = collect.subject AND e.sequence = collect.sequence
+                      AND e.entry = 0 AND e.status <> 'active') THEN
+            RETURN NULL;
+        END IF;
+    END LOOP;
+    RAISE unique_violation USING
+        MESSAGE = format('no item can be collected for subject %L in sequence %L: another '
+                         'enrollment, which this user cannot see, is in the way',
+                         collect.subject, collect.sequence),
+        SCHEMA = 'sequencer', TABLE = 'enrollments', CONSTRAINT = 'one_entry';
+END $$;
+
+
 -- changes of steps ------------------------------------------------------------------------------
 
 -- A goal whose new condition is that of another goal in the same statement, as when two goals swap their

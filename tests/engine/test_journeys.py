@@ -213,7 +213,8 @@ async def test_an_open_transaction_that_enrolls_a_subject_delays_that_one_alone(
         async with other.transaction():
             await enroll(other, "b", "x")
             await connection.execute(
-                "INSERT INTO sequencer.enrollments (sequence, subject) VALUES ('a', 'x'), ('a', 'y')"
+                "INSERT INTO sequencer.enrollments (sequence, subject)"
+                " VALUES ('a', 'x'), ('a', 'y')"
             )
             entered = "SELECT count(*) = 1 FROM sequencer.enrollments WHERE sequence = 'b'"
             await until(connection, entered)
