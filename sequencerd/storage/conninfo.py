@@ -69,8 +69,18 @@ _ONLY = {
     "sslcrldir": ("",),
     "sslkeylogfile": ("",),
     "sslsni": ("1",),
+    "target_session_attrs": (
+        "any",
+        "primary",
+        "standby",
+        "prefer-standby",
+        "read-write",
+        "read-only",
+    ),
 }
-"""Parameters for which asyncpg has no other value, so that every parameter of libpq is known."""
+"""Parameters for which asyncpg has no other value, so that every parameter of libpq is known.
+Its own error for the last one names no values.
+"""
 
 _WITHOUT_EFFECT = (
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),

@@ -92,6 +92,7 @@ def test_connection_strings_of_psql(text: str, made: dict[str, Any]) -> None:
         ("postgresql://h/d?gssencmode=require", "gssencmode=require"),
         ("postgresql://h/d?client_encoding=latin1", "client_encoding=latin1"),
         ("postgresql://h/d?connect_timeout=soon", "connect_timeout"),
+        ("postgresql://h/d?target_session_attrs=rw", "write target_session_attrs=any"),
         ("postgresql://h/d?sslmode=verify-full&sslrootcert=/no/ca", "sslrootcert of the"),
         ("postgresql://h/d?sslmode=require&sslkey=/no/key", "/no/key: No such file"),
         ("postgresql://h/d?sslrootcert=system&sslmode=require", "needs sslmode=verify-full"),
