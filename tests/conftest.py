@@ -115,8 +115,10 @@ def pytest_collection_finish() -> None:
 if SCHEMA != settings.SCHEMA:
     asyncpg.connect = partial(asyncpg.connect, connection_class=connection_class(SCHEMA))
 
-# taken out of the environment: to the programs that tests start it is no setting
-SERVER = os.environ.pop("SEQUENCERD_TEST_DATABASE", None)
+# renamed, because to the programs that tests start it is no setting
+if given := os.environ.pop("SEQUENCERD_TEST_DATABASE", None):
+    os.environ["SERVER_OF_TESTS"] = given  # also for pytest's other processes
+SERVER = os.environ.get("SERVER_OF_TESTS")
 
 
 @pytest.fixture(scope="session")

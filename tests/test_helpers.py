@@ -63,6 +63,18 @@ def test_tests_run_in_another_schema(server: str, repository: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_a_given_server_is_used_by_all_processes_of_pytest(repository: Path) -> None:
+    done = subprocess.run(
+        shlex.split(f"{sys.executable} -m pytest -q -n 1 -p no:cacheprovider {OF_SQL} -x"),
+        cwd=repository,
+        env=os.environ | {"SEQUENCERD_TEST_DATABASE": "postgresql://postgres@/x?host=/missing"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "/missing/.s.PGSQL" in done.stdout, done.stdout
+
+
 ENROLL = (
     "INSERT INTO sequencer.sequences (name, first_step) VALUES ('s', 'a');"
     "INSERT INTO sequencer.steps (sequence, name, type) VALUES ('s', 'a', 'GoTo');"
