@@ -185,7 +185,7 @@ class _Evaluation:
     refused: Refusals
     expired_leases: int  # earlier expired leases of this visit
     full: LimitReached | None
-    entered: tuple[str, ...] = ()
+    entered: tuple[tuple[str, int | None], ...] = ()
     entries: tuple[Entry, ...] = ()
     cancellations: tuple[Cancellation, ...] = ()
     events: list[Event] = field(default_factory=list)
@@ -580,7 +580,8 @@ class _Evaluation:
                 return refusal
             self.record(Action.ALT_NEXT.value, refusal.message)
             return self._move_to(step.alt_next_step)
-        self.entered += (name,)
+        known = self.definitions.get(name)
+        self.entered += ((name, known.revision if known else None),)
         self.record("jump", f"to {target} of {name}")
         return self._move_to(target, name)
 

@@ -85,7 +85,7 @@ class Advanced(NamedTuple):
     events: tuple[Event, ...]
     data: Mapping[str, Any] | None = None  # to be merged into the row's data
     is_shared: bool = False
-    entered: tuple[str, ...] = ()  # the sequences into which it jumps, unless they refuse it
+    entered: tuple[tuple[str, int | None], ...] = ()  # jumps: the sequence, and its known revision
     entries: tuple[Entry, ...] = ()  # enrollments of others, unless they are refused
     cancellations: tuple[Cancellation, ...] = ()  # cancellations of others, once these are locked
     answers: tuple[tuple[Condition, bool], ...] = ()

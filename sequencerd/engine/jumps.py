@@ -16,7 +16,7 @@ import asyncpg
 
 from sequencerd.core.decision import Advanced, End, Fail
 from sequencerd.core.enrollment import Enrollment
-from sequencerd.core.model import Cancellation, Definitions, RefusalKey
+from sequencerd.core.model import Cancellation, RefusalKey
 from sequencerd.storage.entries import lock_cancelled, refusals
 
 UNKNOWN_SEQUENCE = ("always", None, None)  # what `refusals` returns if there is no such sequence
@@ -43,9 +43,7 @@ class JumpDecisions(NamedTuple):
     outdated: set[str]  # sequences that have changed, into which nothing jumps by the known steps
 
 
-async def decide(
-    connection: asyncpg.Connection, jumps: Iterable[PendingMove], definitions: Definitions
-) -> JumpDecisions:
+async def decide(connection: asyncpg.Connection, jumps: Iterable[PendingMove]) -> JumpDecisions:
     """Decide where enrollments go, according to the sequences that they enter."""
     decided = JumpDecisions([], {}, set())
     refused: defaultdict[int, dict[RefusalKey, str]] = defaultdict(dict)
@@ -58,14 +56,16 @@ async def decide(
         for before, advanced, again in jumps:
             news: dict[RefusalKey, str] = {}
             own = policies[before.id]
+            known = dict(advanced.entered)
             for key, subject, name in _entered(before, advanced):
                 policy, refusal, revision = own.get(key, UNKNOWN_SEQUENCE)
                 if key not in own and not isinstance(key, str):
                     refusal = "missing"
                 if refusal is None and policy != "always" and (subject, name) in inside:
                     refusal = "already_enrolled"
-                known = definitions.get(name) if isinstance(key, str) else None
-                if refusal is None and known and revision not in (None, known.revision):
+                # what is known may have changed since it was advanced
+                is_jump = isinstance(key, str) and known[name] is not None
+                if refusal is None and is_jump and revision not in (None, known[name]):
                     refusal = "outdated"
                     decided.outdated.add(name)
                 if refusal is not None:
@@ -99,7 +99,7 @@ async def decide(
 def _entered(before: Enrollment, advanced: Advanced) -> list[tuple[RefusalKey, str, str]]:
     """Return the entries: the key of a refusal, the subject, and the sequence."""
     jumps: list[tuple[RefusalKey, str, str]] = [
-        (name, before.subject, name) for name in advanced.entered
+        (name, before.subject, name) for name, _ in advanced.entered
     ]
     return [*jumps, *((entry.key, entry.subject, entry.sequence) for entry in advanced.entries)]
 

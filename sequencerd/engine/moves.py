@@ -284,7 +284,7 @@ class Moves:
 
     async def write(self, connection: asyncpg.Connection, batch: Batch, now: datetime) -> None:
         """Write a batch, after deciding its effects on other sequences and enrollments."""
-        decided = await decide(connection, batch.jumps, self._catalog.sequences)
+        decided = await decide(connection, batch.jumps)
         if decided.outdated:
             self._catalog.request(decided.outdated)
         for jumped, advanced in decided.advanced:

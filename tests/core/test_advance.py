@@ -1187,7 +1187,7 @@ ARCHIVED = {"other": replace(OTHER["other"], archived=True)}
 
 def test_a_jump_reports_the_sequence_that_it_enters() -> None:
     advanced = advance({**sequence(JUMP), **OTHER}, at("go"), NOW)
-    assert (advanced.entered, advanced.is_shared) == (("other",), False)
+    assert (advanced.entered, advanced.is_shared) == ((("other", 0),), False)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ import pytest
 
 from sequencerd.core.model import RetryPolicy
 from sequencerd.core.task import Answer, Failed, Result, Task
+from sequencerd.engine import jumps
 from sequencerd.errors import PlanError
-from sequencerd.storage import evaluations, locking
+from sequencerd.storage import entries, evaluations, locking
 from tests.helpers.command_line import Command
 from tests.helpers.engines import ALL_ENDED, Recorder, enroll, running_engine, until, way
 from tests.helpers.plans import Applying
+from tests.helpers.waiting import eventually
 
 SEQUENCE = """
 name: s
@@ -323,6 +325,32 @@ async def test_nothing_jumps_to_a_removed_step_before_the_daemon_has_read_the_ch
         await until(connection, "SELECT sequence = 's' FROM sequencer.enrollments")
         assert await connection.fetchval(AT, id_, "rest")
     assert await way(connection, id_) == ["go enrolled", "go jump", "start next"]
+
+
+async def test_nothing_jumps_to_a_removed_step_while_the_daemon_reads_the_change(
+    apply: Applying,
+    connection: asyncpg.Connection,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await apply(SHORT)
+    await apply("{name: t, steps: [{name: go, type: GoTo, config: {sequence: s, step: start}}]}")
+    refusals, is_read = entries.refusals, asyncio.Event()
+    async with running_engine(database) as engine:
+        known = engine.catalog.sequences
+
+        async def read_meanwhile(*arguments: Any) -> Any:
+            if not is_read.is_set():
+                await apply(SHORT.replace("pause", "rest"))
+                await eventually(lambda: "rest" in known["s"].steps)
+                is_read.set()
+            return await refusals(*arguments)
+
+        monkeypatch.setattr(jumps, "refusals", read_meanwhile)
+        id_ = await enroll(connection, "t", "ada")
+        await is_read.wait()
+        await until(connection, "SELECT sequence = 's' FROM sequencer.enrollments")
+        assert await connection.fetchval(AT, id_, "rest")
 
 
 async def test_a_request_moves_nothing_before_the_daemon_has_read_the_change(
