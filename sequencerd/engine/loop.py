@@ -391,12 +391,13 @@ class Engine:
             self.catalog.mark_refused()
             changed = await self._read_definitions()
             self._report_braked()
+            # enrollments may have come to new steps since the search; at the start, a poll finds
+            # them
+            if changed and not whole:
+                self._changed.update(changed)
+                self._reloads.request()
             async with connections.borrow(self._env.pool) as connection:
                 self._rescheduling.resume(await evaluations.unfinished_rescheduling(connection))
-                # enrollments may have come to new steps since the search; at the start, a poll
-                # finds them
-                if changed and not whole:
-                    self._report_wakes(await first_wakes_of(connection, changed), is_later=True)
             wakes = await searching
         self._report_wakes(wakes)
         now = self._env.clock.now()

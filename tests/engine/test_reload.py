@@ -28,7 +28,7 @@ from sequencerd.errors import SettingsError
 from sequencerd.runners.registry import make_runners
 from sequencerd.runners.suppression_check import Suppressions
 from sequencerd.settings import EmailSettings, HttpRunnerSettings, LookupSettings, Settings
-from sequencerd.storage import sequences, wakes
+from sequencerd.storage import evaluations, sequences, wakes
 from sequencerd.storage.statements import QUERIES
 from tests.helpers.engines import (
     ALL_ENDED,
@@ -666,6 +666,26 @@ async def test_a_resumed_sequence_continues_after_an_error_of_the_database(
         await until(connection, LOCK_IS_HELD)  # before, only a poll finds what has changed
         monkeypatch.setattr(loop, "first_wakes_of", failing)
         await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        await until(connection, ALL_ENDED)
+    assert len(failures) == 1
+
+
+@pytest.mark.usefixtures("no_polls")
+async def test_a_sequence_that_a_sweep_finds_resumed_continues_after_an_error_of_the_database(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next sweep knows its definition, and is a minute away."""
+    failing, failures = failing_once(evaluations.unfinished_rescheduling)
+    await define(connection, "s", ("a", "Note", "{}", None))
+    await connection.execute("UPDATE sequencer.sequences SET status = 'paused'")
+    await enroll(connection, "s", "ada")
+    async with running_engine(database, {"Note": Recorder()}, sweep=3600) as engine:
+        await until(connection, LOCK_IS_HELD)  # before, only a poll finds what has changed
+        monkeypatch.setattr(evaluations, "unfinished_rescheduling", failing)
+        await connection.execute("SET sequencer.notify = off")
+        await connection.execute("UPDATE sequencer.sequences SET status = 'active'")
+        with pytest.raises(ConnectionError):
+            await engine.sweep(whole=False)
         await until(connection, ALL_ENDED)
     assert len(failures) == 1
 
