@@ -7,7 +7,7 @@ An executor has a limited number of slots. A server that is down stops only its 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -346,6 +346,12 @@ class Executors:
     def waiting(self) -> set[StepKey]:
         """Return all steps that wait for a free slot."""
         return {step_key for one in self.by_key.values() for step_key in one.waiting}
+
+    def forget_waiting(self, sequences: Iterable[str]) -> None:
+        """Let no step of changed sequences wait for a slot: it may need another runner now."""
+        names = {*sequences}
+        for executor in self.by_key.values():
+            executor.waiting = {one for one in executor.waiting if one[0] not in names}
 
     def use(self, runners: Runners, lookups: Callable[[str], Executable]) -> set[Executor]:
         """Use other runners and lookups from now on.

@@ -496,6 +496,7 @@ class Engine:
     async def _read_definitions(self) -> list[str]:
         """Read the wanted definitions, and request what remains to be read."""
         changed = await self.catalog.reload()
+        self.executors.forget_waiting(changed)
         if self.catalog.is_due:
             self._reloads.request()
         return changed

@@ -22,6 +22,7 @@ from tests.helpers import servers
 from tests.helpers.engines import ALL_ENDED, Recorder, define, running_engine, until
 from tests.helpers.runners import email_runner, http_runner
 from tests.helpers.servers import HOST, Request, http_server, smtp_server
+from tests.helpers.waiting import eventually
 
 SHORT = Pauses(0.02, 0.05)
 COUNT = "SELECT count(*) FROM sequencer.enrollments WHERE status = '{}'"
@@ -304,3 +305,18 @@ async def test_a_runner_that_is_down_delays_no_other(
 
 async def fails(_: Task) -> Result:
     return Failed("refuses connections", fault="server")
+
+
+async def test_a_step_that_needs_another_runner_does_not_wait_for_one_that_is_down(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    runners = {"Down": Recorder(fails), "Well": Recorder()}
+    async with running_engine(database, runners, pauses=Pauses(3600, 3600)) as engine:
+        await define(connection, "s", ("work", "Down", "{}", None))
+        await define(connection, "t", ("work", "Down", "{}", None))
+        await connection.execute(ENROLL, 1)
+        await until(connection, DOWN, "Down")
+        await connection.execute(ENROLL.replace("'s'", "'t'"), 3)
+        await eventually(lambda: ("t", "work") in engine.executors.waiting())
+        await connection.execute("UPDATE sequencer.steps SET type = 'Well' WHERE sequence = 't'")
+        await until(connection, COMPLETED.replace("count(*)", "count(*) = 3"))
