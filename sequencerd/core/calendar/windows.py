@@ -8,7 +8,7 @@ across midnight belongs to the day on which it opens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
 from sequencerd.core.calendar.zones import next_candidate, to_wall
@@ -35,10 +35,7 @@ def opening(
             wall = to_wall(instant, tz)
             if window.shows(wall, holidays):
                 return instant
-            target = _next_start(window, wall, holidays)
-            if target is None:
-                break
-            instant = next_candidate(target, instant, tz)
+            instant = next_candidate(_next_showing(window.start, wall), instant, tz)
     except OverflowError:
         pass  # the calendar ends
     raise EvaluationError("unsatisfiable", "the window will not open within four years")
@@ -57,7 +54,7 @@ def closing(
         wall = to_wall(instant, tz)
         if not window.shows(wall, holidays):
             break
-        instant = next_candidate(_end(window, wall), instant, tz)
+        instant = next_candidate(_next_showing(window.end or time.min, wall), instant, tz)
     return instant
 
 
@@ -109,23 +106,7 @@ def begin(
     return max(now, opens + min(delay, length - timedelta.resolution))  # rounded, it may be closed
 
 
-def _next_start(window: Window, wall: datetime, holidays: Collection[date]) -> datetime | None:
-    """Return the wall time at which a closed window opens next."""
-    for days in range(_HORIZON_DAYS):
-        day = wall.date() + _DAY * days
-        start = datetime.combine(day, window.start, tzinfo=wall.tzinfo)
-        if window.opens_on(day, holidays) and _naive(start) > _naive(wall):
-            return start
-    return None
-
-
-def _end(window: Window, wall: datetime) -> datetime:
-    """Return the wall time at which an open window closes."""
-    end = window.end or time.min
-    days = 0 if wall.time() < end else 1
-    return datetime.combine(wall.date() + _DAY * days, end, tzinfo=wall.tzinfo)
-
-
-def _naive(wall: datetime) -> datetime:
-    """Return a wall time without its offset."""
-    return wall.replace(tzinfo=UTC, fold=0)
+def _next_showing(clock: time, wall: datetime) -> datetime:
+    """Return the next wall time after this one with a time of day."""
+    days = 0 if wall.time() < clock else 1
+    return datetime.combine(wall.date() + _DAY * days, clock, tzinfo=wall.tzinfo)
