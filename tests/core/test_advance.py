@@ -316,6 +316,19 @@ def test_of_several_goals_the_last_of_the_definition_wins() -> None:
     assert set(advanced.enrollment.goals_met) == {"paid", "late"}
 
 
+def test_a_goal_that_is_met_on_arrival_is_not_met_again() -> None:
+    twice = {"lodashCommand": "gte", "value": {"type": "get", "value": "visit"}}
+    twice["compareTo"] = {"type": "raw", "value": 2}
+    definitions = sequence(
+        step("go", "GoTo", {"step": "goal"}),
+        step("goal", "Goal", twice, "wait"),
+        step("wait", "WaitForDuration", {"amount": 1, "unit": "days"}),
+    )
+    arrived = advance(definitions, at("go"), NOW).enrollment
+    assert (arrived.step, arrived.goals_met) == ("wait", ("goal",))
+    assert advance(definitions, arrived, NOW).enrollment == arrived
+
+
 def test_an_event_names_the_goals_that_are_met_with_another() -> None:
     definitions = sequence(
         step("wait", "WaitForDuration", {"amount": 1, "unit": "days"}),
@@ -447,11 +460,13 @@ def test_failures_of_the_server_spend_no_attempt() -> None:
 def test_the_topic_of_a_step_precedes_that_of_the_sequence(
     effect: SideEffect, topic: str | None
 ) -> None:
-    definitions = sequence(step("mail", "Email", effect=effect))
+    limit = LimitConfig.model_validate({"at_most": 1, "per": {"days": 7}}).compile()
+    definitions = sequence(step("mail", "Email", effect=replace(effect, limit=limit)))
     definitions["s"] = replace(definitions["s"], topic="news")
     decision = advance(definitions, at("mail"), NOW).decision
     assert isinstance(decision, Execute)
     assert decision.topic == topic
+    assert [one.topic for one in decision.reservations] == [topic or "s/mail"]
 
 
 @pytest.mark.parametrize(("way", "leads"), [("next", "end"), ("altNext", "other"), ("end", None)])
@@ -813,6 +828,14 @@ def test_a_side_effect_that_waits_is_not_evaluated_for_external_data() -> None:
     later = NOW + timedelta(hours=5)
     assert advance(definitions, at("mail", retry_at=later), NOW).decision == Wait(later)
     assert isinstance(advance(definitions, at("mail"), NOW).decision, QueryLookup)
+
+
+def test_an_interrupted_lookup_is_no_attempt() -> None:
+    once = replace(EFFECT, at_most_once=True)
+    asking = at("mail", attempt=0, leased_by="crashed")
+    assert isinstance(
+        advance(sequence(step("mail", "Email", effect=once)), asking, NOW).decision, Execute
+    )
 
 
 def test_a_lookup_does_not_hide_an_interrupted_side_effect() -> None:
@@ -1188,6 +1211,7 @@ ARCHIVED = {"other": replace(OTHER["other"], archived=True)}
 def test_a_jump_reports_the_sequence_that_it_enters() -> None:
     advanced = advance({**sequence(JUMP), **OTHER}, at("go"), NOW)
     assert (advanced.entered, advanced.is_shared) == ((("other", 0),), False)
+    assert [event.action for event in advanced.events] == ["jump"]
 
 
 @pytest.mark.parametrize(
@@ -1246,7 +1270,7 @@ def test_an_enrolled_subject_is_part_of_the_outcome() -> None:
 @pytest.mark.parametrize(
     ("refusal", "then", "decision", "action"),
     [
-        ("already_enrolled", None, "End", "next"),
+        ("already_enrolled", None, "Wait", "next"),
         ("already_enrolled", "mail", "Execute", "altNext"),
         ("archived", None, "archived", "failed"),
         ("archived", "mail", "Execute", "altNext"),
@@ -1256,9 +1280,10 @@ def test_an_enrolled_subject_is_part_of_the_outcome() -> None:
 def test_a_refused_entry_has_an_outcome(
     refusal: str, then: str | None, decision: str, action: str
 ) -> None:
-    go = step("go", "Enroll", {"sequence": "other"}, None, then)
+    go = step("go", "Enroll", {"sequence": "other"}, "on", then)
     key = ("enroll", "other", at("go").subject)
-    advanced = advance(sequence(go, step("mail", "Email")), at("go"), NOW, refused={key: refusal})
+    definitions = sequence(go, step("on", "WaitForCondition", PAID), step("mail", "Email"))
+    advanced = advance(definitions, at("go"), NOW, refused={key: refusal})
     found = advanced.decision
     assert decision in (type(found).__name__, getattr(found, "failure", None))
     assert advanced.events[0].action == action
@@ -1593,7 +1618,9 @@ def test_outcomes_are_shared_by_the_values_that_a_condition_reads(
     path: object, shared: bool
 ) -> None:
     asking = {"lodashCommand": "isNil", "value": {"type": "get", "value": path}}
-    found = sequence(step("ask", "Conditional", asking))
+    there = {**asking, "value": {"type": "get", "value": "step"}}
+    then = step("then", "Conditional", there)  # what was read before this move counts as well
+    found = sequence(step("ask", "Conditional", asking, "then", "then"), then)
     advanced = advance(found, at("ask"), NOW)
     assert advanced.is_shared is shared
     assert [answer for _, answer in advanced.answers] == ([True] if "data" in str(path) else [])

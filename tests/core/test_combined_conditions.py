@@ -171,6 +171,7 @@ def compare(command: str, value: object, other: object, **keys: object) -> dict[
         (compare("isSame", "2026-03-02", "2026-03-02T23:59:59Z", granularity="day"), True),
         (compare("isBefore", "2026-03-02", "2026-03-02T23:59:59Z", granularity="day"), False),
         (compare("isSameOrAfter", "2026-02-01", "2026-03-02", granularity="quarter"), True),
+        (compare("isSame", "2026-03-31", "2026-04-01", granularity="quarter"), False),
         # a week begins on Sunday, 1 March
         (compare("isSame", "2026-03-01", "2026-03-02", granularity="week"), True),
         (compare("isSame", "2026-03-01", "2026-03-02", granularity="isoWeek"), False),

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from sequencerd.core.enrollment import Enrollment
-from sequencerd.core.view import View, state_view, view_in_state
+from sequencerd.core.view import Context, View, state_view, view_in_state
 from sequencerd.core.view import view as view_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678_901, UTC)
@@ -43,3 +43,16 @@ def test_the_text_of_a_view_has_values_that_were_added() -> None:
     view = view_of(enrollment(), "UTC", NOW, {})
     more = View.of({**view, "unsubscribeLink": "https://example.com"}, view.data)
     assert json.loads(more.text) == more
+
+
+@pytest.mark.parametrize(
+    ("roots", "keys"),
+    [
+        ({"data", "unknown"}, {"data"}),
+        ({"data", "id", "unknown"}, {"data", "id"}),
+        ({"unknown"}, set()),
+    ],
+)
+def test_a_view_for_a_condition_has_the_keys_that_it_reads(roots: set[str], keys: set[str]) -> None:
+    text = Context(enrollment(), NOW, "UTC", {}).json(roots)
+    assert json.loads(text).keys() == keys
