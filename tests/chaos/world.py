@@ -28,9 +28,11 @@ from sequencerd.storage.database_errors import TRANSIENT_ERRORS
 from sequencerd.storage.migrations import Migration
 from tests.helpers.command_line import start_sequencerd
 from tests.helpers.databases import (
+    connect_streams,
     execute,
     initialize_server,
     server_folder,
+    through_port,
     with_database,
 )
 from tests.helpers.engines import define, until
@@ -396,9 +398,7 @@ class Proxy:
     """A proxy between daemons and the database: it passes data on, or cuts, holds or drops it."""
 
     def __init__(self, database: str) -> None:
-        parts = urlsplit(database)
-        self._socket = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
-        self._database = parts.path.lstrip("/")
+        self._url = database
         self.delay = 0.0
         self.swallow = False  # what comes from now on is lost silently
         self._writers: set[asyncio.StreamWriter] = set()
@@ -410,7 +410,7 @@ class Proxy:
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         async with server:
-            yield f"postgresql://postgres@127.0.0.1:{port}/{self._database}?sslmode=disable"
+            yield through_port(self._url, port)
             self.cut()
             for task in self._tasks:
                 task.cancel()
@@ -428,7 +428,7 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            above, below = await asyncio.open_unix_connection(self._socket)
+            above, below = await connect_streams(self._url)
         except OSError:
             writer.transport.abort()
             return

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 import httpx
@@ -32,7 +31,7 @@ from sequencerd.service.http_server import make_app, serving
 from sequencerd.service.redaction import make_redaction
 from sequencerd.settings import ConsoleSettings, Settings
 from sequencerd.storage.connections import Shard
-from tests.helpers.databases import shard
+from tests.helpers.databases import connect_streams, shard, through_port
 from tests.helpers.engines import Recorder, define, enroll, running_engine
 from tests.helpers.shards import connections_to_shards
 from tests.helpers.waiting import PATIENCE, eventually
@@ -233,21 +232,17 @@ class Line:
     """A way to the database that can be cut."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        options = parse_qs(parts.query)
-        self._socket = f"{options['host'][0]}/.s.PGSQL.{options.get('port', ['5432'])[0]}"
+        self._url = url
         self._writers: list[asyncio.StreamWriter] = []
         self.is_cut = False
-        self._parts = parts
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[str]:
         """The URL of this way."""
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        query = f"host=127.0.0.1&port={port}&sslmode=disable"
         try:
-            yield urlunsplit(self._parts._replace(query=query))
+            yield through_port(self._url, port)
         finally:
             self.cut()
             server.close()
@@ -261,7 +256,7 @@ class Line:
         if self.is_cut:
             writer.close()
             return
-        above, below = await asyncio.open_unix_connection(self._socket)
+        above, below = await connect_streams(self._url)
         self._writers += [writer, below]
 
         async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
@@ -87,6 +87,29 @@ def copy_data(data: Path, target: Path) -> None:
 def with_database(url: str, name: str) -> str:
     """The URL of another database of the same server."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def address(url: str) -> tuple[str, int]:
+    """The host of a server, or the folder of its socket, and the port."""
+    parts = urlsplit(url)
+    (host,) = parse_qs(parts.query).get("host", [parts.hostname or "localhost"])
+    (port,) = parse_qs(parts.query).get("port", [parts.port or 5432])
+    return host, int(port)
+
+
+async def connect_streams(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a server without a login, to pass on what others send."""
+    host, port = address(url)
+    if host.startswith("/"):
+        return await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+    return await asyncio.open_connection(host, port)
+
+
+def through_port(url: str, port: int) -> str:
+    """The same URL through a proxy at a port of this machine."""
+    parts = urlsplit(url)
+    netloc = f"{parts.username or 'postgres'}@127.0.0.1:{port}"
+    return urlunsplit(parts._replace(netloc=netloc, query="sslmode=disable"))
 
 
 def with_login(url: str, user: str) -> str:

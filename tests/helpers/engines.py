@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -29,7 +28,7 @@ from sequencerd.storage import connections
 from sequencerd.storage.connections import Shard
 from sequencerd.storage.listener import listen
 from sequencerd.storage.statements import AdvisoryLock
-from tests.helpers.databases import shard
+from tests.helpers.databases import connect_streams, shard, through_port
 from tests.helpers.waiting import PATIENCE, eventually
 
 Behaviour = Callable[[Task], Awaitable[Result]]
@@ -159,13 +158,10 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
     """The URL of a proxy to a database. For each item in the list it loses the answer to one
     COMMIT, or to a statement that is a transaction by itself, and the connection with it.
     """
-    parts = urlsplit(url)
-    options = parse_qs(parts.query)
-    socket = f"{options['host'][0]}/.s.PGSQL.{options.get('port', ['5432'])[0]}"
     lose: list[bool] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        above, below = await asyncio.open_unix_connection(socket)
+        above, below = await connect_streams(url)
 
         async def pass_answers() -> None:
             while data := await above.read(65536):
@@ -195,10 +191,7 @@ async def losing_answers(url: str) -> AsyncIterator[tuple[str, list[bool]]]:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server:
-        yield (
-            urlunsplit(parts._replace(query=f"host=127.0.0.1&port={port}&sslmode=disable")),
-            lose,
-        )
+        yield through_port(url, port), lose
 
 
 async def until(connection: asyncpg.Connection, query: str, *parameters: object) -> None:

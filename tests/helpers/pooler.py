@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.helpers.databases import address
 from tests.helpers.waiting import PATIENCE
 
 
@@ -27,12 +28,13 @@ def pgbouncer(
         pytest.skip("there is no pgbouncer")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    parts = urlsplit(database)
-    name, host = parts.path.lstrip("/"), parse_qs(parts.query)["host"][0]
+    name = urlsplit(database).path.lstrip("/")
+    host, port_of_server = address(database)
     config = folder / "pgbouncer.ini"
     config.write_text(
-        f"[databases]\n{name} = host={host} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-        f"listen_port = {port}\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = 4\n"
+        f"[databases]\n{name} = host={host} port={port_of_server} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\n"
+        f"pool_mode = {mode}\ndefault_pool_size = 4\n"
         f"unix_socket_dir =\n{settings}\n" + ("user = postgres\n" if os.geteuid() == 0 else "")
     )
     path = folder / "pgbouncer.log"
