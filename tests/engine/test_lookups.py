@@ -458,7 +458,7 @@ async def test_the_server_ends_a_slow_lookup(
 ) -> None:
     await connection.execute(ACCOUNTS + SLOW)
     with pgbouncer(database, tmp_path) if through_pooler else nullcontext(database) as url:
-        pool = await connections.connect_pool(shard(url), 1, pooled=through_pooler, least=0)
+        pool = await connections.connect_pool(shard(url), 1, pooled=through_pooler)
         made = lookups.Lookups(pool, {}, timeout=0.2)
         (found,) = await made.get("slow.one").run(None, [task()])
         assert found.message == "lookup 'slow.one' failed: no answer within 0.2 seconds"
