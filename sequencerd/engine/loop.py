@@ -481,16 +481,21 @@ class Engine:
         """
         self.catalog.mark_for_reload(names)
         self._changed.update(await self._read_definitions())
-        changed, fixed = {*self._changed}, {*self._fixed}
+        # what is reported from now on is read the next time
+        changed, self._changed = self._changed, set()
+        fixed, self._fixed = self._fixed, set()
         if changed:
             self._report_braked()
-        if changed or fixed:
-            async with connections.borrow(self._env.pool) as connection:
-                await self.catalog.revive(connection, fixed)
-                names = changed | {sequence for sequence, _ in fixed}
-                self._report_wakes(await first_wakes_of(connection, names), is_later=True)
-        self._changed -= changed
-        self._fixed -= fixed
+        try:
+            if changed or fixed:
+                async with connections.borrow(self._env.pool) as connection:
+                    await self.catalog.revive(connection, fixed)
+                    names = changed | {sequence for sequence, _ in fixed}
+                    self._report_wakes(await first_wakes_of(connection, names), is_later=True)
+        except BaseException:
+            self._changed |= changed
+            self._fixed |= fixed
+            raise
         return bool(changed) or self.catalog.is_due
 
     async def _read_definitions(self) -> list[str]:

@@ -1045,3 +1045,25 @@ async def test_no_limit_of_transactions_ends_a_reload_whose_definitions_compile_
         await enroll(connection, "s", "ada")
         await until(connection, ALL_ENDED)
     assert len(recorder.keys) == 1
+
+
+async def test_a_change_that_is_reported_during_a_reload_is_not_forgotten(
+    database: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await many_sequences(connection, 2)
+    read = wakes.first_wakes_of
+    names: list[set[str]] = []
+    async with running_engine(database, sweep=3600) as engine:
+
+        async def noted(reading: asyncpg.Connection, changed: Iterable[str]) -> object:
+            names.append({*changed})
+            if len(names) == 1:  # as a sweep does that reads another change
+                engine._changed.add("s1")
+                engine.catalog.request(["s1"])
+            return await read(reading, changed)
+
+        await until(connection, LOCK_IS_HELD)
+        monkeypatch.setattr(loop, "first_wakes_of", noted)
+        await connection.execute(EDIT, "s1", 5)
+        await eventually(lambda: len(names) == 2)
+    assert names == [{"s1"}, {"s1"}]
